@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv, once; `make demo` is a good first command.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test fast lint format bench clean
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/.demo ## train on real data with both backends (installs once, then a minute)
+	$(BIN)/ema demo
+
+test: .venv/.dev ## the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+fast: .venv/.dev ## the tests that take a moment each
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+lint: .venv/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## let ruff rewrite the layout
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.dev ## ours, the peers and the limit of this machine, in turn in one process
+	$(BIN)/python -m benchmarks
+
+.venv/.python:
+	@echo "creating .venv"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@touch $@
+
+.venv/.demo: .venv/.python pyproject.toml constraints.txt
+	@echo "installing ema and both frameworks into .venv (a minute or two, about 2 GB)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
+	@touch $@
+
+.venv/.dev: .venv/.demo
+	@echo "installing what the tests and the benchmarks need"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	@touch $@
+
+clean: ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

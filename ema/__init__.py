@@ -1,0 +1,98 @@
+"""Exponential moving averages of model weights, equal to the last bit in PyTorch and JAX.
+
+``import ema`` imports no framework: the names of a backend are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ema.decay import (
+    compute_optimal_decay,
+    decay_from_half_life,
+    half_life_from_decay,
+    scale_decay,
+    window_from_decay,
+)
+from ema.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    EMAError,
+    EMAWarning,
+    MissingExtraError,
+    ModelError,
+    StateError,
+)
+from ema.info import EMADescription, describe_ema, print_ema_info
+from ema.schedules import (
+    ConstantDecay,
+    CosineDecay,
+    DebiasedDecay,
+    HalfLife,
+    HalfLifeRampup,
+    InverseGammaWarmup,
+    PowerFunction,
+    RampWarmup,
+    Schedule,
+    UniformAverage,
+)
+
+if TYPE_CHECKING:
+    from ema.jax_backend import ParamsEMAState, get_params_ema, params_ema
+    from ema.torch_backend import EMACallback, EMAModel
+
+__version__ = "0.1.0"
+
+_BACKEND_OF = {
+    "EMACallback": "ema.torch_backend",
+    "EMAModel": "ema.torch_backend",
+    "ParamsEMAState": "ema.jax_backend",
+    "get_params_ema": "ema.jax_backend",
+    "params_ema": "ema.jax_backend",
+}
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CheckpointError",
+    "ConstantDecay",
+    "CosineDecay",
+    "DebiasedDecay",
+    "EMACallback",
+    "EMADescription",
+    "EMAError",
+    "EMAModel",
+    "EMAWarning",
+    "HalfLife",
+    "HalfLifeRampup",
+    "InverseGammaWarmup",
+    "MissingExtraError",
+    "ModelError",
+    "ParamsEMAState",
+    "PowerFunction",
+    "RampWarmup",
+    "Schedule",
+    "StateError",
+    "UniformAverage",
+    "compute_optimal_decay",
+    "decay_from_half_life",
+    "describe_ema",
+    "get_params_ema",
+    "half_life_from_decay",
+    "params_ema",
+    "print_ema_info",
+    "scale_decay",
+    "window_from_decay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BACKEND_OF:
+        return getattr(importlib.import_module(_BACKEND_OF[name]), name)
+    raise AttributeError(f"module 'ema' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

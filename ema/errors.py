@@ -1,0 +1,80 @@
+"""What this library raises and warns about.
+
+Every exception is an :class:`EMAError` and also the builtin that Python users expect in its
+place, so that ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CheckpointError",
+    "EMAError",
+    "EMAWarning",
+    "MissingExtraError",
+    "ModelError",
+    "StateError",
+    "difference",
+    "listing",
+]
+
+
+class EMAError(Exception):
+    """Base of everything that this library raises."""
+
+
+class ArgumentError(EMAError, ValueError):
+    """An argument has the right type and a value that no computation is defined for."""
+
+
+class ArgumentTypeError(EMAError, TypeError):
+    """An argument has the wrong type."""
+
+
+class ModelError(EMAError, ValueError):
+    """The model cannot be averaged, or it is not the one that the average belongs to."""
+
+
+class StateError(EMAError, RuntimeError):
+    """The call is not possible now, for instance an update while averages are swapped in."""
+
+
+class CheckpointError(EMAError, ValueError):
+    """A saved state is damaged, of an unknown version, or belongs to another model."""
+
+
+class MissingExtraError(EMAError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class EMAWarning(UserWarning):
+    """Something is probably not what the user wanted; the computation goes on."""
+
+
+def listing(names: Iterable[str], limit: int = 10) -> str:
+    """``a, b, c``, quoted, the first ``limit`` of them and how many more there are."""
+    names = list(names)
+    text = ", ".join(f"`{name}`" for name in names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def difference(
+    missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str] = ()
+) -> str:
+    """All that separates two sets of names, in one sentence; empty where nothing does.
+
+    ``mismatched`` holds whole phrases, such as ``"`w` has shape (4,), the state has (8,)"``.
+    """
+    missing, unexpected, mismatched = list(missing), list(unexpected), list(mismatched)
+    parts = []
+    if missing:
+        parts.append(f"missing: {listing(missing)}")
+    if unexpected:
+        parts.append(f"unexpected: {listing(unexpected)}")
+    if mismatched:
+        more = f" and {len(mismatched) - 10} more" if len(mismatched) > 10 else ""
+        parts.append("; ".join(mismatched[:10]) + more)
+    return "; ".join(parts)

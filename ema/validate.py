@@ -1,0 +1,61 @@
+"""Checks of arguments: each returns the value as a plain Python number or raises.
+
+Messages have the form *name, rule, value*. Conditions are written so that NaN fails them.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from ema.errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["fraction", "integer", "non_negative", "positive", "real"]
+
+
+def real(name: str, value: object) -> float:
+    """A finite real number; a bool is not one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(
+            f"`{name}` must be a real number, got {value!r} ({type(value).__name__})"
+        )
+    number = float(value)
+    if not math.isfinite(number):
+        raise ArgumentError(f"`{name}` must be finite, got {number}")
+    return number
+
+
+def fraction(name: str, value: object) -> float:
+    """A number in [0, 1]."""
+    number = real(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ArgumentError(f"`{name}` must lie in [0, 1], got {number}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """A number above 0."""
+    number = real(name, value)
+    if not number > 0.0:
+        raise ArgumentError(f"`{name}` must be positive, got {number}")
+    return number
+
+
+def non_negative(name: str, value: object) -> float:
+    """A number of at least 0."""
+    number = real(name, value)
+    if not number >= 0.0:
+        raise ArgumentError(f"`{name}` must not be negative, got {number}")
+    return number
+
+
+def integer(name: str, value: object, minimum: int) -> int:
+    """An integer of at least ``minimum``; a bool or a float is not one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ArgumentTypeError(
+            f"`{name}` must be an integer, got {value!r} ({type(value).__name__})"
+        )
+    number = int(value)
+    if number < minimum:
+        raise ArgumentError(f"`{name}` must be at least {minimum}, got {number}")
+    return number
