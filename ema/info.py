@@ -93,11 +93,11 @@ def describe_ema(
         schedule=schedule,
         total_steps=total_steps,
         update_every=update_every,
-        decay=1.0 - last,
+        decay=schedule.decay if isinstance(schedule, ConstantDecay) else 1.0 - last,
         half_life_steps=update_every * _half_life_from_weight(last),
         window_steps=update_every / last if last else math.inf,
         updates=updates,
-        half_lives=-log_share / math.log(2.0),
+        half_lives=abs(log_share) / math.log(2.0),  # abs: no −0.0
         initial_share=math.exp(log_share),
         recommended_decay=compute_optimal_decay(total_steps / update_every),
     )
@@ -137,16 +137,15 @@ def _half_life_from_weight(weight: float) -> float:
 
 def _log_initial_share(schedule: Schedule, updates: int, span: int) -> float:
     """``Σ ln(1 − w_n)`` over the updates of a run."""
-    if isinstance(schedule, ConstantDecay):
-        weight = schedule.weight(1.0)
-        return -math.inf if weight == 1.0 and updates else updates * math.log1p(-weight)
     total = 0.0
     for start in range(1, updates + 1, _CHUNK):
         counts = np.arange(start, min(start + _CHUNK, updates + 1), dtype=np.float64)
         with np.errstate(divide="ignore"):  # a weight of 1 forgets all: ln 0 = −∞
-            weights = np.broadcast_to(schedule.weight(counts, span, np), counts.shape)
-            total += float(np.log1p(-weights).sum())
-        if total < -1e3:  # less than any float64 can hold is left
+            logs = np.log1p(-np.asarray(schedule.weight(counts, span, np)))
+        if logs.ndim == 0:  # the same weight at every count
+            return updates * float(logs)
+        total += float(logs.sum())
+        if math.isinf(total):
             break
     return total
 

@@ -344,7 +344,7 @@ def schedule_from_dict(fields: Mapping[str, Any]) -> Schedule:
     given = {key: value for key, value in fields.items() if key != "schedule"}
     known = {field.name for field in dataclasses.fields(cls)}
     needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    if wrong := sorted((needed - given.keys()) | (given.keys() - known)):
+    if wrong := sorted((needed - given.keys()) | (given.keys() - known), key=str):
         raise ArgumentError(
             f"{name} takes the fields {sorted(known)}, of which {sorted(needed)} are needed:"
             f" wrong or absent: {wrong}"

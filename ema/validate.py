@@ -19,7 +19,10 @@ def real(name: str, value: object) -> float:
         raise ArgumentTypeError(
             f"`{name}` must be a real number, got {value!r} ({type(value).__name__})"
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float64
+        number = math.inf if value > 0 else -math.inf
     if not math.isfinite(number):
         raise ArgumentError(f"`{name}` must be finite, got {number}")
     return number

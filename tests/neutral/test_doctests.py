@@ -1,0 +1,28 @@
+"""The examples in the docstrings of the neutral modules."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = {  # how many examples each has at least, so that a lost one is noticed
+    "ema": 0,
+    "ema.cli": 0,
+    "ema.decay": 6,
+    "ema.errors": 0,
+    "ema.extras": 0,
+    "ema.info": 2,
+    "ema.profiles": 2,
+    "ema.schedules": 0,
+    "ema.selftest": 0,
+    "ema.validate": 0,
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_print_what_they_show(module):
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.failed == 0
+    assert result.attempted >= MODULES[module]

@@ -1,0 +1,53 @@
+"""The exceptions and the sentences that they carry."""
+
+from __future__ import annotations
+
+import pytest
+
+import ema
+from ema import errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (ema.ArgumentError, ValueError),
+        (ema.ArgumentTypeError, TypeError),
+        (ema.ModelError, ValueError),
+        (ema.StateError, RuntimeError),
+        (ema.CheckpointError, ValueError),
+        (ema.MissingExtraError, ImportError),
+    ],
+)
+def test_every_error_is_ours_and_the_builtin_that_users_expect(kind, builtin):
+    assert issubclass(kind, ema.EMAError)
+    assert issubclass(kind, builtin)
+
+
+def test_our_warning_is_a_user_warning():
+    assert issubclass(ema.EMAWarning, UserWarning)
+
+
+def test_a_listing_shows_the_first_names_and_how_many_more_there_are():
+    assert errors.listing([]) == ""
+    assert errors.listing("abc") == "`a`, `b`, `c`"
+    assert errors.listing((f"w{i}" for i in range(13)), limit=2) == "`w0`, `w1` and 11 more"
+    ten = errors.listing(f"w{i}" for i in range(10))
+    assert ten.endswith("`w9`")
+    assert "more" not in ten
+
+
+def test_a_difference_lists_what_is_missing_unexpected_and_mismatched():
+    text = errors.difference(iter(["a"]), iter(["b", "c"]), iter(["`d` has shape (4,), not (8,)"]))
+    assert text == "missing: `a`; unexpected: `b`, `c`; `d` has shape (4,), not (8,)"
+
+
+def test_equal_sets_have_an_empty_difference():
+    assert errors.difference([], []) == ""
+
+
+def test_a_long_difference_is_cut_after_ten_of_each_kind():
+    many = [f"w{i}" for i in range(12)]
+    text = errors.difference(many, many, many)
+    assert text.count("and 2 more") == 3
+    assert "w10" not in text
