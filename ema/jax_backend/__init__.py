@@ -1,1 +1,26 @@
-"""The JAX backend."""
+"""The JAX half: an average of the parameters as one link of an optax chain.
+
+>>> import jax.numpy as jnp
+>>> import optax
+>>> from ema.jax_backend import get_params_ema, params_ema
+>>> tx = optax.chain(optax.sgd(0.5), params_ema(decay=0.9))
+>>> params = {"w": jnp.ones(2)}
+>>> opt_state = tx.init(params)
+>>> updates, opt_state = tx.update({"w": jnp.ones(2)}, opt_state, params)
+>>> params = optax.apply_updates(params, updates)
+>>> get_params_ema(opt_state, params)  # 0.9 * 1.0 + 0.1 * 0.5
+{'w': Array([0.95, 0.95], dtype=float32)}
+"""
+
+from __future__ import annotations
+
+from ema.extras import require
+
+require("jax", "jax")
+require("optax", "jax")
+
+# Below the two lines above, so that a missing package is reported by the extra that brings it.
+from ema.jax_backend.access import get_params_ema  # noqa: E402
+from ema.jax_backend.transform import ParamsEMAState, params_ema  # noqa: E402
+
+__all__ = ["ParamsEMAState", "get_params_ema", "params_ema"]

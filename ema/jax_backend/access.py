@@ -1,0 +1,164 @@
+"""``get_params_ema``: read the average out of any optimizer state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ema.errors import ArgumentError, ModelError, difference, listing
+from ema.jax_backend.selection import named_leaves
+from ema.jax_backend.transform import ParamsEMAState
+
+__all__ = ["get_params_ema"]
+
+
+def get_params_ema(
+    opt_state: optax.OptState, params: optax.Params | None = None, name: str | None = None
+) -> Any:
+    """The averaged parameters of an optimizer state.
+
+    Finds the :class:`~ema.jax_backend.ParamsEMAState` wherever it is: in a chain, in
+    ``optax.masked``, ``MultiSteps``, ``apply_if_finite``, ``partition`` or ``inject_hyperparams``,
+    in a ``TrainState`` or an ``nnx.Optimizer``.
+
+    Args:
+        opt_state: the optimizer's state, or anything that contains it.
+        params: the live parameters; for nnx, ``nnx.state(model, nnx.Param)``. With them the average
+            gets their dtypes, and leaves that are not averaged (integers, masked ones) their
+            values; the averages of several groups (one name, disjoint masks) become one.
+        name: which average, where there are several; the ``name`` given to ``params_ema``.
+
+    Returns:
+        Plain arrays in the structure of the params; for nnx, what ``nnx.update(model, …)`` takes.
+        Without ``params`` in the accumulator's dtype. Where dtypes agree nothing is copied: the
+        arrays are those of ``opt_state`` and go when it is donated.
+
+    Raises:
+        ArgumentError: there is no such average, there are several, or leaves are masked and
+            ``params`` were not given.
+        ModelError: ``params`` are not those of the average.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from ema.jax_backend import params_ema
+        >>> tx = optax.chain(params_ema(0.9, name="short"), params_ema(0.99, name="long"))
+        >>> params = jnp.ones(2, jnp.bfloat16)
+        >>> get_params_ema(tx.init(params), name="long")
+        Array([1., 1.], dtype=float32)
+        >>> get_params_ema(tx.init(params), params, name="long")
+        Array([1, 1], dtype=bfloat16)
+    """
+    averages = [_plain(state.params_ema) for state in _choose(opt_state, name)]
+    if params is not None:
+        return _fill(averages, _plain(params))
+    if len(averages) > 1:
+        raise ArgumentError(
+            f"`params` must be given to put {len(averages)} averages of one name together; to tell"
+            " them apart give each its own: params_ema(..., name=...)"
+        )
+    names, leaves, _ = named_leaves(averages[0])
+    masked = [n for n, leaf in zip(names, leaves, strict=True) if _is_masked(leaf)]
+    if masked:
+        raise ArgumentError(
+            f"`params` must be given to fill what is not averaged: {listing(masked)}"
+        )
+    return averages[0]
+
+
+def _choose(opt_state: optax.OptState, name: str | None) -> list[ParamsEMAState]:
+    """The states that carry the name; without a name all, which must not differ in it."""
+    found = [
+        node
+        for node in jax.tree.leaves(opt_state, is_leaf=lambda n: isinstance(n, ParamsEMAState))
+        if isinstance(node, ParamsEMAState)
+    ]
+    if not found:
+        raise ArgumentError(
+            "`opt_state` must contain the state of params_ema, got"
+            f" {type(opt_state).__name__} without one: optax.chain(..., params_ema(...))"
+        )
+    names = list(dict.fromkeys(_name(state) for state in found))
+    if name is None:
+        if len(names) > 1:
+            raise ArgumentError(
+                f"`name` must choose one of the averages {_names(names)}"
+                + (": give each a name in params_ema" if None in names else "")
+            )
+        return found
+    if name not in names:
+        raise ArgumentError(f"`name` must be one of {_names(names)}, got {name!r}")
+    return [state for state in found if _name(state) == name]
+
+
+def _name(state: ParamsEMAState) -> str | None:
+    return next(iter(state.name), None)
+
+
+def _names(names: Sequence[str | None]) -> str:
+    return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
+
+
+def _plain(tree: Any) -> Any:
+    """The tree with arrays in place of nnx Variables."""
+    nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
+    return tree if nnx is None else nnx.as_pure(tree)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _fill(averages: list[Any], params: Any) -> Any:
+    """The params with each averaged leaf in place of the live one.
+
+    Leaves are matched by path, since a mask may stand for a whole subtree.
+    """
+    averaged: dict[Any, Any] = {}
+    masked: list[set[Any]] = []
+    for average in averages:
+        flat, _ = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_masked)
+        leaves = {_key(path): leaf for path, leaf in flat if not _is_masked(leaf)}
+        if twice := [".".join(key) for key in leaves if key in averaged]:
+            raise ArgumentError(
+                f"`name` must choose one average, {len(averages)} of one name hold"
+                f" {listing(twice)}: give each its own in params_ema"
+            )
+        averaged |= leaves
+        masked.append({_key(path) for path, leaf in flat if _is_masked(leaf)})
+
+    structure: Any
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    live = {_key(path): leaf for path, leaf in flat}
+    unknown = [
+        key
+        for key in live
+        if key not in averaged
+        and not all(any(key[:n] in holes for n in range(len(key) + 1)) for holes in masked)
+    ]
+    mismatched = [
+        f"`{'.'.join(key)}` has shape {jnp.shape(live[key])}, its average has {jnp.shape(average)}"
+        for key, average in averaged.items()
+        if key in live and jnp.shape(live[key]) != jnp.shape(average)
+    ]
+    missing = [".".join(key) for key in averaged if key not in live]
+    unexpected = [".".join(key) for key in unknown]
+    if missing or unexpected or mismatched:
+        raise ModelError(
+            "`params` are not those of the average: " + difference(missing, unexpected, mismatched)
+        )
+    return structure.unflatten(
+        [
+            jnp.asarray(averaged[key]).astype(jnp.result_type(leaf)) if key in averaged else leaf
+            for key, leaf in live.items()
+        ]
+    )
+
+
+def _key(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)

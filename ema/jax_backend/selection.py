@@ -1,0 +1,169 @@
+"""What is averaged of a tree of parameters, and in which dtype.
+
+Every inexact leaf (real or complex floating point) is averaged. In the place of any other (integers,
+bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` does; a
+``MaskedNode`` or ``None`` among the parameters stays what it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from ema.errors import ArgumentError, ModelError, difference
+
+__all__ = [
+    "accumulator_of",
+    "initial_average",
+    "is_hole",
+    "named_leaves",
+    "new_params",
+    "require_match",
+    "widen",
+]
+
+MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float32): 23}
+"""The dtypes with the 8 exponent bits of float32, whose subnormals XLA flushes anyway."""
+
+
+def is_hole(node: Any) -> bool:
+    """Whether there is nothing here: ``None`` or a leaf that somebody masked out."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether the leaf is averaged: real or complex floating point."""
+    return not is_hole(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Names (``layers.0.kernel``), leaves and structure of a tree, holes being leaves."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    return names, [leaf for _, leaf in paths], structure
+
+
+def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
+    """The dtype in which a leaf is averaged: the chosen one, or float32 and wider.
+
+    Raises:
+        ArgumentError: float64 was chosen while JAX is restricted to 32 bits.
+    """
+    dtype = jnp.result_type(leaf)
+    if chosen is None:
+        # NumPy's promotion, for JAX's own raises under strict promotion.
+        return np.promote_types(dtype, np.float32)
+    if jax.dtypes.canonicalize_dtype(chosen) != chosen:
+        raise ArgumentError(
+            f"`accumulator_dtype` must be a dtype that JAX keeps, got {chosen}:"
+            ' call jax.config.update("jax_enable_x64", True) first'
+        )
+    return np.promote_types(chosen, np.complex64) if np.dtype(dtype).kind == "c" else chosen
+
+
+def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
+    """Copies of the inexact leaves in the accumulator's dtype; never an alias of a parameter.
+
+    Abstract leaves (``jax.ShapeDtypeStruct``) give abstract averages.
+
+    Raises:
+        ModelError: there are leaves, and none of them can be averaged.
+    """
+    _, leaves, structure = named_leaves(params)
+    present = [leaf for leaf in leaves if not is_hole(leaf)]
+    # No leaf at all is no mistake: under optax.masked and optax.partition a group may be empty.
+    if present and not any(map(is_inexact, present)):
+        dtypes = sorted({str(jnp.result_type(leaf)) for leaf in present})
+        raise ModelError(
+            "`params` must hold a floating-point leaf to average,"
+            f" got {len(present)} of dtype {', '.join(dtypes)}"
+        )
+    return structure.unflatten([_initial_leaf(leaf, chosen) for leaf in leaves])
+
+
+def _initial_leaf(leaf: Any, chosen: np.dtype[Any] | None) -> Any:
+    if is_hole(leaf):
+        return leaf
+    if not is_inexact(leaf):
+        return optax.MaskedNode()
+    dtype = accumulator_of(leaf, chosen)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            leaf.shape, dtype, sharding=leaf.sharding
+        )
+    # copy=True: astype and asarray alias, and a step that donates both trees then fails.
+    return jnp.array(leaf, dtype=dtype, copy=True)
+
+
+def require_match(average: Any, params: Any, chosen: np.dtype[Any] | None) -> None:
+    """Refuse parameters that are not those that the average was made of.
+
+    Raises:
+        ModelError: lists every leaf that is missing, unexpected, or of another shape or dtype.
+    """
+    theirs, average_leaves, average_structure = named_leaves(average)
+    ours, params_leaves, params_structure = named_leaves(params)
+    if theirs != ours:
+        separates = difference(
+            [name for name in theirs if name not in set(ours)],
+            [name for name in ours if name not in set(theirs)],
+        )
+        raise ModelError(
+            "`params` are not those of the average: "
+            + (separates or "the same leaves in another order")
+        )
+    if average_structure != params_structure:
+        raise ModelError(
+            "`params` are not those of the average: the same leaves in other containers,"
+            f" {params_structure} in place of {average_structure}"
+        )
+    pairs = zip(ours, average_leaves, params_leaves, strict=True)
+    wrong = [text for pair in pairs if (text := _mismatch(*pair, chosen))]
+    if wrong:
+        raise ModelError(f"`params` are not those of the average: {difference([], [], wrong)}")
+
+
+def _mismatch(name: str, average: Any, leaf: Any, chosen: np.dtype[Any] | None) -> str:
+    """What separates a parameter from its average; empty where nothing does."""
+    if is_hole(average) or not is_inexact(leaf):
+        if is_hole(average) and not is_inexact(leaf):
+            return ""
+        kinds = ["nothing" if is_hole(x) else str(jnp.result_type(x)) for x in (leaf, average)]
+        return f"`{name}` is {kinds[0]}, its average is {kinds[1]}"
+    if jnp.shape(average) != jnp.shape(leaf):
+        return f"`{name}` has shape {jnp.shape(leaf)}, its average has {jnp.shape(average)}"
+    expected = accumulator_of(leaf, chosen)
+    if (found := jnp.result_type(average)) != expected:
+        return f"`{name}` is averaged in {expected}, the state has {found}"
+    return ""
+
+
+def new_params(leaf: Any, update: Any) -> Any:
+    """The parameter after the step, in the very expression of ``optax.apply_updates``.
+
+    XLA then computes it once for both. No update (``None``, masked, or the float0 that JAX gives as
+    the gradient of an integer) leaves the parameter as it is.
+    """
+    if is_hole(update) or jnp.result_type(update) == jax.dtypes.float0:
+        return leaf
+    return jnp.asarray(leaf + update).astype(jnp.asarray(leaf).dtype)
+
+
+def widen(leaf: Any, dtype: np.dtype[Any]) -> jax.Array:
+    """The parameter in the accumulator's dtype, exactly as stored: rounded to its own dtype first.
+
+    XLA takes ``float32 → bfloat16 → float32`` for the identity and would average what the optimizer
+    had before rounding (an error of 3e-3); ``reduce_precision`` it has to obey. That flushes
+    subnormals, which are ordinary weights in float16 (below 6e-5) and float8; XLA on the CPU does
+    not elide their conversions, so they go without.
+    """
+    stored = jnp.asarray(leaf).dtype
+    wide = jnp.asarray(leaf).astype(dtype)
+    if stored == dtype or stored not in MANTISSA_BITS:
+        return wide
+    return lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=MANTISSA_BITS[stored])
