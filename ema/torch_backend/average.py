@@ -1,0 +1,165 @@
+"""The averages of a model's tensors, which follow the model as it changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema.errors import ModelError, difference
+from ema.torch_backend.memory import allocate, is_dense
+from ema.torch_backend.selection import Rules, Selection, select
+from ema.torch_backend.update import Update
+from ema.torch_backend.watch import Watch
+
+__all__ = ["Average"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """Averages, the live tensors that they belong to, and what is prepared for the two."""
+
+    averages: dict[str, Tensor]
+    selection: Selection
+    update: Update
+    watch: Watch
+
+
+class Average:
+    """One average for each selected tensor of ``model``, or none yet.
+
+    Args:
+        model: the module; it is looked through again whenever it has changed.
+        rules: what is averaged.
+        dtype: of all averages; None: float32 or wider. A complex tensor has a complex average.
+        device: of all averages; None: that of each tensor.
+
+    Raises:
+        ModelError: there is nothing to average, or something that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Rules,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        self._model = model
+        self._rules = rules
+        self._dtype = dtype
+        self._device = device
+        self._bound: _Bound | None = None
+        self._copied: dict[str, Tensor] | None = None  # averages of a copy that is not bound yet
+        found = select(model, rules)
+        if not (found.averaged or found.pending):
+            raise ModelError(
+                f"the model has nothing to average: of its {len(found.others)} parameters none"
+                " requires grad and is selected"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: values of their own, no views and nothing prepared."""
+        values = self._copied
+        if self._bound is not None:
+            values = {name: average.clone() for name, average in self._bound.averages.items()}
+        return {**self.__dict__, "_bound": None, "_copied": values}
+
+    @property
+    def started(self) -> bool:
+        """Whether there are averages; until then they equal the live tensors."""
+        return self._bound is not None or self._copied is not None
+
+    def start(self) -> None:
+        """Start, or start again, as a copy of the live tensors."""
+        self._bind(select(self._model, self._rules), {})
+
+    def forget(self) -> None:
+        """Hold nothing: the averages equal the live tensors again."""
+        self._bound = self._copied = None
+
+    def follow(self) -> tuple[dict[str, Tensor], Selection]:
+        """Look at the model: averages by canonical name, and its tensors as they are now.
+
+        Before the start the averages are the live tensors themselves.
+
+        Raises:
+            ModelError: the model has changed in a way that the averages cannot follow. Nothing
+                has changed here.
+        """
+        if self._copied is not None:
+            self.assign(self._copied)
+        if self._bound is None:
+            found = select(self._model, self._rules)
+            return {name: live.detach() for name, live in found.averaged.items()}, found
+        if self._bound.watch.changed():
+            found = select(self._model, self._rules, self._bound.averages)
+            self._bind(found, self._bound.averages)
+        return self._bound.averages, self._bound.selection
+
+    def update(self, weight: float) -> None:
+        """Move every average towards its tensor by ``weight``; to be called after ``follow``."""
+        if self._bound is not None:
+            self._bound.update(weight)
+
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Take over ``values``, which fit the model, as the averages; nothing else is averaged.
+
+        A parameter that requires grad and is not among them joins at the next update.
+        """
+        found = select(self._model, self._rules, values)
+        left = {name: live for name, live in found.averaged.items() if name not in values}
+        found = dataclasses.replace(
+            found,
+            averaged={name: live for name, live in found.averaged.items() if name in values},
+            others={**found.others, **left},
+            waiting=[*found.waiting, *left.values()],
+        )
+        old = {} if self._bound is None else self._bound.averages
+        bound = self._bind(found, {name: old[name] for name in old if name in values})
+        for name, average in bound.averages.items():
+            average.copy_(values[name])
+
+    def _bind(self, found: Selection, old: Mapping[str, Tensor]) -> _Bound:
+        """Average what was found, going on from the ``old`` averages; what has none starts live."""
+        live = found.averaged
+        mismatched = [
+            f"`{name}` has shape {tuple(live[name].shape)}, its average {tuple(average.shape)}"
+            for name, average in old.items()
+            if name in live and live[name].shape != average.shape
+        ]
+        if text := difference([name for name in old if name not in live], (), mismatched):
+            raise ModelError(f"the model has changed: {text}")
+        kinds = {name: self._kind(tensor, old.get(name)) for name, tensor in live.items()}
+        renew = {
+            name: tensor
+            for name, tensor in live.items()
+            if name not in old or not _suits(old[name], tensor, kinds[name])
+        }
+        fresh = allocate(renew, kinds)
+        for name, average in fresh.items():
+            average.copy_(old[name] if name in old else live[name].detach())
+        averages = {name: fresh[name] if name in fresh else old[name] for name in live}
+        with torch.inference_mode(mode=False):  # its buffers are used in any mode
+            update = Update(list(averages.values()), list(live.values()))
+        self._bound = _Bound(averages, found, update, Watch(found, self._rules))
+        self._copied = None
+        return self._bound
+
+    def _kind(self, tensor: Tensor, old: Tensor | None) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype for the average of ``tensor``; one that exists never gets narrower."""
+        if self._dtype is None:
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            if old is not None:
+                dtype = torch.promote_types(dtype, old.dtype)
+        else:
+            dtype = self._dtype.to_complex() if tensor.is_complex() else self._dtype
+        return self._device or tensor.device, dtype
+
+
+def _suits(average: Tensor, tensor: Tensor, kind: tuple[torch.device, torch.dtype]) -> bool:
+    same_layout = average.stride() == tensor.stride() or not is_dense(tensor)
+    return (average.device, average.dtype) == kind and same_layout

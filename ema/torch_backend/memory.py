@@ -1,0 +1,73 @@
+"""Tensors as stretches of memory: flat views, dense layouts, allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK", "SMALL", "allocate", "flat", "is_dense", "real"]
+
+CHUNK = 1 << 20
+"""Elements that pass through a buffer at a time: 4 MiB of float32, which stay in cache."""
+
+SMALL = 1 << 12
+"""Tensors of up to this many elements share an allocation and are averaged side by side."""
+
+
+def real(tensor: Tensor) -> Tensor:
+    """``tensor``, or the pairs of reals that a complex one consists of: a view, detached."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory once, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor as a real, one-dimensional view."""
+    tensor = real(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def allocate(
+    tensors: Mapping[str, Tensor], kinds: Mapping[str, tuple[torch.device, torch.dtype]]
+) -> dict[str, Tensor]:
+    """An uninitialized tensor for each of ``tensors``, on the device and of the dtype of its kind.
+
+    It has the shape, and where the original is dense the strides. Small ones of one kind lie side
+    by side in one allocation, in the order given.
+    """
+    pooled: dict[tuple[torch.device, torch.dtype], int] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() <= SMALL:
+            pooled[kinds[name]] = pooled.get(kinds[name], 0) + tensor.numel()
+    # averages outlive the caller's mode, and an inference tensor could never be written again
+    with torch.inference_mode(mode=False):
+        pools = {
+            (device, dtype): torch.empty(size, dtype=dtype, device=device)
+            for (device, dtype), size in pooled.items()
+        }
+        fresh = {}
+        for name, tensor in tensors.items():
+            device, dtype = kinds[name]
+            if tensor.numel() <= SMALL:
+                pool = pools[device, dtype]
+                memory, pools[device, dtype] = pool.tensor_split([tensor.numel()])
+            else:
+                memory = torch.empty(tensor.numel(), dtype=dtype, device=device)
+            fresh[name] = (
+                memory.as_strided(tensor.shape, tensor.stride())
+                if is_dense(tensor)
+                else memory.view(tensor.shape)
+            )
+    return fresh

@@ -1,0 +1,378 @@
+"""``EMAModel``: the average of a model's weights, kept beside the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ema.errors import EMAWarning, ModelError, StateError, difference
+from ema.schedules import Schedule
+from ema.torch_backend.average import Average
+from ema.torch_backend.names import unwrap
+from ema.torch_backend.selection import Rules, Selection, select
+from ema.torch_backend.settings import Settings
+from ema.torch_backend.state import State
+from ema.torch_backend.swap import Swap
+from ema.torch_backend.teacher import call_with
+
+__all__ = ["EMAModel"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@final
+class EMAModel(Generic[ModelT]):
+    """Exponential moving average of the weights of ``model``.
+
+    Every :meth:`update` moves the average towards the parameters by the weight ``w`` of the
+    schedule (``1 − decay``)::
+
+        average + w · (params − average)                 w < 0.5
+        params  − (params − average) · (1 − w)           otherwise
+
+    It starts as a copy of the parameters and has their names, shapes and memory layout, in
+    float32 or wider whatever they are. What does not require grad takes no memory: its average
+    is itself. A parameter that is unfrozen later joins with its value at the next update; what
+    was averaged once stays averaged; tied weights are averaged once.
+
+    Parameters that are replaced, moved or cast are followed; one that was resized or removed is
+    refused at the next update, before anything has changed.
+
+    Args:
+        model: any module, wrapped (DDP, ``torch.compile``) or not; it is never copied.
+        decay: the decay of one update in [0, 1], or a schedule.
+        update_after_step: through this step the average equals the live weights; updates count
+            from there.
+        update_every: steps from one update to the next.
+        dtype: of all averages, ``torch.float32`` or ``torch.float64``; None: float32, and float64
+            for parameters that are.
+        device: of all averages; None: that of each parameter.
+        include: patterns of parameter names (``"encoder.*"``); only these are averaged, and these
+            from the start even where they are frozen.
+        exclude: patterns of parameters that are not averaged.
+        buffers: ``"copy"`` uses the model's own as they are, ``"average"`` averages those of
+            floating point, a mapping from patterns to these two decides by name.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        ArgumentTypeError: an argument has the wrong type.
+        ModelError: there is nothing to average, a pattern matches nothing, or a tensor cannot be
+            averaged (sharded, sparse, sharing a part of its memory with another).
+
+    Sources: Polyak and Juditsky 1992; Ruppert 1988.
+
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> ema_model = EMAModel(model, decay=0.99)
+    >>> for _ in range(3):
+    ...     ema_model.model(torch.ones(1, 2)).sum().backward()
+    ...     optimizer.step()
+    ...     ema_model.update()
+    >>> with ema_model.use_ema():
+    ...     prediction = ema_model.model(torch.ones(1, 2))
+    """
+
+    def __init__(
+        self,
+        model: ModelT,
+        decay: float | Schedule = 0.999,
+        *,
+        update_after_step: int = 0,
+        update_every: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        include: str | Collection[str] | None = None,
+        exclude: str | Collection[str] | None = None,
+        buffers: str | Mapping[str, str] = "copy",
+    ) -> None:
+        settings = Settings.of(
+            decay=decay,
+            update_after_step=update_after_step,
+            update_every=update_every,
+            dtype=dtype,
+            device=device,
+            include=include,
+            exclude=exclude,
+            buffers=buffers,
+        )
+        self._model = model
+        self._settings = settings
+        self._average = Average(model, settings.rules, settings.dtype, settings.device)
+        self._swap: Swap | None = None
+        self.reset()
+
+    def __repr__(self) -> str:
+        return (
+            f"EMAModel({type(unwrap(self._model)).__name__}, {self.schedule},"
+            f" step={self._step}, count={self._count})"
+        )
+
+    @property
+    def model(self) -> ModelT:
+        """The live model."""
+        return self._model
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the decay; a plain number is a ``ConstantDecay``."""
+        return self._settings.schedule
+
+    @property
+    def step(self) -> int:
+        """Calls of :meth:`update` so far."""
+        return self._step
+
+    @property
+    def count(self) -> int:
+        """Updates that were made by them."""
+        return self._count
+
+    def reset(self) -> None:
+        """Start again from the live weights, at step 0.
+
+        Raises:
+            StateError: averages are swapped in.
+        """
+        self._refuse_while_swapped("reset")
+        if self._settings.update_after_step:
+            self._average.forget()
+        else:
+            self._average.start()
+        self._step = self._count = 0
+
+    def update(self) -> None:
+        """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
+
+        Raises:
+            StateError: averages are swapped in.
+            ModelError: an averaged parameter was resized or removed. Nothing has changed.
+        """
+        self._refuse_while_swapped("update")
+        step = self._step + 1
+        since = step - self._settings.update_after_step
+        if since < 0:
+            self._average.forget()
+        elif since == 0:
+            self._average.start()
+        else:
+            self._average.follow()
+        every = self._settings.update_every
+        if since <= 0 or since % every:
+            self._step = step
+            return
+        weight = self.schedule.weight(float(self._count + 1), every)
+        # counted first: Ctrl-C that arrives during the update is raised right after it
+        self._step, self._count = step, self._count + 1
+        self._average.update(weight)
+
+    def averaged_parameters(self) -> dict[str, Tensor]:
+        """Canonical name to average: views, valid until the next update or swap.
+
+        Tied weights appear once. What is not averaged does not appear: its average is the live
+        tensor.
+        """
+        averages, _ = self._look()
+        return dict(averages)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the averaged weights and leave the live ones alone: a teacher.
+
+        No gradient reaches the live parameters, and buffers (the statistics of a BatchNorm) stay
+        as they are. The bare model is called, without DDP and not compiled; for more than a
+        few calls in a row :meth:`use_ema` is cheaper.
+        """
+        averages, found = self._look()
+        return call_with(self._model, found, averages, args, kwargs)
+
+    def apply_ema(self, model: nn.Module | None = None) -> None:
+        """Swap the averaged weights into ``model``, by default the live one; no-op a second time.
+
+        Parameters keep their storage. If anything is raised on the way, Ctrl-C included, the
+        weights are what they were. The model is held until :meth:`restore_original`.
+
+        Args:
+            model: another model with the same names and shapes.
+
+        Raises:
+            ModelError: names or shapes differ; all differences are listed.
+            StateError: these averages are in another model, or another average is in this one.
+        """
+        swap = self._prepare_swap(model)
+        if swap is not None:
+            swap.apply()
+
+    def restore_original(self, model: nn.Module | None = None) -> None:
+        """Put the live weights back into the model that :meth:`apply_ema` was called with.
+
+        Args:
+            model: may be named to make sure that it is this one.
+
+        Raises:
+            StateError: no averages are swapped in, or not into ``model``.
+        """
+        if self._swap is None or not self._swap.active:
+            raise StateError("restore_original needs an apply_ema before it")
+        if model is not None and not self._is_swapped_into(model):
+            raise StateError("the averages are swapped into another model than this one")
+        self._end(self._swap)
+
+    @contextmanager
+    def use_ema(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+        """Averaged weights inside the block, the live ones after it, whatever is raised.
+
+        Inside another block of the same average it does nothing.
+
+        Raises:
+            ModelError: see :meth:`apply_ema`.
+            StateError: likewise.
+        """
+        swap = self._prepare_swap(model)
+        try:
+            if swap is not None:
+                swap.apply()
+            yield self._model if model is None else model
+        finally:
+            try:
+                self._end(swap)
+            finally:
+                self._end(swap)  # Ctrl-C may have come when the first had not yet begun
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averages, and all that is not averaged as it is, into ``model`` for good.
+
+        Args:
+            model: a model with the same names and shapes. If it is the live one, its
+                weights are lost.
+
+        Raises:
+            ModelError: names or shapes differ; all differences are listed. Nothing has changed.
+            StateError: averages are swapped into ``model``.
+        """
+        if self._is_swapped_into(model):
+            raise StateError("copy_to needs a model that no averages are swapped into")
+        averages, found = self._look()
+        values = {**averages, **found.others, **found.buffers}
+        theirs = self._fit(model, values, found)
+        for name, value in values.items():
+            theirs[name].detach().copy_(value.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the averages, the counters and the schedule, see :class:`State`.
+
+        Right also while averages are swapped in. It can be saved with ``torch.save`` and loaded
+        with ``torch.load`` and its defaults.
+        """
+        averages, found = self._look()
+        return State(
+            step=self._step,
+            count=self._count,
+            averages={name: average.detach().clone() for name, average in averages.items()},
+            not_averaged=list(found.others),
+            **self._settings.timing(),
+        ).to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``: averages and counters; the schedule of the constructor stays.
+
+        What is averaged from now on is what the state holds; a parameter that was frozen then
+        and requires grad now joins at the next update.
+
+        Args:
+            state: what :meth:`state_dict` returned; it is not kept.
+
+        Raises:
+            CheckpointError: it is damaged, of another version, or of another model: all that is
+                missing, unexpected or of another shape is listed. Nothing has changed.
+            StateError: averages are swapped in.
+
+        Warns:
+            EMAWarning: it was made with another schedule, ``update_after_step`` or
+                ``update_every``.
+        """
+        self._refuse_while_swapped("load_state_dict")
+        loaded = State.from_dict(state)
+        loaded.check_fits(self._look()[1])
+        ours = self._settings.timing()
+        if other := {key: state[key] for key in ours if state[key] != ours[key]}:
+            warnings.warn(
+                f"the state was made with {other}, from now on it is"
+                f" { {key: ours[key] for key in other} }",
+                EMAWarning,
+                stacklevel=2,
+            )
+        self._average.assign(loaded.averages)
+        self._step, self._count = loaded.step, loaded.count
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, with or without the model."""
+        self._refuse_while_swapped("copying")
+        return {**self.__dict__, "_swap": None}
+
+    def _look(self) -> tuple[dict[str, Tensor], Selection]:
+        """The averages, wherever they are, and the tensors of the live model."""
+        if self._swap is not None and self._swap.active:
+            return self._swap.averages(), self._swap.found
+        return self._average.follow()
+
+    def _refuse_while_swapped(self, call: str) -> None:
+        if self._swap is not None and self._swap.active:
+            raise StateError(f"{call} is not possible while averages are swapped in")
+
+    def _is_swapped_into(self, model: nn.Module) -> bool:
+        swap = self._swap
+        return swap is not None and swap.active and unwrap(swap.model) is unwrap(model)
+
+    def _prepare_swap(self, model: nn.Module | None) -> Swap | None:
+        """A swap of the averages into a model, or None where they are in it already."""
+        target = self._model if model is None else model
+        if self._swap is not None and self._swap.active:
+            if self._is_swapped_into(target):
+                return None
+            raise StateError("these averages are swapped into another model: restore it first")
+        averages, found = self._look()
+        params = found.averaged
+        if unwrap(target) is not unwrap(self._model):
+            params = self._fit(target, averages, found)
+            if not self._average.started:  # these are the live weights, which stay where they are
+                averages = {name: average.clone() for name, average in averages.items()}
+        elif not self._average.started:
+            params = averages = {}
+        self._swap = Swap(target, averages, params, found)
+        return self._swap
+
+    def _end(self, swap: Swap | None) -> None:
+        if swap is not None:
+            swap.restore()
+            if self._swap is swap:
+                self._swap = None
+
+    def _fit(
+        self, model: nn.Module, values: Mapping[str, Tensor], ours: Selection
+    ) -> dict[str, Tensor]:
+        """The tensors of another model that ``values`` can be written to.
+
+        Raises:
+            ModelError: the parameters of the two models or the shapes of these tensors differ.
+        """
+        found = select(model, Rules.of(None, None, "copy"), tracked=values)
+        theirs = {**found.averaged, **found.others, **found.buffers}
+        names = {*values, *ours.averaged, *ours.others}
+        mismatched = [
+            f"`{name}` has shape {tuple(theirs[name].shape)}, here it is {tuple(value.shape)}"
+            for name, value in values.items()
+            if name in theirs and name not in found.pending and theirs[name].shape != value.shape
+        ]
+        parameters = {*found.others, *found.averaged, *(found.ties.keys() - ours.ties.keys())}
+        text = difference(
+            [name for name in names if name not in theirs or name in found.pending],
+            [name for name in parameters if name not in names],
+            mismatched,
+        )
+        if text:
+            raise ModelError(f"the average does not fit this model: {text}")
+        return {name: theirs[name] for name in values}

@@ -1,0 +1,229 @@
+"""Which tensors of a model are averaged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn, strided
+from torch.nn.parameter import is_lazy
+
+from ema.errors import ArgumentError, ArgumentTypeError, ModelError, listing
+from ema.torch_backend.memory import is_dense
+from ema.torch_backend.names import NamedTensors, is_of, named_tensors
+
+__all__ = ["Rules", "Selection", "select"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the user wants averaged; patterns are those of a shell, on canonical names.
+
+    Attributes:
+        include: only these parameters, and these from the start even where they do not require
+            grad. None: every parameter that requires grad.
+        exclude: parameters that are never averaged.
+        buffers: patterns of buffers and ``"copy"`` (the model's own are used as they are) or
+            ``"average"`` (if of floating point); the first match counts, no match copies.
+    """
+
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+    buffers: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, include: object, exclude: object, buffers: object) -> Rules:
+        """Check the arguments that ``EMAModel`` was given."""
+        by_pattern = {"*": buffers} if isinstance(buffers, str) else buffers
+        if not isinstance(by_pattern, Mapping):
+            raise ArgumentTypeError(
+                "`buffers` must be 'copy', 'average' or a mapping from patterns to these,"
+                f" got {buffers!r}"
+            )
+        for pattern, rule in by_pattern.items():
+            if rule not in ("copy", "average"):
+                raise ArgumentError(
+                    f"`buffers` must be 'copy' or 'average', got {rule!r} for {pattern!r}"
+                )
+        return cls(
+            include=None if include is None else _patterns("include", include),
+            exclude=() if exclude is None else _patterns("exclude", exclude),
+            buffers=tuple(by_pattern.items()),
+        )
+
+    @property
+    def average_buffers(self) -> bool:
+        """Whether any buffer may be averaged."""
+        return any(rule == "average" for _, rule in self.buffers)
+
+    def wants(self, names: Collection[str], *, requires_grad: bool) -> bool:
+        """Whether a parameter is averaged; it has several names where it is tied."""
+        if _matches(self.exclude, names):
+            return False
+        return requires_grad if self.include is None else _matches(self.include, names)
+
+    def wants_buffer(self, name: str) -> bool:
+        """Whether a buffer is averaged."""
+        rules = (rule for pattern, rule in self.buffers if fnmatchcase(name, pattern))
+        return next(rules, "copy") == "average"
+
+    def check_used(self, tensors: NamedTensors) -> None:
+        """Refuse a pattern that matches nothing: it would go unnoticed for a whole run."""
+        for argument, patterns, names in (
+            ("include", self.include or (), tensors.parameters),
+            ("exclude", self.exclude, tensors.parameters),
+            (
+                "buffers",
+                (pattern for pattern, _ in self.buffers if pattern != "*"),
+                tensors.buffers,
+            ),
+        ):
+            for pattern in patterns:
+                if not _matches((pattern,), names):
+                    raise ModelError(
+                        f"`{argument}` must match something, got {pattern!r}; the model has"
+                        f" {listing(names) or 'none'}"
+                    )
+
+
+def _patterns(argument: str, value: object) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Collection):
+        raise ArgumentTypeError(f"`{argument}` must be a pattern or several, got {value!r}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ArgumentTypeError(f"`{argument}` must hold strings, got {pattern!r}")
+    return patterns
+
+
+def _matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
+    names = tuple(names)
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The tensors of a model by canonical name, each stretch of memory once.
+
+    Attributes:
+        averaged: live tensors that are averaged.
+        others: parameters that are not: frozen, excluded, of integers, without memory yet.
+        buffers: buffers that are not averaged.
+        ties: further names of any of these, to the first name and the tensor of this name.
+        waiting: those of ``others`` that are averaged as soon as they require grad.
+        pending: names of ``others`` that have no memory yet (lazy modules, the meta device).
+        paths: canonical name to the path in the model as it is wrapped now.
+        modules: every module once.
+    """
+
+    averaged: dict[str, Tensor]
+    others: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    ties: dict[str, tuple[str, Tensor]]
+    waiting: list[Tensor]
+    pending: set[str]
+    paths: dict[str, str]
+    modules: list[nn.Module]
+
+
+def select(model: nn.Module, rules: Rules, tracked: Collection[str] = ()) -> Selection:
+    """Find what ``rules`` average in ``model``, besides what is ``tracked`` already.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module.
+        ModelError: a pattern matches nothing; two tensors have one name or share a part of their
+            memory; one is to be averaged and cannot be (sharded, sparse, repeating its elements).
+    """
+    found = named_tensors(model)
+    rules.check_used(found)
+    selection = Selection(
+        averaged={},
+        others={},
+        buffers={},
+        ties={},
+        waiting=[],
+        pending=set(),
+        paths=found.paths,
+        modules=found.modules,
+    )
+    tensors = {**found.parameters, **found.buffers}
+    for names in _names_by_memory(tensors):
+        first = names[0]
+        selection.ties.update({name: (first, tensors[name]) for name in names[1:]})
+        parameters = [found.parameters[name] for name in names if name in found.parameters]
+        tensor = tensors[first]
+        if is_lazy(tensor) or tensor.is_meta:
+            wanted = False
+            selection.pending.update(names if parameters else ())
+        elif not (tensor.is_floating_point() or tensor.is_complex()):
+            wanted = False
+        elif parameters:
+            requires_grad = any(parameter.requires_grad for parameter in parameters)
+            wanted = rules.wants(names, requires_grad=requires_grad)
+            if not wanted and rules.wants(names, requires_grad=True):
+                selection.waiting.extend(parameters)
+        else:
+            wanted = rules.wants_buffer(first)
+        if wanted or first in tracked:
+            _check_averageable(first, tensor)
+            selection.averaged[first] = tensor
+        else:
+            (selection.others if parameters else selection.buffers)[first] = tensor
+    _check_disjoint(selection)
+    return selection
+
+
+def _names_by_memory(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names that stand for the same memory, in the order of the first of them."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        key: object = id(tensor)
+        if tensor.layout == strided and not is_lazy(tensor) and _address(tensor):
+            shape = () if is_dense(tensor) else (tensor.shape, tensor.stride())
+            key = (_address(tensor), tensor.dtype, tensor.numel(), shape)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its elements begin; 0 where there are none (meta, empty, wrapper subclasses)."""
+    if is_of(tensor, "torch.distributed.tensor", "DTensor") or not tensor.numel():
+        return 0
+    return tensor.data_ptr()
+
+
+def _check_averageable(name: str, tensor: Tensor) -> None:
+    if is_of(tensor, "torch.distributed.tensor", "DTensor") or is_of(
+        tensor, "torch.distributed.fsdp._flat_param", "FlatParameter"
+    ):
+        raise ModelError(f"`{name}` is sharded: sharded models are not supported yet")
+    if tensor.layout != strided:
+        raise ModelError(f"`{name}` has the layout {tensor.layout}, only dense tensors average")
+    if tensor.numel() and not _address(tensor):
+        raise ModelError(
+            f"`{name}` is a {type(tensor).__name__} without memory of its own: exclude it"
+        )
+    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ModelError(f"`{name}` is expanded: its elements share memory, so none can be swapped")
+
+
+def _check_disjoint(selection: Selection) -> None:
+    """Refuse an averaged tensor that shares a part of its memory with another one."""
+    spans = []
+    for kind in (selection.averaged, selection.others, selection.buffers):
+        for name, tensor in kind.items():
+            if tensor.layout == strided and name not in selection.pending and _address(tensor):
+                last = sum(
+                    stride * (size - 1)
+                    for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+                )
+                end = _address(tensor) + (last + 1) * tensor.element_size()
+                spans.append((_address(tensor), end, name, kind is selection.averaged))
+    reach = {True: (0, ""), False: (0, "")}  # how far memory is taken, by averaged ones or not
+    for start, end, name, averaged in sorted(spans):
+        for kind_averaged, (taken, other) in reach.items():
+            if start < taken and (averaged or kind_averaged):
+                raise ModelError(f"`{other}` and `{name}` share a part of their memory")
+        reach[averaged] = max(reach[averaged], (end, name))

@@ -1,0 +1,47 @@
+"""Call a model with other tensors than its own, and leave its own alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ema.torch_backend.names import unwrap
+from ema.torch_backend.selection import Selection
+
+__all__ = ["call_with"]
+
+
+def call_with(
+    model: nn.Module,
+    selection: Selection,
+    averages: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The output of the bare model (no DDP, not compiled) with its averaged tensors replaced.
+
+    Averages are cast to the dtypes of the tensors that they stand for. Everything else is
+    detached, so no gradient reaches the live parameters, and buffers are copies, so that
+    the statistics of a BatchNorm in training mode stay as they are.
+    """
+    tensors = {
+        **{name: average.to(selection.averaged[name]) for name, average in averages.items()},
+        **{name: tensor.detach() for name, tensor in selection.others.items()},
+        **{name: tensor.clone() for name, tensor in selection.buffers.items()},
+    }
+    for name, (first, tied) in selection.ties.items():
+        same = tied.shape == tensors[first].shape and tied.stride() == tensors[first].stride()
+        tensors[name] = (
+            tensors[first] if same else tensors[first].as_strided(tied.shape, tied.stride())
+        )
+    inner = unwrap(model)
+    skip = len(next(path for path in _prefix(model, inner)))
+    by_path = {selection.paths[name][skip:]: tensor for name, tensor in tensors.items()}
+    return functional_call(inner, by_path, args, kwargs)
+
+
+def _prefix(model: nn.Module, inner: nn.Module) -> list[str]:
+    return [f"{path}." if path else "" for path, module in model.named_modules() if module is inner]
