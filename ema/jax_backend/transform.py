@@ -212,7 +212,7 @@ def _schedule(decay: object) -> Schedule:
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ArgumentError(
             f"`decay` must be at least float32, got {dtype}, in which 0.9999 is"
-            f" {float(jnp.asarray(0.9999, dtype))}: optax.inject_hyperparams takes the dtype of the"
+            f" {float(np.asarray(0.9999, dtype))}: optax.inject_hyperparams takes the dtype of the"
             " params for it unless told hyperparam_dtype=jnp.float32"
         )
     if isinstance(decay, jax.core.Tracer):
