@@ -12,7 +12,7 @@ import pickle
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ema
@@ -161,6 +161,7 @@ def test_the_generated_schedules_are_of_every_class():
     assert {cls.__name__ for cls in FIELDS} | {"InverseGammaWarmup"} == set(SCHEDULES)
 
 
+@example(ema.DebiasedDecay(decay=0.059), 1, 1)  # an ulp above 1 unless it is clipped
 @given(any_schedule, st.integers(1, 2**53), st.integers(1, 10**6))
 def test_weights_lie_between_zero_and_one_exactly(schedule, count, span):
     assert 0.0 <= schedule.weight(float(count), span) <= 1.0
@@ -184,7 +185,7 @@ def test_the_repr_is_the_expression_that_builds_it(schedule):
     assert eval(repr(schedule), dict(SCHEDULES)) == schedule
 
 
-@given(st.integers(1, 10**5), st.integers(1, 100), numbers(1, 1e6))
+@given(st.integers(1, 10**5), st.integers(1, 100), numbers(100, 1e6))
 def test_a_half_life_in_steps_does_not_depend_on_update_every(count, span, steps):
     """One update over ``span`` steps forgets as much as ``span`` updates over one."""
     schedule = ema.HalfLife(steps=steps)
@@ -264,7 +265,7 @@ def test_the_base_class_cannot_be_built():
         ({"schedule": ["HalfLife"]}, r"`schedule` must be one of .*got \['HalfLife'\]"),
         ({"schedule": "HalfLife"}, r"HalfLife takes .*wrong or absent: \['steps'\]"),
         ({"schedule": "HalfLife", "steps": 3, "decay": 1}, r"wrong or absent: \['decay'\]"),
-        ({"schedule": "HalfLife", "steps": 3, 3: 1}, r"wrong or absent: \[3\]"),
+        ({"schedule": "HalfLife", 3: 1}, r"wrong or absent: \[3, 'steps'\]"),
         ({"schedule": "UniformAverage", "n": 1}, r"wrong or absent: \['n'\]"),
         ({"schedule": "HalfLife", "steps": math.nan}, "`steps` must be finite, got nan"),
     ],

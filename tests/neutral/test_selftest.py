@@ -1,0 +1,89 @@
+"""``ema selftest``: both backends on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ema
+from ema import selftest
+from ema.schedules import SCHEDULES
+
+
+def test_every_schedule_is_in_the_self_test():
+    assert {type(schedule).__name__ for schedule in selftest._SCHEDULES} == set(SCHEDULES)
+
+
+@pytest.mark.slow
+def test_the_backends_agree_in_every_bit_on_this_machine():
+    result = selftest.run()
+    assert len(result.checks) == 2 * len(SCHEDULES)
+    assert {check.name: check.differing for check in result.checks} == dict.fromkeys(SCHEDULES, 0)
+    assert sum(check.differing for check in result.checks) == 0
+    assert all(check.error < 1e-5 for check in result.checks)
+    assert result.passed
+    assert result.missing == ()
+    assert result.versions["torch"]
+
+
+def test_a_single_flipped_bit_is_counted():
+    params = np.random.default_rng(0).normal(size=(selftest._STEPS + 1, selftest._SIZE))
+    params = params.astype(np.float32)
+    right = {key: selftest._reference(params, *key).astype(np.float32) for key in selftest._keys()}
+    wrong = {key: averages.copy() for key, averages in right.items()}
+    first = next(iter(wrong))
+    wrong[first].view(np.int32)[7, 3] ^= 1
+    checks = list(selftest._compare(params, "float32", [right, wrong]))
+    assert [check.differing for check in checks] == [1] + [0] * 8
+    assert [check.passed for check in checks] == [False] + [True] * 8
+    alone = list(selftest._compare(params, "float32", [right]))
+    assert all(check.differing is None and check.passed for check in alone)
+
+
+@pytest.mark.parametrize("value", [1.5, np.nan, np.inf])
+def test_an_average_that_is_wrong_in_both_backends_fails(value):
+    params = np.ones((selftest._STEPS + 1, selftest._SIZE), np.float32)
+    both = {key: selftest._reference(params, *key).astype(np.float32) for key in selftest._keys()}
+    for averages in both.values():
+        averages[-1, -1] = value
+    checks = list(selftest._compare(params, "float32", [both, both]))
+    assert not any(check.passed for check in checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("jax", "`jax` is not installed: pip install 'ema[jax]'"),
+        ("optax", "`optax` is not installed: pip install 'ema[jax]'"),
+        ("torch", "`torch` is not installed: pip install 'ema[torch]'"),
+    ],
+)
+def test_with_one_backend_missing_the_other_is_checked_against_float64(missing, named):
+    code = (
+        f"import sys; sys.modules['{missing}'] = None\n"
+        "from ema.selftest import run\n"
+        "result = run()\n"
+        "print(result.passed, {check.differing for check in result.checks}, *result.missing)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(ema.__file__).parents[1])},
+    )
+    assert result.stdout == f"True {{None}} {named}\n", result.stderr
+
+
+def test_a_result_is_frozen():
+    for cls in (selftest.Check, selftest.SelfTest):
+        assert cls.__dataclass_params__.frozen
+        assert all(field.kw_only for field in dataclasses.fields(cls))
