@@ -233,14 +233,14 @@ class EMAModel(Generic[ModelT]):
         """
         swap = self._prepare_swap(model)
         try:
-            if swap is not None:
-                swap.apply()
-            yield self._model if model is None else model
-        finally:
             try:
-                self._end(swap)
+                if swap is not None:
+                    swap.apply()
+                yield self._model if model is None else model
             finally:
-                self._end(swap)  # Ctrl-C may have come when the first had not yet begun
+                self._end(swap)
+        finally:
+            self._end(swap)  # no-op, unless Ctrl-C came when the one above had not yet begun
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages, and all that is not averaged as it is, into ``model`` for good.

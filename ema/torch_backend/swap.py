@@ -109,15 +109,16 @@ class Swap:
                     tensor.copy_(view)
 
     def _way_back(self) -> list[Step]:
-        """Finish the part that was begun, then undo each part that is done."""
+        """Finish the part that was begun, first of all, and undo every part."""
         done = 0 if self._into is None else self._into.done
-        steps: list[Step] = []
+        begun: list[list[Step]] = []
         for into, back in self._parts:
             if done <= 0:
                 break
-            steps += [*into[done:], *back]
+            begun.append([*into[done:], *back])
             done -= len(into)
-        return steps
+        # the latest first: the buffer still holds what that part has put there
+        return list(chain.from_iterable(reversed(begun)))
 
     def _prepare(self) -> list[tuple[list[Step], list[Step]]]:
         """Steps into the model and back, a part for each chunk."""

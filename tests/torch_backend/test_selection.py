@@ -1,0 +1,236 @@
+"""What is averaged, and under which names."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import weight_norm
+
+from ema import ArgumentError, ArgumentTypeError, ModelError
+from ema.torch_backend import EMAModel
+
+
+def names(ema_model):
+    return set(ema_model.averaged_parameters())
+
+
+def test_what_requires_grad_is_averaged(model):
+    """Frozen parameters, integers and buffers are not."""
+    model.first.weight.requires_grad_(requires_grad=False)
+    assert names(EMAModel(model)) == {
+        "first.bias",
+        "norm.weight",
+        "norm.bias",
+        "second.weight",
+        "second.bias",
+    }
+
+
+def test_include_tracks_only_these_from_the_start_even_if_frozen(model):
+    model.first.requires_grad_(requires_grad=False)
+    assert names(EMAModel(model, include="first.*")) == {"first.weight", "first.bias"}
+    assert names(EMAModel(model, include=["*.weight"], exclude=["norm.*"])) == {
+        "first.weight",
+        "second.weight",
+    }
+
+
+def test_exclude_leaves_out(model):
+    assert "norm.weight" not in names(EMAModel(model, exclude="norm.*"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"include": "frist.*"}, {"exclude": ["typo"]}, {"buffers": {"typo": "average"}}]
+)
+def test_a_pattern_that_matches_nothing_is_refused(model, options):
+    with pytest.raises(ModelError, match=r"must match something, got '(frist|typo)"):
+        EMAModel(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"include": 3}, ArgumentTypeError),
+        ({"exclude": [3]}, ArgumentTypeError),
+        ({"buffers": "avg"}, ArgumentError),
+        ({"buffers": {"norm.*": "mean"}}, ArgumentError),
+        ({"buffers": None}, ArgumentTypeError),
+        ({"include": (name for name in ["first.*"])}, ArgumentTypeError),
+    ],
+)
+def test_rules_of_the_wrong_kind_are_refused(model, options, error):
+    with pytest.raises(error, match=f"`{next(iter(options))}` must"):
+        EMAModel(model, **options)
+
+
+def test_buffers_are_averaged_on_request(model, step):
+    """"average" takes the float ones, a mapping decides by name, integers never."""
+    every = EMAModel(model, 0.5, buffers="average")
+    some = EMAModel(model, 0.5, buffers={"*.running_mean": "average"})
+    mean = model.norm.running_mean.clone()
+    model(torch.randn(16, 4))
+    every.update()
+    assert names(every) - names(some) == {"norm.running_var"}
+    averaged = every.averaged_parameters()["norm.running_mean"].clone()
+    torch.testing.assert_close(averaged, 0.5 * (mean + model.norm.running_mean))
+    with every.use_ema():
+        assert torch.equal(model.norm.running_mean, averaged)
+
+
+def test_copied_buffers_are_the_models_own(model):
+    """With the default rule a swap leaves BatchNorm statistics alone."""
+    ema_model = EMAModel(model)
+    model(torch.randn(16, 4))
+    before = model.norm.running_mean.clone()
+    ema_model.update()
+    with ema_model.use_ema():
+        assert torch.equal(model.norm.running_mean, before)
+
+
+def test_the_same_parameter_under_two_names_is_averaged_once(step):
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    ema_model = EMAModel(model, 0.5)
+    assert names(ema_model) == {"a.weight", "a.bias", "b.bias"}
+    step(model)
+    ema_model.update()
+    live = model["a"].weight.detach().clone()
+    with ema_model.use_ema():
+        assert model["b"].weight is model["a"].weight
+        assert not torch.equal(model["b"].weight, live)
+    assert torch.equal(model["b"].weight, live)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_two_parameters_on_one_storage_are_averaged_once(step, transposed):
+    """Swapped twice they would come back wrong."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    shared = model["a"].weight.data
+    model["b"].weight = nn.Parameter(shared.t() if transposed else shared)
+    ema_model = EMAModel(model, 0.5)
+    before = shared.clone()
+    with torch.no_grad():
+        shared.add_(1)
+    ema_model.update()
+    assert names(ema_model) == {"a.weight"}
+    live = shared.clone()
+    with ema_model.use_ema():
+        expected = before.lerp(live, 0.5)
+        assert torch.equal(model["a"].weight, expected)
+        assert torch.equal(model["b"].weight, expected.t() if transposed else expected)
+    assert torch.equal(model["a"].weight, live)
+
+
+def test_memory_that_overlaps_in_part_is_refused():
+    base = torch.randn(10)
+    model = nn.ParameterDict({"head": nn.Parameter(base[:6]), "tail": nn.Parameter(base[4:])})
+    with pytest.raises(ModelError, match="`head` and `tail` share a part of their memory"):
+        EMAModel(model)
+
+
+def test_neighbors_in_one_storage_are_fine(step):
+    """Views that do not overlap, as flattened RNN weights are, are averaged and swapped."""
+    base = torch.randn(10)
+    model = nn.ParameterDict({"head": nn.Parameter(base[:6]), "tail": nn.Parameter(base[6:])})
+    ema_model = EMAModel(model, 0.5)
+    step(model)
+    ema_model.update()
+    live = base.clone()
+    with ema_model.use_ema():
+        assert not torch.equal(base, live)
+    assert torch.equal(base, live)
+
+
+def test_expanded_and_sparse_parameters_are_refused():
+    expanded = nn.ParameterList([nn.Parameter(torch.randn(1).expand(4))])
+    with pytest.raises(ModelError, match="expanded"):
+        EMAModel(expanded)
+    sparse = nn.ParameterList([nn.Parameter(torch.eye(3).to_sparse())])
+    with pytest.raises(ModelError, match="layout"):
+        EMAModel(sparse)
+
+
+def test_nothing_to_average_is_refused(model):
+    model.requires_grad_(requires_grad=False)
+    with pytest.raises(ModelError, match="nothing to average"):
+        EMAModel(model)
+    with pytest.raises(ModelError, match="nothing to average"):
+        EMAModel(nn.Identity())
+
+
+def test_no_module_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"`model` must be a torch.nn.Module, got dict"):
+        EMAModel({})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        nn.DataParallel,
+        lambda m: torch.compile(nn.DataParallel(m)),
+        lambda m: nn.ModuleDict({"first": m})["first"],
+    ],
+    ids=["compile", "DataParallel", "both", "bare"],
+)
+def test_wrapping_does_not_change_the_names(model, wrap, step):
+    """A state of the bare model fits the wrapped one and the other way round."""
+    bare = EMAModel(model, 0.5)
+    wrapped = EMAModel(wrap(model), 0.5)
+    assert names(wrapped) == names(bare)
+    step(model)
+    bare.update()
+    wrapped.load_state_dict(bare.state_dict())
+    bare.load_state_dict(wrapped.state_dict())
+
+
+def test_checkpoint_wrappers_inside_do_not_change_the_names(model):
+    plain = names(EMAModel(model))
+    model.first = checkpoint_wrapper(model.first)
+    assert names(EMAModel(model)) == plain
+
+
+def test_a_submodule_called_module_keeps_its_name():
+    """Wrappers are known by type, not by the name of their child."""
+    model = nn.ModuleDict({"module": nn.ModuleDict({"_orig_mod": nn.Linear(2, 2)})})
+    assert names(EMAModel(model)) == {"module._orig_mod.weight", "module._orig_mod.bias"}
+
+
+def test_names_that_collide_without_prefixes_are_refused(model):
+    wrapped = nn.DataParallel(model)
+    wrapped.register_parameter("first", None)
+    wrapped.add_module("norm", nn.BatchNorm1d(8))
+    with pytest.raises(ModelError, match=r"`norm.weight`"):
+        EMAModel(wrapped)
+
+
+def test_models_that_cannot_be_copied_are_averaged(step):
+    """weight_norm and a module that refuses deepcopy: nothing of the model is copied."""
+
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies")
+
+    model = nn.Sequential(Stubborn(3, 3), weight_norm(nn.Linear(3, 3)))
+    ema_model = EMAModel(model, 0.5)
+    step(model)
+    ema_model.update()
+    with ema_model.use_ema():
+        model(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_lazy_modules_join_when_they_are_built(step, after):
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    ema_model = EMAModel(model, 0.5, update_after_step=after)
+    ema_model.update()
+    assert names(ema_model) == {"1.weight", "1.bias"}
+    model(torch.randn(2, 5))
+    ema_model.update()
+    assert names(ema_model) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    before = ema_model.averaged_parameters()["0.weight"].clone()
+    assert torch.equal(before, model[0].weight)
+    step(model)
+    ema_model.update()
+    expected = before.lerp(model[0].weight.detach(), 0.5)
+    assert torch.equal(ema_model.averaged_parameters()["0.weight"], expected)

@@ -1,0 +1,329 @@
+"""Averages in and live weights back: in place, and whole whatever is raised."""
+
+import os
+import signal
+import sys
+import threading
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ema import ModelError, StateError
+from ema.torch_backend import EMAModel
+from ema.torch_backend import steps as steps_module
+from ema.torch_backend import swap as swap_module
+from ema.torch_backend.memory import CHUNK
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["same-dtype", "other-dtype"])
+def trained(request, model, step):
+    """A model whose average is elsewhere, and its EMAModel."""
+    model.to(request.param)
+    ema_model = EMAModel(model, 0.9)
+    for _ in range(3):
+        step(model)
+        ema_model.update()
+    return model, ema_model
+
+
+def snapshot(ema_model):
+    """Live weights and averages."""
+    live = {n: p.detach().clone() for n, p in ema_model.model.named_parameters()}
+    return live, {n: a.clone() for n, a in ema_model.averaged_parameters().items()}
+
+
+def assert_whole(ema_model, before):
+    live, averages = snapshot(ema_model)
+    assert all(torch.equal(live[name], before[0][name]) for name in before[0])
+    assert all(torch.equal(averages[name], before[1][name]) for name in before[1])
+
+
+def test_averages_inside_the_block_and_live_weights_after_it(trained):
+    model, ema_model = trained
+    before = snapshot(ema_model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    with ema_model.use_ema() as averaged:
+        assert averaged is model
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[1][name].to(parameter.dtype))
+        assert pointers == [p.data_ptr() for p in model.parameters()]
+        inside = ema_model.averaged_parameters()
+        assert all(torch.equal(inside[name], before[1][name]) for name in inside)
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+    assert_whole(ema_model, before)
+
+
+def test_nested_blocks_of_one_average_swap_once(trained):
+    model, ema_model = trained
+    before = snapshot(ema_model)
+    with ema_model.use_ema():
+        with ema_model.use_ema():
+            pass
+        ema_model.apply_ema()
+        assert torch.equal(model.first.weight, before[1]["first.weight"].to(model.first.weight))
+    assert_whole(ema_model, before)
+
+
+def test_apply_and_restore(trained):
+    model, ema_model = trained
+    before = snapshot(ema_model)
+    for _ in range(2):
+        ema_model.apply_ema()
+        ema_model.apply_ema(model)
+        with ema_model.use_ema():
+            pass
+        assert torch.equal(model.first.bias, before[1]["first.bias"].to(model.first.bias))
+        ema_model.restore_original(model)
+        assert_whole(ema_model, before)
+    with pytest.raises(StateError, match="needs an apply_ema"):
+        ema_model.restore_original()
+
+
+def test_what_is_refused_while_averages_are_in(trained):
+    """Nothing that would mix the two up is possible, and nothing is changed by trying."""
+    model, ema_model = trained
+    before = snapshot(ema_model)
+    state = ema_model.state_dict()
+    with ema_model.use_ema():
+        for call in (
+            ema_model.update,
+            ema_model.reset,
+            lambda: ema_model.load_state_dict(state),
+            lambda: ema_model.copy_to(model),
+            lambda: ema_model.restore_original(nn.Linear(1, 1)),
+            ema_model.__getstate__,
+        ):
+            with pytest.raises(StateError, match=r"swapped"):
+                call()
+    assert (ema_model.step, ema_model.count) == (3, 3)
+    assert_whole(ema_model, before)
+
+
+def test_another_average_of_the_same_model_is_refused(trained):
+    model, ema_model = trained
+    other = EMAModel(model.first, 0.5)
+    before = snapshot(ema_model)
+    with (
+        ema_model.use_ema(),
+        pytest.raises(StateError, match="another average is swapped into `weight`"),
+        other.use_ema(),
+    ):
+        pass
+    assert_whole(ema_model, before)
+    with other.use_ema():
+        pass
+
+
+def test_another_model_with_the_same_names(trained, another, values):
+    """The averages go into another model and come back from it; ours is not touched."""
+    model, ema_model = trained
+    before = snapshot(ema_model)
+    target = another()
+    theirs = values(target)
+    with ema_model.use_ema(target):
+        assert torch.equal(target.first.weight, before[1]["first.weight"])
+        assert all(torch.equal(a, before[1][n]) for n, a in ema_model.averaged_parameters().items())
+        with pytest.raises(StateError, match="another model"):
+            ema_model.apply_ema()
+    assert all(torch.equal(p, theirs[n]) for n, p in target.named_parameters())
+    assert_whole(ema_model, before)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_all_differences(trained):
+    _, ema_model = trained
+    before = snapshot(ema_model)
+    target = nn.ModuleDict({"first": nn.Linear(4, 9), "norm": nn.BatchNorm1d(8), "x": nn.ReLU()})
+    target["third"] = nn.Linear(1, 1)
+    for call in (ema_model.apply_ema, ema_model.copy_to):
+        with pytest.raises(ModelError) as error:
+            call(target)
+        for part in (
+            "missing: `second.",
+            "unexpected: `third.",
+            "`first.weight` has shape (9, 4), here it is (8, 4)",
+        ):
+            assert part in str(error.value)
+    assert_whole(ema_model, before)
+
+
+def test_copy_to_writes_a_whole_averaged_model(trained, another):
+    """Averages, frozen parameters and buffers arrive; the live model keeps its own."""
+    model, ema_model = trained
+    model.norm.running_mean.fill_(3)
+    before = snapshot(ema_model)
+    target = another()
+    ema_model.copy_to(target)
+    assert torch.equal(target.first.weight, before[1]["first.weight"])
+    assert torch.equal(target.norm.running_mean, model.norm.running_mean.float())
+    assert_whole(ema_model, before)
+    ema_model.copy_to(model)
+    assert torch.equal(model.first.weight, before[1]["first.weight"].to(model.first.weight))
+
+
+def test_before_the_start_a_swap_changes_nothing(model, another, step):
+    ema_model = EMAModel(model, update_after_step=9)
+    step(model)
+    ema_model.update()
+    before = snapshot(ema_model)
+    target = another()
+    with ema_model.use_ema():
+        assert torch.equal(model.first.weight, before[0]["first.weight"])
+    with ema_model.use_ema(target):
+        assert torch.equal(target.first.weight, before[0]["first.weight"])
+    assert_whole(ema_model, before)
+
+
+def test_an_exception_in_the_block_restores_and_goes_on(trained):
+    _, ema_model = trained
+    before = snapshot(ema_model)
+    with pytest.raises(ZeroDivisionError), ema_model.use_ema():
+        1 / 0  # noqa: B018
+    assert_whole(ema_model, before)
+    ema_model.update()
+
+
+class Failing(TorchDispatchMode):
+    """Raises at the n-th copy, before or after it was made."""
+
+    def __init__(self, at, *, late):
+        super().__init__()
+        self.left, self.late = at, late
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.left -= 1
+        fails = self.left == 0 and func is torch.ops.aten.copy_.default
+        if fails and not self.late:
+            raise MemoryError
+        result = func(*args, **(kwargs or {}))
+        if fails:
+            raise MemoryError
+        return result
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failing_copy_anywhere_leaves_the_live_weights(trained, late):
+    """Each copy of a swap fails once, on the way in and on the way back."""
+    _, ema_model = trained
+    before = snapshot(ema_model)
+    failed = 0
+    for at in range(1, 1000):
+        try:
+            with Failing(at, late=late), ema_model.use_ema():
+                pass
+        except MemoryError:
+            failed += 1
+            assert_whole(ema_model, before)
+        else:
+            break
+    assert failed >= 18  # six tensors, three copies or more for each
+    assert_whole(ema_model, before)
+
+
+def interrupt_at(number, call):
+    """Raise KeyboardInterrupt at the n-th bytecode in the swap's own code; False: it ended before."""
+    files = {swap_module.__file__, steps_module.__file__, sys.modules[EMAModel.__module__].__file__}
+    left = number
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_every_bytecode_of_a_swap_leaves_the_live_weights(trained):
+    """Exhaustively: an interrupt at each bytecode of entering and leaving the block."""
+    _, ema_model = trained
+    before = snapshot(ema_model)
+
+    def swap():
+        with ema_model.use_ema():
+            pass
+
+    number = 0
+    interrupted = True
+    while interrupted:
+        number += 1
+        interrupted = interrupt_at(number, swap)
+        assert not (ema_model._swap is not None and ema_model._swap.active)
+        assert_whole(ema_model, before)
+    assert number > 500
+    with ema_model.use_ema():
+        pass
+
+
+@pytest.mark.slow
+def test_real_ctrl_c_at_random_moments_leaves_the_live_weights():
+    """SIGINT from another thread, again and again, while a larger model is swapped."""
+    model = nn.ParameterList([nn.Parameter(torch.randn(3 * CHUNK + 5)) for _ in range(4)])
+    ema_model = EMAModel(model, 0.5)
+    with torch.no_grad():
+        for parameter in model:
+            parameter.add_(1)
+    ema_model.update()
+    before = snapshot(ema_model)
+    interrupted = 0
+    for number in range(40):
+        timer = threading.Timer(0.001 * (number % 10), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            while True:
+                with ema_model.use_ema():
+                    pass
+        except KeyboardInterrupt:
+            interrupted += 1
+        timer.join()
+        assert_whole(ema_model, before)
+    assert interrupted == 40
+
+
+@pytest.mark.slow
+def test_a_swap_needs_one_chunk_of_memory():
+    """Where dtypes agree no third copy is made: the process grows by a few MiB."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(64 * CHUNK))])
+    ema_model = EMAModel(model)
+    with ema_model.use_ema():
+        pass
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with ema_model.use_ema():
+        grown = process.memory_info().rss - before
+    assert grown < 16 * 2**20
+
+
+def test_parameters_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    ema_model = EMAModel(model)
+    with pytest.raises(StateError, match="inference mode"), ema_model.use_ema():
+        pass
+
+
+def test_backward_through_weights_that_a_swap_has_touched_is_loud(model, step):
+    """A graph that was built before a swap cannot be used by mistake after it."""
+    ema_model = EMAModel(model, 0.5)
+    loss = model(torch.randn(8, 4)).sum()
+    with ema_model.use_ema():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
