@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -81,10 +81,13 @@ class Average:
         """Hold nothing: the averages equal the live tensors again."""
         self._bound = self._copied = None
 
-    def follow(self) -> tuple[dict[str, Tensor], Selection]:
+    def follow(self, *, join: bool = False) -> tuple[dict[str, Tensor], Selection]:
         """Look at the model: averages by canonical name, and its tensors as they are now.
 
         Before the start the averages are the live tensors themselves.
+
+        Args:
+            join: whether to start an average of what requires grad by now and has none.
 
         Raises:
             ModelError: the model has changed in a way that the averages cannot follow. Nothing
@@ -97,11 +100,13 @@ class Average:
             return {name: live.detach() for name, live in found.averaged.items()}, found
         if self._bound.watch.changed():
             found = select(self._model, self._rules, self._bound.averages)
+            if not join:
+                found = _only(self._bound.averages, found)
             self._bind(found, self._bound.averages)
         return self._bound.averages, self._bound.selection
 
     def update(self, weight: float) -> None:
-        """Move every average towards its tensor by ``weight``; to be called after ``follow``."""
+        """Move every average towards its tensor by ``weight``; to be called after ``follow(join=True)``."""
         if self._bound is not None:
             self._bound.update(weight)
 
@@ -110,14 +115,7 @@ class Average:
 
         A parameter that requires grad and is not among them joins at the next update.
         """
-        found = select(self._model, self._rules, values)
-        left = {name: live for name, live in found.averaged.items() if name not in values}
-        found = dataclasses.replace(
-            found,
-            averaged={name: live for name, live in found.averaged.items() if name in values},
-            others={**found.others, **left},
-            waiting=[*found.waiting, *left.values()],
-        )
+        found = _only(values, select(self._model, self._rules, values))
         old = {} if self._bound is None else self._bound.averages
         bound = self._bind(found, {name: old[name] for name in old if name in values})
         for name, average in bound.averages.items():
@@ -158,6 +156,17 @@ class Average:
         else:
             dtype = self._dtype.to_complex() if tensor.is_complex() else self._dtype
         return self._device or tensor.device, dtype
+
+
+def _only(names: Container[str], found: Selection) -> Selection:
+    """What was found with these names averaged; the others wait for the next update."""
+    later = {name: live for name, live in found.averaged.items() if name not in names}
+    return dataclasses.replace(
+        found,
+        averaged={name: live for name, live in found.averaged.items() if name in names},
+        others={**found.others, **later},
+        waiting=[*found.waiting, *later.values()],
+    )
 
 
 def _suits(average: Tensor, tensor: Tensor, kind: tuple[torch.device, torch.dtype]) -> bool:

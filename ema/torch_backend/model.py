@@ -160,7 +160,7 @@ class EMAModel(Generic[ModelT]):
         elif since == 0:
             self._average.start()
         else:
-            self._average.follow()
+            self._average.follow(join=True)
         every = self._settings.update_every
         if since <= 0 or since % every:
             self._step = step

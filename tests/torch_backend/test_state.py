@@ -1,0 +1,233 @@
+"""The state: whole, plain, validated before anything is assigned."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ema
+from ema import CheckpointError, EMAWarning
+from ema.torch_backend import EMAModel
+
+
+def run(model, ema_model, step, steps):
+    for _ in range(steps):
+        step(model)
+        ema_model.update()
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file)  # weights_only=True is its default
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": 0.9},
+        {"decay": 0.9, "update_every": 3},
+        {"decay": ema.DebiasedDecay(decay=0.9), "update_after_step": 5},
+        {"decay": ema.PowerFunction(gamma=3), "update_after_step": 2, "update_every": 2},
+        {"decay": 0.5, "buffers": "average", "dtype": torch.float64},
+    ],
+)
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_resumed_equals_uninterrupted(model, another, step, assert_same, options, at):
+    """Saved and loaded at any step, the run ends with the same bits."""
+    ema_model = EMAModel(model, **options)
+    run(model, ema_model, step, at)
+    state = through_a_file(ema_model.state_dict())
+    resumed_model = another()
+    resumed_model.load_state_dict(model.state_dict())
+    resumed = EMAModel(resumed_model, **options)
+    resumed.load_state_dict(state)
+    assert_same(resumed.averaged_parameters(), ema_model.averaged_parameters())
+    for which, average in ((model, ema_model), (resumed_model, resumed)):
+        torch.manual_seed(1)
+        run(which, average, step, 10)
+    assert (resumed.step, resumed.count) == (ema_model.step, ema_model.count)
+    assert_same(resumed.averaged_parameters(), ema_model.averaged_parameters())
+
+
+def test_a_state_is_plain_and_its_tensors_are_copies(model, step):
+    ema_model = EMAModel(model, ema.HalfLife(steps=10))
+    run(model, ema_model, step, 2)
+    state = ema_model.state_dict()
+    before = copy.deepcopy(state["averages"])
+    run(model, ema_model, step, 2)
+    with ema_model.use_ema():
+        assert all(torch.equal(state["averages"][name], before[name]) for name in before)
+    assert state["schedule"] == {"schedule": "HalfLife", "steps": 10.0}
+    assert (state["format_version"], state["step"], state["count"]) == (1, 2, 2)
+
+
+def test_a_state_taken_during_a_swap_holds_the_averages(model, step, assert_same):
+    ema_model = EMAModel(model, 0.9)
+    run(model, ema_model, step, 3)
+    before = ema_model.state_dict()["averages"]
+    with ema_model.use_ema():
+        inside = ema_model.state_dict()["averages"]
+    assert_same(inside, before)
+
+
+def test_a_loaded_state_before_the_start_is_read_until_the_next_step(model, another, step):
+    """The average of step 2 of 5 in a new process is what it was, not that process's weights."""
+    ema_model = EMAModel(model, update_after_step=5)
+    run(model, ema_model, step, 2)
+    fresh = another()
+    loaded = EMAModel(fresh, update_after_step=5)
+    loaded.load_state_dict(ema_model.state_dict())
+    with loaded.use_ema():
+        assert torch.equal(fresh.first.weight, model.first.weight)
+    loaded.update()
+    assert torch.equal(loaded.averaged_parameters()["first.weight"], fresh.first.weight)
+
+
+def test_a_state_of_another_model_is_refused_with_all_differences(model, step):
+    """Missing, unexpected and misshapen tensors stand in one message, and nothing has changed."""
+    other = nn.ModuleDict(
+        {
+            "first": nn.Linear(4, 9),
+            "norm": nn.BatchNorm1d(8),
+            "extra": nn.Linear(2, 2, dtype=torch.complex64),
+        }
+    )
+    state = EMAModel(other, 0.9).state_dict()
+    ema_model = EMAModel(model, 0.9)
+    run(model, ema_model, step, 2)
+    before = ema_model.state_dict()
+    with pytest.raises(CheckpointError) as error:
+        ema_model.load_state_dict(state)
+    for part in (
+        "missing: `second.weight`, `second.bias`",
+        "unexpected: `extra.weight`, `extra.bias`",
+        "`first.weight` has shape (8, 4), the state has (9, 4)",
+    ):
+        assert part in str(error.value)
+    after = ema_model.state_dict()
+    assert (after["step"], after["count"]) == (2, 2)
+    assert all(torch.equal(after["averages"][n], before["averages"][n]) for n in after["averages"])
+
+
+def damage(**changes):
+    return lambda state: {**state, **changes}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: [state], "a state is a dict, got list"),
+        (lambda state: state["averages"], "no state of an EMAModel: missing: `format_version`"),
+        (lambda state: {k: v for k, v in state.items() if k != "count"}, "missing: `count`"),
+        (damage(format_version=2), "`format_version` must be 1, got 2"),
+        (damage(step=-1), "`step` must be an integer >= 0, got -1"),
+        (damage(step=True), "`step` must be an integer >= 0, got True"),
+        (damage(count=99), "`count` must not exceed `step`"),
+        (damage(update_every=0), "`update_every` must be an integer >= 1, got 0"),
+        (damage(averages=[1]), "`averages` must be a mapping"),
+        (damage(not_averaged="all"), "`not_averaged` must be a list"),
+        (damage(schedule=None), "`schedule` must be a mapping"),
+        (
+            lambda s: {**s, "averages": {**s["averages"], "first.bias": 3.0}},
+            r"`averages\['first.bias'\]` must be a tensor",
+        ),
+        (
+            lambda s: {**s, "averages": {**s["averages"], "first.bias": torch.ones(8).int()}},
+            "`first.bias` has dtype torch.float32, the state has torch.int32",
+        ),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(model, step, spoil, message):
+    ema_model = EMAModel(model, 0.9)
+    run(model, ema_model, step, 2)
+    before = {name: a.clone() for name, a in ema_model.averaged_parameters().items()}
+    with pytest.raises(CheckpointError, match=message):
+        ema_model.load_state_dict(spoil(ema_model.state_dict()))
+    assert ema_model.step == 2
+    after = ema_model.averaged_parameters()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_other_settings_warn_and_the_constructor_wins(model, another, step):
+    ema_model = EMAModel(model, 0.9, update_every=2)
+    run(model, ema_model, step, 4)
+    other = EMAModel(another(), 0.99, update_every=2)
+    with pytest.warns(EMAWarning, match=r"0\.9.*0\.99"):
+        other.load_state_dict(ema_model.state_dict())
+    assert other.schedule == ema.ConstantDecay(decay=0.99)
+    same = EMAModel(another(), 0.9, update_every=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.load_state_dict(ema_model.state_dict())
+
+
+def test_what_was_frozen_when_it_was_saved_is_not_missing(model, another, step):
+    """A new process does not know what was frozen: the state does."""
+    model.first.requires_grad_(requires_grad=False)
+    ema_model = EMAModel(model, 0.5)
+    run(model, ema_model, step, 2)
+    fresh = another()
+    fresh.load_state_dict(model.state_dict())
+    loaded = EMAModel(fresh, 0.5)
+    loaded.load_state_dict(ema_model.state_dict())
+    assert loaded.averaged_parameters().keys() == ema_model.averaged_parameters().keys()
+    with loaded.use_ema():
+        assert torch.equal(fresh.first.weight, model.first.weight)
+    live = fresh.first.weight.detach().clone()
+    loaded.update()  # it requires grad here, so it joins
+    assert torch.equal(loaded.averaged_parameters()["first.weight"], live)
+
+
+def test_what_was_averaged_stays_averaged_in_a_frozen_model(model, another, step, assert_same):
+    """A model that is loaded for inference, all frozen but one, takes the whole average."""
+    ema_model = EMAModel(model, 0.5)
+    run(model, ema_model, step, 2)
+    frozen = another()
+    frozen.first.requires_grad_(requires_grad=False)
+    loaded = EMAModel(frozen, 0.5)
+    loaded.load_state_dict(ema_model.state_dict())
+    assert_same(loaded.averaged_parameters(), ema_model.averaged_parameters())
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("after", [0, 9])
+def test_copies_and_pickles_go_on_alone(model, step, assert_same, duplicate, after):
+    """Model and average are copied together, and the copy updates its own."""
+    ema_model = EMAModel(model, 0.5, update_after_step=after)
+    run(model, ema_model, step, 3)
+    other = duplicate(ema_model)
+    assert_same(other.averaged_parameters(), ema_model.averaged_parameters())
+    before = {name: a.clone() for name, a in ema_model.averaged_parameters().items()}
+    for average in (ema_model, other):
+        torch.manual_seed(1)
+        run(average.model, average, step, 8)
+    assert_same(other.averaged_parameters(), ema_model.averaged_parameters())
+    assert other.model is not model
+    run(other.model, other, step, 1)
+    with other.use_ema():
+        pass
+    assert not torch.equal(other.averaged_parameters()["first.bias"], before["first.bias"])
+
+
+def test_a_model_that_holds_its_own_average_can_be_copied(model, step):
+    model.__dict__["average"] = EMAModel(model, 0.5)
+    run(model, model.average, step, 2)
+    other = copy.deepcopy(model)
+    assert other.average.model is other
+    step(other)
+    other.average.update()
+    assert other.average.step == 3
+
+
+def test_pickle_size_is_that_of_the_tensors():
+    """Small averages share an allocation; each is saved as what it is."""
+    model = nn.ParameterList([nn.Parameter(torch.randn(256)) for _ in range(100)])
+    assert len(pickle.dumps(EMAModel(model))) < 3 * 100 * 256 * 4

@@ -1,0 +1,84 @@
+"""Calling an EMAModel: the averaged weights, and nothing else touched."""
+
+import pytest
+import torch
+from torch import nn
+
+from ema.torch_backend import EMAModel
+
+
+def test_the_output_is_that_of_the_swapped_model(model, step):
+    ema_model = EMAModel(model, 0.5)
+    for _ in range(3):
+        step(model)
+        ema_model.update()
+    model.eval()
+    x = torch.randn(5, 4)
+    with ema_model.use_ema():
+        expected = model(x)
+        assert torch.equal(ema_model(x), expected)
+    assert torch.equal(ema_model(x), expected)
+    assert not torch.equal(model(x), expected)
+
+
+def test_the_live_model_is_left_alone(model, values, assert_same, step):
+    """Neither weights nor gradients nor BatchNorm statistics change in training mode."""
+    ema_model = EMAModel(model, 0.5)
+    step(model)
+    ema_model.update()
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    before = values(model)
+    x = torch.randn(5, 4, requires_grad=True)
+    ema_model(x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+    assert_same(values(model), before)
+    assert_same(dict(model.named_buffers()), buffers)
+
+
+def test_excluded_and_frozen_weights_are_the_live_ones(model, step):
+    model.second.requires_grad_(requires_grad=False)
+    ema_model = EMAModel(model, 0.5, exclude="norm.*")
+    model.eval()
+    x = torch.randn(5, 4)
+    assert torch.equal(ema_model(x), model(x))
+    (ema_model(x).sum() * 1).detach()
+    assert not ema_model(x).requires_grad
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["one parameter", "one storage"])
+def test_tied_weights_are_tied_in_the_teacher(step, separate):
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.data.t()) if separate else model[0].weight
+    ema_model = EMAModel(model, 0.5)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema_model.update()
+    x = torch.randn(2, 3)
+    with ema_model.use_ema():
+        expected = model(x)
+    assert torch.equal(ema_model(x), expected)
+
+
+def test_half_precision_weights_are_cast(model, step):
+    model.bfloat16()
+    ema_model = EMAModel(model, 0.5)
+    step(model)
+    ema_model.update()
+    model.eval()
+    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    with ema_model.use_ema():
+        expected = model(x)
+    assert torch.equal(ema_model(x), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_model_is_called_bare(model, step, wrap):
+    ema_model = EMAModel(wrap(model), 0.5)
+    step(model)
+    ema_model.update()
+    model.eval()
+    x = torch.randn(2, 4)
+    with ema_model.use_ema():
+        expected = model(x)
+    assert torch.equal(ema_model(x), expected)
