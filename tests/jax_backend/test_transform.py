@@ -299,5 +299,5 @@ def test_debug_nans_finds_nothing(params):
     with jax.debug_nans(True):
         state = tx.init(params)
         for _ in range(3):
-            _, state = jax.jit(tx.update)(params, state, params)
+            _, state = tx.update(params, state, params)  # eagerly every operation is looked at
     assert np.isfinite(state.params_ema["bias"]).all()
