@@ -88,14 +88,14 @@ def build_app() -> "typer.Typer":
         ] = None,
         update_every: Annotated[int, typer.Option(help="Steps from one update to the next.")] = 1,
     ) -> None:
-        """What a decay means for a run; without one, what the recommended one means."""
+        """Show what a decay means for a run. Without one, the recommended decay is shown."""
         with _errors_in_one_line():
             chosen = _choose(decay, half_life, schedule, steps, update_every)
             typer.echo(describe_ema(chosen, steps, update_every=update_every))
 
     @app.command()
     def selftest() -> None:
-        """Check on this machine that both backends give the same bits, in a few seconds."""
+        """Check that both backends give the same bits on this machine."""
         from ema.selftest import run
 
         with _errors_in_one_line():
@@ -108,7 +108,7 @@ def build_app() -> "typer.Typer":
         steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
         out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("ema-demo"),
     ) -> None:
-        """Train on real images with both backends, and compare live and averaged weights."""
+        """Train with both backends and compare the results."""
         with _errors_in_one_line():
             from ema.demo import run
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,8 @@ def test_from_std_is_read_with_and_without_its_name():
         "HalfLife",
         "HalfLife(",
         "HalfLife(1000)",
+        "HalfLife(1000, steps=1000)",
+        "UniformAverage(1000)",
         "HalfLife()",
         "HalfLife(steps=1, steps=2)",
         "HalfLife(steps=1, schedule='HalfLife')",
@@ -280,3 +283,32 @@ def test_selftest_without_any_framework_says_what_to_install(monkeypatch):
     assert printed.stderr == (
         "ema: neither torch nor jax is installed: pip install 'ema[torch,jax]'\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "folder"),
+    [([], None, "ema-demo"), (["--steps", "30", "--out", "pictures"], 30, "pictures")],
+)
+def test_demo_runs_with_the_steps_and_the_folder_that_were_given(
+    monkeypatch, arguments, steps, folder
+):
+    calls = []
+    module = types.ModuleType("ema.demo")
+    module.run = lambda **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "ema.demo", module)
+    assert invoke("demo", *arguments).exit_code == 0
+    (options,) = calls
+    assert options.pop("console").__class__.__name__ == "Console"
+    assert options == {"steps": steps, "folder": Path(folder)}
+
+
+def test_a_demo_whose_extra_is_missing_says_so_in_one_line(monkeypatch):
+    def run(**options):
+        raise ema.MissingExtraError("`sklearn` is not installed: pip install 'ema[demo]'")
+
+    module = types.ModuleType("ema.demo")
+    module.run = run
+    monkeypatch.setitem(sys.modules, "ema.demo", module)
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert result.stderr == "ema: `sklearn` is not installed: pip install 'ema[demo]'\n"
