@@ -269,7 +269,8 @@ class CosineDecay(Schedule):
         )
 
     def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
-        remaining = 1.0 - xp.minimum(1.0, (count * span) / self.total_steps)
+        # this form ends at exactly 0 also where a compiler multiplies by 1/total_steps
+        remaining = xp.maximum(0.0, self.total_steps - count * span) / self.total_steps
         sine = xp.sin(0.5 * math.pi * remaining)
         weight = (1.0 - self.end) + (self.end - self.start) * (sine * sine)
         return xp.minimum(1.0, xp.maximum(0.0, weight))

@@ -83,6 +83,7 @@ class EMACallback(TrainerCallback):
         self._settings = Settings.of(**self._options)
         self._ema_model: EMAModel[nn.Module] | None = None
         self._loaded: Mapping[str, Any] | None = None  # a state that has not seen its model yet
+        self._scale: float | None = None  # of the gradient scaler, before the coming step
 
     @property
     def ema_model(self) -> EMAModel[nn.Module]:
@@ -173,7 +174,21 @@ class EMACallback(TrainerCallback):
                 EMAWarning,
                 stacklevel=2,
             )
+        self._scale = None
         self._warn_if_too_slow(state.max_steps)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the scale of the gradients, if there is one."""
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and self._scale is None:
+            self._scale = scaler.get_scale()
 
     def on_step_end(
         self,
@@ -184,7 +199,7 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Update after an optimizer step, unless the gradient scaler skipped it."""
-        if not getattr(optimizer, "step_was_skipped", False):
+        if not self._was_skipped(optimizer):
             self.ema_model.update()
 
     def on_train_end(
@@ -203,6 +218,19 @@ class EMACallback(TrainerCallback):
                 EMAWarning,
                 stacklevel=2,
             )
+
+    def _was_skipped(self, optimizer: Any) -> bool:
+        """Whether the gradient scaler found an overflow.
+
+        Accelerate says so only of optimizers that the scaler does not call then; a fused one, the
+        default of the Trainer, is always called and skips by itself. The scale tells in any case:
+        it drops.
+        """
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is None:
+            return False
+        before, self._scale = self._scale, scaler.get_scale()
+        return bool(optimizer.step_was_skipped) or (before is not None and self._scale < before)
 
     def _average_for(self, model: nn.Module | None) -> EMAModel[nn.Module]:
         """The average, which a loaded state gets with the first model that it fits."""

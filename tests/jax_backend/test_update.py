@@ -18,7 +18,7 @@ SCHEDULES = [
     ema.RampWarmup(decay=0.9999),
     ema.DebiasedDecay(decay=0.9999),
     ema.PowerFunction.from_std(0.1),
-    ema.CosineDecay(start=0.99, end=1.0, total_steps=1_000_000),
+    ema.CosineDecay(start=0.99, end=1.0, total_steps=900_000),
     ema.UniformAverage(),
 ]
 

@@ -32,7 +32,11 @@ def make(request, model):
         ({"update_every": 1.5}, ArgumentTypeError, "`update_every` must be an integer, got 1.5"),
         ({"update_after_step": -1}, ArgumentError, "`update_after_step` must be at least 0"),
         ({"update_after_step": True}, ArgumentTypeError, "`update_after_step` must be an integer"),
-        ({"dtype": torch.bfloat16}, ArgumentError, "`dtype` must be torch.float32 or torch.float64"),
+        (
+            {"dtype": torch.bfloat16},
+            ArgumentError,
+            "`dtype` must be torch.float32 or torch.float64",
+        ),
         ({"dtype": "float32"}, ArgumentTypeError, "`dtype` must be a torch.dtype"),
         ({"device": "gpu"}, ArgumentError, "`device` must name a device, got 'gpu'"),
         ({"device": 1.0}, ArgumentTypeError, "`device` must be a torch.device"),

@@ -133,7 +133,9 @@ def test_a_module_added_later_joins(model, step):
     ema_model = EMAModel(model, 0.5)
     model.norm.extra = nn.Linear(2, 2)
     ema_model.update()
-    assert torch.equal(ema_model.averaged_parameters()["norm.extra.weight"], model.norm.extra.weight)
+    assert torch.equal(
+        ema_model.averaged_parameters()["norm.extra.weight"], model.norm.extra.weight
+    )
     check_follows(model, ema_model, ["norm.extra.weight"], step)
 
 
