@@ -173,7 +173,12 @@ def test_diffusers_updates_what_it_is_given_of_a_model(make_peer):
     """With fewer parameters than averages the peer stops at the shorter list, without a word."""
     model = nn.Linear(4, 4)
     peer = make_peer("diffusers", model, decay=0.9).peer
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
     peer.step([model.weight])
+    assert (peer.shadow_params[0] == 7.0).all()
+    assert not (peer.shadow_params[1] == 7.0).any()
 
 
 def test_averaged_model_averages_integers(make_peer):
