@@ -40,8 +40,11 @@ from ema.schedules import (
 )
 
 if TYPE_CHECKING:
-    from ema.jax_backend import ParamsEMAState, get_params_ema, params_ema
-    from ema.torch_backend import EMACallback, EMAModel
+    from ema.jax_backend import ParamsEMAState as ParamsEMAState
+    from ema.jax_backend import get_params_ema as get_params_ema
+    from ema.jax_backend import params_ema as params_ema
+    from ema.torch_backend import EMACallback as EMACallback
+    from ema.torch_backend import EMAModel as EMAModel
 
 __version__ = "0.1.0"
 
@@ -53,6 +56,7 @@ _BACKEND_OF = {
     "params_ema": "ema.jax_backend",
 }
 
+# The names of the backends are left out: `from ema import *` must not need both frameworks.
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
@@ -60,17 +64,14 @@ __all__ = [
     "ConstantDecay",
     "CosineDecay",
     "DebiasedDecay",
-    "EMACallback",
     "EMADescription",
     "EMAError",
-    "EMAModel",
     "EMAWarning",
     "HalfLife",
     "HalfLifeRampup",
     "InverseGammaWarmup",
     "MissingExtraError",
     "ModelError",
-    "ParamsEMAState",
     "PowerFunction",
     "RampWarmup",
     "Schedule",
@@ -79,9 +80,7 @@ __all__ = [
     "compute_optimal_decay",
     "decay_from_half_life",
     "describe_ema",
-    "get_params_ema",
     "half_life_from_decay",
-    "params_ema",
     "print_ema_info",
     "scale_decay",
     "window_from_decay",
@@ -95,4 +94,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_BACKEND_OF})

@@ -84,7 +84,7 @@ class Average:
     def follow(self, *, join: bool = False) -> tuple[dict[str, Tensor], Selection]:
         """Look at the model: averages by canonical name, and its tensors as they are now.
 
-        Before the start the averages are the live tensors themselves.
+        Before the start the averages are the live tensors, as the averages would hold them.
 
         Args:
             join: whether to start an average of what requires grad by now and has none.
@@ -97,7 +97,8 @@ class Average:
             self.assign(self._copied)
         if self._bound is None:
             found = select(self._model, self._rules)
-            return {name: live.detach() for name, live in found.averaged.items()}, found
+            live = found.averaged
+            return {name: t.detach().to(*self._kind(t, None)) for name, t in live.items()}, found
         if self._bound.watch.changed():
             found = select(self._model, self._rules, self._bound.averages)
             if not join:

@@ -64,7 +64,7 @@ def test_rules_of_the_wrong_kind_are_refused(model, options, error):
 
 
 def test_buffers_are_averaged_on_request(model, step):
-    """ "average" takes the float ones, a mapping decides by name, integers never."""
+    """The rule "average" takes the float ones, a mapping decides by name, integers never."""
     every = EMAModel(model, 0.5, buffers="average")
     some = EMAModel(model, 0.5, buffers={"*.running_mean": "average"})
     mean = model.norm.running_mean.clone()

@@ -119,7 +119,7 @@ def test_another_average_of_the_same_model_is_refused(trained):
 
 def test_another_model_with_the_same_names(trained, another, values):
     """The averages go into another model and come back from it; ours is not touched."""
-    model, ema_model = trained
+    _, ema_model = trained
     before = snapshot(ema_model)
     target = another()
     theirs = values(target)

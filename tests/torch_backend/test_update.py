@@ -140,14 +140,14 @@ def test_averages_can_be_float64(model, step, values):
     ema_model = EMAModel(model, decay=0.9999, dtype=torch.float64)
     oracle = {name: value.double() for name, value in values(model).items()}
     for live in train(model, ema_model, step, 50):
-        for name in oracle:
-            oracle[name] += (1 - 0.9999) * (live[name].double() - oracle[name])
+        for name, value in oracle.items():
+            value += (1 - 0.9999) * (live[name].double() - value)
     for name, average in ema_model.averaged_parameters().items():
         torch.testing.assert_close(average, oracle[name], rtol=1e-14, atol=1e-14)
 
 
 def test_update_every_makes_every_kth_update(model, step, values, assert_same):
-    """With update_every=3 the average moves at steps 3, 6, … by the weights of steps 3, 6, …"""
+    """With update_every=3 the average moves at steps 3, 6, … by the weights of steps 3, 6, 9."""
     ema_model = EMAModel(model, decay=0.5, update_every=3)
     expected = values(model)
     for number, live in enumerate(train(model, ema_model, step, 8), start=1):
