@@ -31,7 +31,8 @@ def get_params_ema(
         params: the live parameters; for nnx, ``nnx.state(model, nnx.Param)``. With them the average
             gets their dtypes, and leaves that are not averaged (integers, masked ones) their
             values; the averages of several groups (one name, disjoint masks) become one.
-        name: which average, where there are several; the ``name`` given to ``params_ema``.
+        name: which average, where there are several; the ``name`` given to ``params_ema``, or the
+            key in its ``decay``.
 
     Returns:
         Plain arrays in the structure of the params; for nnx, what ``nnx.update(model, …)`` takes.
@@ -47,14 +48,14 @@ def get_params_ema(
         >>> import jax.numpy as jnp
         >>> import optax
         >>> from ema.jax_backend import params_ema
-        >>> tx = optax.chain(params_ema(0.9, name="short"), params_ema(0.99, name="long"))
+        >>> tx = params_ema({"short": 0.9, "long": 0.99})
         >>> params = jnp.ones(2, jnp.bfloat16)
         >>> get_params_ema(tx.init(params), name="long")
         Array([1., 1.], dtype=float32)
         >>> get_params_ema(tx.init(params), params, name="long")
         Array([1, 1], dtype=bfloat16)
     """
-    averages = [_plain(state.params_ema) for state in _choose(opt_state, name)]
+    averages = [_plain(average) for average in _choose(opt_state, name)]
     if params is not None:
         return _fill(averages, _plain(params))
     if len(averages) > 1:
@@ -71,33 +72,30 @@ def get_params_ema(
     return averages[0]
 
 
-def _choose(opt_state: optax.OptState, name: str | None) -> list[ParamsEMAState]:
-    """The states that carry the name; without a name all, which must not differ in it."""
-    found = [
+def _choose(opt_state: optax.OptState, name: str | None) -> list[Any]:
+    """The averages of that name; without a name all, which must not differ in it."""
+    states = [
         node
         for node in jax.tree.leaves(opt_state, is_leaf=lambda n: isinstance(n, ParamsEMAState))
         if isinstance(node, ParamsEMAState)
     ]
-    if not found:
+    if not states:
         raise ArgumentError(
             "`opt_state` must contain the state of params_ema, got"
             f" {type(opt_state).__name__} without one: optax.chain(..., params_ema(...))"
         )
-    names = list(dict.fromkeys(_name(state) for state in found))
+    found = [pair for state in states for pair in state.averages().items()]
+    names = list(dict.fromkeys(label for label, _ in found))
     if name is None:
         if len(names) > 1:
             raise ArgumentError(
                 f"`name` must choose one of the averages {_names(names)}"
                 + (": give each a name in params_ema" if None in names else "")
             )
-        return found
+        return [average for _, average in found]
     if name not in names:
         raise ArgumentError(f"`name` must be one of {_names(names)}, got {name!r}")
-    return [state for state in found if _name(state) == name]
-
-
-def _name(state: ParamsEMAState) -> str | None:
-    return next(iter(state.name), None)
+    return [average for label, average in found if label == name]
 
 
 def _names(names: Sequence[str | None]) -> str:

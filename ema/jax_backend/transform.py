@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple, final
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import optax
 from jax import lax
 from jax.typing import DTypeLike
 
-from ema import validate
-from ema.errors import ArgumentError, ArgumentTypeError
+from ema.errors import ArgumentError
 from ema.jax_backend.selection import (
     initial_average,
     is_hole,
@@ -22,8 +21,9 @@ from ema.jax_backend.selection import (
     require_match,
     widen,
 )
+from ema.jax_backend.settings import accumulator, named_schedules, steps
 from ema.jax_backend.update import lerp, update_weight
-from ema.schedules import FLOAT_MATH, Namespace, Scalar, Schedule, as_schedule
+from ema.schedules import Schedule
 
 __all__ = ["ParamsEMAState", "params_ema"]
 
@@ -37,9 +37,10 @@ class ParamsEMAState(NamedTuple):
         step: calls so far; int32 scalar, stays at its largest value.
         count: updates of the average made so far; int32 scalar, likewise.
         params_ema: the average, in the structure of the params; float32 or wider, with
-            ``optax.MaskedNode()`` where a leaf is not averaged.
-        name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none: a tree without leaves, so
-            that the name is static under ``jit`` and survives serialization.
+            ``optax.MaskedNode()`` where a leaf is not averaged. Of several averages a dict, by name.
+        name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none, more keys for several
+            averages: a tree without leaves, so that names are static under ``jit`` and survive
+            serialization.
     """
 
     step: jax.Array
@@ -47,15 +48,24 @@ class ParamsEMAState(NamedTuple):
     params_ema: optax.Params
     name: Label = ()
 
+    def averages(self) -> dict[str | None, Any]:
+        """Each average by its name; ``None`` is the name of one without."""
+        if len(self.name) > 1:
+            return dict(self.params_ema)
+        return {next(iter(self.name), None): self.params_ema}
+
+
+Decay = float | Schedule | jax.Array
+
 
 def params_ema(
-    decay: float | Schedule | jax.Array = 0.999,
+    decay: Decay | Mapping[str, Decay] = 0.999,
     *,
     update_after_step: int | jax.Array = 0,
     update_every: int | jax.Array = 1,
     accumulator_dtype: DTypeLike | None = None,
     name: str | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Keep an exponential moving average of the parameters in the optimizer's state.
 
     After the step that the optimizer is about to make, ``params' = params + updates``,
@@ -68,7 +78,9 @@ def params_ema(
 
     Args:
         decay: a number in [0, 1], applied per update, or a schedule (``ema.HalfLife(steps=…)``).
-            Under ``optax.inject_hyperparams`` a traced scalar of at least float32.
+            Under ``optax.inject_hyperparams`` a traced scalar of at least float32. Several averages
+            from one pass over the parameters: a mapping from names to these; of one name it is the
+            same as ``name``.
         update_after_step: through this step the average equals the live parameters; updates count
             from there. The first update of a plain decay mixes in the initial parameters unless
             this is at least 1.
@@ -110,18 +122,16 @@ def params_ema(
         >>> opt_state[-1].params_ema  # 1 → 0.9 → 0.77 on the way 1 → 0.8 → 0.64
         Array([0.77, 1.54], dtype=float32)
     """
-    schedule = _schedule(decay)
-    after = _steps("update_after_step", update_after_step, minimum=0)
-    every = _steps("update_every", update_every, minimum=1)
-    chosen = _accumulator(accumulator_dtype)
-    label = _label(name)
+    schedules = named_schedules(decay, name)
+    after = steps("update_after_step", update_after_step, minimum=0)
+    every = steps("update_every", update_every, minimum=1)
+    chosen = accumulator(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> ParamsEMAState:
-        return ParamsEMAState(
-            step=jnp.zeros([], jnp.int32),
-            count=jnp.zeros([], jnp.int32),
-            params_ema=initial_average(params, chosen),
-            name=label,
+        return _state(
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
+            {label: initial_average(params, chosen) for label in schedules},
         )
 
     def update_fn(
@@ -131,16 +141,24 @@ def params_ema(
             raise ArgumentError(
                 "`params` must be given to average them: tx.update(updates, opt_state, params)"
             )
-        require_match(state.params_ema, params, chosen)
+        trees = state.averages()
+        if trees.keys() != schedules.keys():
+            raise ArgumentError(
+                f"`opt_state` must hold the averages {_names(schedules)}, got {_names(trees)}"
+            )
+        for tree in trees.values():
+            require_match(tree, params, chosen)
 
         step = optax.safe_increment(state.step)
         elapsed = step - after
         due = (elapsed > 0) & (elapsed % every == 0)
         count = jnp.where(due, optax.safe_increment(state.count), state.count)
 
-        _, averages, structure = named_leaves(state.params_ema)
-        kept = [not is_hole(average) for average in averages]
-        olds = [a for a, keep in zip(averages, kept, strict=True) if keep]
+        leaves = {label: named_leaves(tree)[1] for label, tree in trees.items()}
+        first = next(iter(trees))
+        _, _, structure = named_leaves(trees[first])
+        kept = [not is_hole(leaf) for leaf in leaves[first]]
+        olds = [[a for a in leaves[label] if not is_hole(a)] for label in schedules]
         news = [
             new_params(leaf, update)
             for leaf, update, keep in zip(
@@ -149,38 +167,61 @@ def params_ema(
             if keep
         ]
 
-        def weight(dtype: DTypeLike) -> jax.Array:
+        def weight(schedule: Schedule, dtype: str) -> jax.Array:
             # Before the first update the count is 0, where schedules divide by it.
             scheduled = update_weight(schedule, jnp.maximum(count, 1), every, dtype)
             return jnp.where(elapsed > 0, scheduled, jnp.ones([], dtype))
 
-        weights = {dtype: weight(dtype) for dtype in sorted({_real(old) for old in olds})}
+        dtypes = sorted({_real(old) for old in olds[0]})
+        weights = [{d: weight(schedule, d) for d in dtypes} for schedule in schedules.values()]
         if isinstance(every, int) and every == 1:
             olds = _average(olds, news, weights)
         else:
             # The new params are operands, and not params and updates: no temporary for the sum.
             olds = lax.cond(due | (elapsed <= 0), _average, _keep, olds, news, weights)
 
-        rest = iter(olds)
-        averages = [next(rest) if keep else a for a, keep in zip(averages, kept, strict=True)]
-        return updates, state._replace(
-            step=step, count=count, params_ema=structure.unflatten(averages)
-        )
+        for label, averages in zip(schedules, olds, strict=True):
+            rest = iter(averages)
+            trees[label] = structure.unflatten(
+                [next(rest) if keep else a for a, keep in zip(leaves[label], kept, strict=True)]
+            )
+        return updates, _state(step, count, trees)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
+
+
+def _state(step: jax.Array, count: jax.Array, trees: dict[str | None, Any]) -> ParamsEMAState:
+    names = [name for name in trees if name is not None]
+    return ParamsEMAState(
+        step=step,
+        count=count,
+        params_ema=dict(trees) if len(trees) > 1 else next(iter(trees.values())),
+        name=dict.fromkeys(names, ()) or (),
+    )
+
+
+def _names(names: Iterable[str | None]) -> str:
+    return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
 
 
 # Functions of the module, so that an eager `lax.cond` finds its compiled branches again.
 def _average(
-    averages: list[Any], params: list[Any], weights: dict[str, jax.Array]
-) -> list[jax.Array]:
+    averages: list[list[Any]], params: list[Any], weights: list[dict[str, jax.Array]]
+) -> list[list[Any]]:
+    # averages of one leaf have one dtype: what is read and widened is shared by all of them
+    wide = [
+        widen(leaf, jnp.result_type(average))
+        for average, leaf in zip(averages[0], params, strict=True)
+    ]
     return [
-        lerp(average, widen(leaf, jnp.result_type(average)), weights[_real(average)])
-        for average, leaf in zip(averages, params, strict=True)
+        [lerp(a, leaf, weight[_real(a)]) for a, leaf in zip(average, wide, strict=True)]
+        for average, weight in zip(averages, weights, strict=True)
     ]
 
 
-def _keep(averages: list[Any], params: list[Any], weights: dict[str, jax.Array]) -> list[Any]:
+def _keep(
+    averages: list[list[Any]], params: list[Any], weights: list[dict[str, jax.Array]]
+) -> list[list[Any]]:
     del params, weights
     return averages
 
@@ -188,80 +229,3 @@ def _keep(averages: list[Any], params: list[Any], weights: dict[str, jax.Array])
 def _real(average: Any) -> str:
     """Name of the dtype of the weight for an average: its own, or that of its real part."""
     return str(np.zeros((), jnp.result_type(average)).real.dtype)
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TracedDecay(Schedule):
-    """A plain decay whose value is known only when the step runs."""
-
-    decay: jax.Array
-
-    def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
-        del count, span, xp
-        return 1.0 - self.decay.astype(jnp.float64)
-
-
-def _schedule(decay: object) -> Schedule:
-    if not isinstance(decay, jax.Array | np.ndarray | np.generic):
-        return as_schedule(decay)
-    _require_scalar("decay", decay)
-    dtype = decay.dtype
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise ArgumentTypeError(f"`decay` must be a real number, got an array of {dtype}")
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-        raise ArgumentError(
-            f"`decay` must be at least float32, got {dtype}, in which 0.9999 is"
-            f" {float(np.asarray(0.9999, dtype))}: optax.inject_hyperparams takes the dtype of the"
-            " params for it unless told hyperparam_dtype=jnp.float32"
-        )
-    if isinstance(decay, jax.core.Tracer):
-        return _TracedDecay(decay=decay)
-    return as_schedule(decay.item())
-
-
-def _steps(name: str, value: Any, *, minimum: int) -> int | jax.Array:
-    """A static number of steps, or a traced one, whose value nobody can check yet."""
-    if not isinstance(value, jax.Array | np.ndarray):
-        return validate.integer(name, value, minimum)
-    _require_scalar(name, value)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ArgumentTypeError(f"`{name}` must be an integer, got an array of {value.dtype}")
-    if isinstance(value, jax.core.Tracer):
-        return value.astype(jnp.int32)
-    return validate.integer(name, value.item(), minimum)
-
-
-def _require_scalar(name: str, value: Any) -> None:
-    if value.ndim != 0:
-        raise ArgumentTypeError(f"`{name}` must be a scalar, got an array of shape {value.shape}")
-
-
-def _accumulator(dtype: Any) -> np.dtype[Any] | None:
-    if dtype is None:
-        return None
-    if isinstance(dtype, jax.Array):
-        raise ArgumentTypeError(
-            "`accumulator_dtype` must be a dtype, got an array: optax.inject_hyperparams calls"
-            ' jnp.float32 as if it were a schedule unless told static_args="accumulator_dtype"'
-        )
-    try:
-        chosen: np.dtype[Any] = jnp.dtype(dtype)
-    except TypeError:
-        raise ArgumentTypeError(f"`accumulator_dtype` must be a dtype, got {dtype!r}") from None
-    if chosen not in (np.float32, np.float64):
-        raise ArgumentError(
-            f"`accumulator_dtype` must be float32 or float64, got {chosen}: a narrower average"
-            " rounds the small corrections away (a bfloat16 average at decay 0.999 does not move)"
-        )
-    return chosen
-
-
-def _label(name: object) -> Label:
-    if name is None:
-        return ()
-    if not isinstance(name, str):
-        raise ArgumentTypeError(f"`name` must be a string, got {name!r} ({type(name).__name__})")
-    if not name:
-        raise ArgumentError("`name` must not be empty, got ''")
-    return {name: ()}

@@ -35,8 +35,13 @@ from ema.jax_backend import params_ema
         ({"accumulator_dtype": jnp.bfloat16}, ema.ArgumentError, "bfloat16 .* does not move"),
         ({"accumulator_dtype": "int32"}, ema.ArgumentError, "must be float32 or float64"),
         ({"accumulator_dtype": "foo"}, ema.ArgumentTypeError, "must be a dtype, got 'foo'"),
-        ({"name": 3}, ema.ArgumentTypeError, "`name` must be a string, got 3"),
-        ({"name": ""}, ema.ArgumentError, "`name` must not be empty"),
+        ({"name": 3}, ema.ArgumentTypeError, "`name` must name averages by a string, got 3"),
+        ({"name": ""}, ema.ArgumentError, "`name` must not hold an empty name"),
+        ({"decay": {}}, ema.ArgumentError, "`decay` must name at least one average"),
+        ({"decay": {1: 0.9}}, ema.ArgumentTypeError, "`decay` must name averages by a string"),
+        ({"decay": {"": 0.9}}, ema.ArgumentError, "`decay` must not hold an empty name"),
+        ({"decay": {"a": 1.1}}, ema.ArgumentError, r"`decay` must lie in \[0, 1\], got 1.1"),
+        ({"decay": {"a": 0.9}, "name": "b"}, ema.ArgumentError, "`name` must not be given"),
     ],
 )
 def test_arguments(arguments, error, message):

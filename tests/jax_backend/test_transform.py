@@ -31,7 +31,7 @@ DECAYS = [
 
 
 @pytest.mark.parametrize(("schedule", "decay"), DECAYS, ids=lambda x: type(x).__name__)
-def test_every_schedule_follows_its_recursion(  # noqa: PLR0917  # fixtures
+def test_every_schedule_follows_its_recursion(
     schedule, decay, params, train, oracle, relative_error
 ):
     tx = optax.chain(optax.sgd(0.1), params_ema(schedule, update_every=3, update_after_step=2))
