@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from ema.errors import ArgumentError, ModelError, difference, listing
+from ema.jax_backend.placement import check_placement
 from ema.jax_backend.selection import named_leaves
 from ema.jax_backend.transform import ParamsEMAState
 
@@ -43,6 +44,10 @@ def get_params_ema(
         ArgumentError: there is no such average, there are several, or leaves are masked and
             ``params`` were not given.
         ModelError: ``params`` are not those of the average.
+        StateError: the average is inside ``optax.contrib.schedule_free``.
+
+    Warns:
+        EMAWarning: an optimizer follows the average in its chain.
 
     Example:
         >>> import jax.numpy as jnp
@@ -55,6 +60,7 @@ def get_params_ema(
         >>> get_params_ema(tx.init(params), params, name="long")
         Array([1, 1], dtype=bfloat16)
     """
+    check_placement(opt_state)
     averages = [_plain(average) for average in _choose(opt_state, name)]
     if params is not None:
         return _fill(averages, _plain(params))
