@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.cases import CASES
-from benchmarks.measure import Case, Effort, Measurement, measure
+from benchmarks.measure import Case, Measurement
+from benchmarks.process import in_fresh_process
 from benchmarks.report import machine, table, write
 
 
@@ -19,18 +19,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds")
     arguments = parser.parse_args()
-    effort = Effort(rounds=10 if arguments.quick else 40)
     console, about = Console(), machine()
     console.print("  ".join(f"{key} {value}" for key, value in about.items()), style="dim")
     results: dict[str, tuple[Case, list[Measurement]]] = {}
     for name in arguments.cases:
-        case = CASES[name](quick=arguments.quick)
-        with console.status(case.title):
-            rows = measure(case, effort)
-        console.print(table(case, rows))
-        results[name] = (Case(title=case.title, contenders=(), references=()), rows)
-        del case
-        gc.collect()  # models and averages of several GiB
+        with console.status(name):
+            results[name] = in_fresh_process(name, quick=arguments.quick)
+        console.print(table(*results[name]))
     if arguments.json is not None:
         write(arguments.json, about, results)
 

@@ -53,26 +53,28 @@ def _processor() -> str:
 
 def table(case: Case, measurements: Sequence[Measurement]) -> Table:
     """A row a contender, a column a reference."""
-    result = Table(title=case.title, title_justify="left", title_style="bold")
+    result = Table(
+        title=case.title,
+        title_justify="left",
+        title_style="bold",
+        caption=f"load average {os.getloadavg()[0]:.1f}, {len(measurements[0].seconds)} rounds",
+        caption_justify="left",
+    )
     result.add_column("", no_wrap=True)
-    result.add_column("median", justify="right")
-    result.add_column("quartiles", justify="right")
+    result.add_column("median", justify="right", no_wrap=True)
+    result.add_column("quartiles", justify="right", no_wrap=True)
     for reference in case.references:
         result.add_column(f"÷ {reference}", justify="right")
     for row in measurements:
         low, high = row.quartiles
         result.add_row(
             row.name,
-            _milliseconds(row.median),
-            f"{_milliseconds(low)}–{_milliseconds(high)}",
+            f"{row.median * 1e3:.3g} ms",
+            f"{low * 1e3:.3g}–{high * 1e3:.3g}",
             *(f"{row.ratios[reference]:.2f}" for reference in case.references),
             style=STYLES[row.kind],
         )
     return result
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1.0 else f"{seconds:.3g} s"
 
 
 def write(

@@ -1,6 +1,6 @@
 """The cases by name; a new one is a module here and a line in ``CASES``.
 
-A case is made by ``build(quick=…)`` when its turn has come, and freed before the next.
+A case is made by ``build(quick=…)`` in a process of its own.
 """
 
 from __future__ import annotations
