@@ -21,6 +21,7 @@ __all__ = [
     "accumulator_of",
     "initial_average",
     "is_hole",
+    "is_inexact",
     "named_leaves",
     "new_params",
     "require_match",

@@ -1,0 +1,258 @@
+"""Averages of ``flax.nnx`` modules: an object beside the model, and a swap.
+
+Two ways to the same numbers: ``EMA`` for a loop that calls ``update`` itself, or ``params_ema`` in
+the chain of an ``nnx.Optimizer``, which :func:`use_ema` brings into the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, final
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from ema.errors import ArgumentError, ModelError, StateError, difference
+from ema.extras import require
+from ema.jax_backend.access import get_params_ema
+from ema.jax_backend.selection import is_inexact
+from ema.jax_backend.transform import ParamsEMAState, params_ema
+from ema.schedules import Schedule, as_schedule
+
+require("flax", "jax")
+
+from flax import nnx  # noqa: E402  # after the line that says how to install it
+
+__all__ = ["EMA", "EMAVariable", "use_ema"]
+
+M = TypeVar("M")
+Path = tuple[Any, ...]
+
+
+class EMAVariable(nnx.Variable[Any]):
+    """What an average holds besides the weights that a model can use: counters, finer values."""
+
+
+@final
+class EMA(nnx.Pytree):
+    """Exponential moving average of the Variables of a model, in place of ``nnx.EMA``.
+
+    Every :meth:`update` moves the average towards the model by the weight ``w`` of the schedule
+    (``1 − decay``), in float32 or wider whatever the Variables are::
+
+        average + w · (params − average)                 w < 0.5
+        params  − (params − average) · (1 − w)           otherwise
+
+    Only Variables of floating point are averaged, so integers, PRNG keys and Dropout may be
+    in the model whatever ``only`` says. It is a pytree: it goes through ``nnx.jit`` (donated too),
+    ``nnx.scan`` and checkpoints as a module does.
+
+    Args:
+        model: any module, or its ``nnx.State``; it is copied from and not kept.
+        decay: of one update, in [0, 1], or a schedule.
+        only: filter of the Variables to average; ``(nnx.Param, nnx.BatchStat)`` averages the
+            statistics of BatchNorm layers too.
+        update_after_step: through this step the average equals the model; updates count from there.
+        update_every: steps from one update to the next.
+        accumulator_dtype: float32 or float64; by default that of the Variable, at least float32.
+        graph: graph mode or tree mode, as everywhere in nnx.
+
+    Attributes:
+        params: ``nnx.State`` of the averages as Variables of the types, dtypes and metadata of the
+            model's; those of :meth:`apply_to` are the same objects. A Variable narrower than its
+            average is the rounded copy of it, two bytes an element more.
+        step: calls of :meth:`update` so far.
+        count: updates made by them.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        ArgumentTypeError: an argument has the wrong type.
+        ModelError: nothing in the model can be averaged.
+
+    Sources: the interface is that of ``flax.nnx.EMA``; the average is Polyak and Juditsky 1992.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from flax import nnx
+        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        >>> ema = EMA(model, decay=0.9)
+        >>> ema_model = ema.apply_to(model)
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, ema, x):
+        ...     grads = nnx.grad(lambda m: jnp.mean(m(x) ** 2))(model)
+        ...     optimizer.update(model, grads)
+        ...     ema.update(model)
+        >>> train_step(model, optimizer, ema, jnp.ones((4, 2)))
+        >>> ema_model.kernel is ema.params.kernel  # it follows every update
+        True
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decay: float | Schedule = 0.999,
+        *,
+        only: Any = nnx.Param,
+        update_after_step: int = 0,
+        update_every: int = 1,
+        accumulator_dtype: DTypeLike | None = None,
+        graph: bool | None = None,
+    ) -> None:
+        self.decay = as_schedule(decay)
+        self.only = only
+        self.graph = graph
+        self.update_after_step = update_after_step
+        self.update_every = update_every
+        self.accumulator_dtype = accumulator_dtype
+        live = self._select(model)
+        if not live:
+            raise ModelError(
+                f"`model` must hold a floating-point Variable to average, got none that"
+                f" only={only!r} lets through"
+            )
+        state = self._transform().init(nnx.as_pure(live))
+        self.step = EMAVariable(state.step)
+        self.count = EMAVariable(state.count)
+        shown, finer = {}, {}
+        averages = dict(nnx.to_flat_state(state.params_ema))
+        for path, variable in nnx.to_flat_state(live):
+            average, metadata = averages[path], variable.get_metadata()
+            if average.dtype != variable.dtype:
+                finer[path] = EMAVariable(average, **metadata)
+                average = jnp.array(variable.get_value(), copy=True)
+            shown[path] = type(variable)(average, **metadata)
+        self.params = nnx.data(nnx.from_flat_state(shown))
+        self.finer = nnx.data(nnx.from_flat_state(finer))
+
+    def update(self, model: Any) -> None:
+        """Count a step and, if one is due, make an update: call it after ``optimizer.update``.
+
+        Args:
+            model: the model, or the ``nnx.State`` of it; not changed.
+
+        Raises:
+            ModelError: its Variables are not those of the average; nothing has changed.
+        """
+        live = nnx.as_pure(self._select(model))
+        before = ParamsEMAState(self.step[...], self.count[...], self.averaged_parameters())
+        unchanged = jax.tree.map(lambda _: None, live)
+        _, after = self._transform().update(unchanged, before, live)
+        self.step[...], self.count[...] = after.step, after.count
+        finer = dict(nnx.to_flat_state(self.finer))
+        shown = dict(nnx.to_flat_state(self.params))
+        for path, average in nnx.to_flat_state(after.params_ema):
+            if path in finer:
+                finer[path][...] = average
+            shown[path][...] = average.astype(shown[path].dtype)
+
+    def apply_to(self, model: M) -> M:
+        """A model like this one with the averages in place of its Variables.
+
+        They are the Variables of ``params`` themselves, so the result follows every later update.
+        Whatever is not averaged is shared with ``model``; BatchNorm statistics, for one, which
+        a call of either in training mode changes.
+
+        Raises:
+            ModelError: the Variables of ``model`` are not those of the average.
+        """
+        theirs = dict(nnx.to_flat_state(self._select(model)))
+        ours = dict(nnx.to_flat_state(self.params))
+        if text := difference(
+            [_name(path) for path in ours if path not in theirs],
+            [_name(path) for path in theirs if path not in ours],
+            [
+                f"`{_name(path)}` has shape {theirs[path].shape}, its average has {ours[path].shape}"
+                for path in ours
+                if path in theirs and theirs[path].shape != ours[path].shape
+            ],
+        ):
+            raise ModelError(f"`model` is not that of the average: {text}")
+        graphdef, state = nnx.split(model, graph=self.graph)
+        result: M = nnx.merge(graphdef, nnx.merge_state(state, self.params))
+        return result
+
+    def averaged_parameters(self) -> Any:
+        """The averages as plain arrays of full precision, in the structure of ``nnx.state``."""
+        finer = dict(nnx.to_flat_state(self.finer))
+        return nnx.from_flat_state(
+            {
+                path: finer.get(path, variable).get_value()
+                for path, variable in nnx.to_flat_state(self.params)
+            }
+        )
+
+    def _transform(self) -> optax.GradientTransformation:
+        return params_ema(
+            self.decay,
+            update_after_step=self.update_after_step,
+            update_every=self.update_every,
+            accumulator_dtype=self.accumulator_dtype,
+        )
+
+    def _select(self, model: Any) -> Any:
+        def is_averaged(path: Path, value: Any) -> bool:
+            del path
+            return isinstance(value, nnx.Variable) and is_inexact(value.get_value())
+
+        return nnx.state(model, nnx.All(self.only, is_averaged), graph=self.graph)
+
+
+@contextmanager
+def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None) -> Iterator[M]:
+    """Averaged weights in ``model`` inside the block, the live ones after it, whatever is raised.
+
+    Nothing is copied where dtypes agree: until the block ends the arrays of the average are
+    in the model, so do not donate it to a function there. What the block writes to these weights is
+    lost with it.
+
+    Args:
+        model: the model of the optimizer.
+        source: an ``nnx.Optimizer`` with ``params_ema`` in its chain, or an :class:`EMA`.
+        name: which average, where the chain has several.
+
+    Yields:
+        The model.
+
+    Raises:
+        ArgumentError: there is no such average, or there are several.
+        ModelError: the average is not one of this model; nothing has changed.
+        StateError: on leaving, when the block has donated the average.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from flax import nnx
+        >>> from ema.jax_backend import params_ema
+        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> tx = optax.chain(optax.sgd(0.1), params_ema(0.99))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> with use_ema(model, optimizer):
+        ...     prediction = model(jnp.ones((1, 2)))
+    """
+    if isinstance(source, EMA):
+        if name is not None:
+            raise ArgumentError(
+                f"`name` must be None for an EMA, which is one average, got {name!r}"
+            )
+        source.apply_to(model)  # refuses another model
+        live = nnx.as_pure(source._select(model))  # noqa: SLF001  # of this very file
+        average = nnx.as_pure(source.params)
+    else:
+        live = nnx.as_pure(nnx.state(model, source.wrt))
+        average = get_params_ema(source, live, name)
+    try:
+        nnx.update(model, average)
+        yield model
+    finally:
+        nnx.update(model, live)
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(average) if isinstance(leaf, jax.Array)):
+        raise StateError("the average was donated while it was in the model: it is lost")
+
+
+def _name(path: Path) -> str:
+    return ".".join(map(str, path))
