@@ -11,14 +11,14 @@ require("torch", "torch")
 from ema.torch_backend.model import EMAModel
 
 if TYPE_CHECKING:
-    from ema.torch_backend.callback import EMACallback
+    from ema.torch_backend.trainer import EMACallback
 
 __all__ = ["EMACallback", "EMAModel"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "EMACallback":  # imports transformers, which few loops need
-        from ema.torch_backend.callback import EMACallback
+        from ema.torch_backend.trainer import EMACallback
 
         return EMACallback
     raise AttributeError(f"module 'ema.torch_backend' has no attribute {name!r}")

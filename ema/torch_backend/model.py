@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
+from ema.checkpoint import MAX_SHARD_SIZE
+from ema.checkpoint.places import errors_of
+from ema.checkpoint.renaming import Rename, Transform
 from ema.errors import EMAWarning, ModelError, StateError, difference
 from ema.schedules import Schedule
+from ema.torch_backend import files
 from ema.torch_backend.average import Average
+from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Rules, Selection, select
 from ema.torch_backend.settings import Settings
-from ema.torch_backend.state import State
+from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap
 from ema.torch_backend.teacher import call_with
 
@@ -104,6 +111,7 @@ class EMAModel(Generic[ModelT]):
         self._settings = settings
         self._average = Average(model, settings.rules, settings.dtype, settings.device)
         self._swap: Swap | None = None
+        self._file_metadata: dict[str, str] = {}
         self.reset()
 
     def __repr__(self) -> str:
@@ -121,6 +129,12 @@ class EMAModel(Generic[ModelT]):
     def schedule(self) -> Schedule:
         """The schedule of the decay; a plain number is a ``ConstantDecay``."""
         return self._settings.schedule
+
+    @property
+    def decay(self) -> float:
+        """The decay of the last update, or of the first one before that."""
+        weight = self.schedule.weight(float(max(self._count, 1)), self._settings.update_every)
+        return 1.0 - float(weight)
 
     @property
     def step(self) -> int:
@@ -178,6 +192,12 @@ class EMAModel(Generic[ModelT]):
         """
         averages, _ = self._look()
         return dict(averages)
+
+    def relative_distance(self) -> float:
+        """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once."""
+        self._refuse_while_swapped("relative_distance")
+        averages, found = self._look()
+        return relative_distance(averages, found.averaged)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the averaged weights and leave the live ones alone: a teacher.
@@ -295,6 +315,96 @@ class EMAModel(Generic[ModelT]):
                 ``update_every``.
         """
         self._refuse_while_swapped("load_state_dict")
+        self._go_on(state)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        max_shard_size: int = MAX_SHARD_SIZE,
+    ) -> Path:
+        """Write the state as ``ema.safetensors``, in one step: killed, the old file is still there.
+
+        What is written is what :meth:`state_dict` returns, without copying it; right also while
+        averages are swapped in. :func:`ema.jax_backend.load_params_ema` reads the same file.
+
+        Args:
+            path: a file that ends in ``.safetensors``, or a folder, which is made.
+            metadata: notes of your own, strings by string; None: those of the file that was
+                loaded, if any.
+            max_shard_size: bytes in one file; a larger state is split.
+
+        Returns:
+            The file.
+
+        Raises:
+            CheckpointError: it cannot be written, with the file and the reason.
+        """
+        averages, found = self._look()
+        state = {
+            "step": self._step,
+            "count": self._count,
+            "not_averaged": list(found.others),
+            **self._settings.timing(),
+        }
+        notes = self._file_metadata if metadata is None else metadata
+        return files.save(path, averages, state, notes, max_shard_size)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rename: Rename = None,
+        transform: Transform = None,
+    ) -> None:
+        """Go on from a file that :meth:`save` or a JAX run wrote, see :meth:`load_state_dict`.
+
+        Args:
+            path: the file, or the folder with ``ema.safetensors`` in it.
+            rename: from a name in the file to that of the parameter, a function or a table;
+                None in place of a name leaves the tensor out.
+            transform: ``transform(name, tensor)``, or a table from the parameter's name to a
+                function of the tensor: for a layout that differs. Called more than once.
+
+        Raises:
+            CheckpointError: the file cannot be read, is damaged, of a newer version, or of another
+                model. Nothing has changed.
+            ArgumentError: ``rename`` gives two tensors one name, or has a name the file lacks.
+            StateError: averages are swapped in.
+
+        Warns:
+            EMAWarning: it was made with another schedule, ``update_after_step`` or
+                ``update_every``.
+        """
+        self._refuse_while_swapped("load")
+        state, stored = files.load(path, self._settings.timing(), rename, transform)
+        with errors_of(stored.place, "read"):
+            self._go_on({"format_version": FORMAT_VERSION, **state})
+        self._file_metadata = dict(stored.record.extra)
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write a complete plain ``safetensors`` state dict with the averaged weights in it.
+
+        Names and dtypes are those of the (unwrapped) model's own ``state_dict()``, tied weights
+        under each of their names, so ``model.load_state_dict(safetensors.torch.load_file(path))``
+        reads it where this library is not installed.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The file.
+
+        Raises:
+            CheckpointError: it cannot be written, with the file and the reason.
+            ModelError: the model's state dict holds something other than its tensors.
+        """
+        averages, found = self._look()
+        return files.export(path, self._model, averages, found)
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Check everything, then take over averages and counters."""
         loaded = State.from_dict(state)
         loaded.check_fits(self._look()[1])
         ours = self._settings.timing()
@@ -303,7 +413,7 @@ class EMAModel(Generic[ModelT]):
                 f"the state was made with {other}, from now on it is"
                 f" { {key: ours[key] for key in other} }",
                 EMAWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self._average.assign(loaded.averages)
         self._step, self._count = loaded.step, loaded.count

@@ -141,7 +141,7 @@ def test_averages_can_be_float64(model, step, values):
     oracle = {name: value.double() for name, value in values(model).items()}
     for live in train(model, ema_model, step, 50):
         for name, value in oracle.items():
-            value += (1 - 0.9999) * (live[name].double() - value)
+            value.add_((1 - 0.9999) * (live[name].double() - value))
     for name, average in ema_model.averaged_parameters().items():
         torch.testing.assert_close(average, oracle[name], rtol=1e-14, atol=1e-14)
 

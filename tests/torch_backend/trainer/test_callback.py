@@ -7,31 +7,12 @@ import textwrap
 import pytest
 import torch
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 import ema
 from ema import ArgumentError, CheckpointError, EMACallback, EMAWarning, ModelError, StateError
-
-CONFIG = {
-    "n_layer": 1,
-    "n_embd": 16,
-    "n_head": 2,
-    "vocab_size": 32,
-    "n_positions": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-@pytest.fixture
-def gpt2():
-    """A small transformers model with tied weights, built from its config."""
-    return GPT2LMHeadModel(GPT2Config(**CONFIG, loss_type="ForCausalLM"))
 
 
 class Recorder(TrainerCallback):
@@ -55,32 +36,6 @@ class Recorder(TrainerCallback):
             for name, value in live.items():
                 average[name].lerp_(value, 1 - decay)
         return average
-
-
-@pytest.fixture
-def train(tmp_path):
-    """Run a real Trainer on random tokens."""
-
-    def run(model, callbacks, steps=6, kind=Trainer, **options):
-        data = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, 32, (24, 8))]
-        args = TrainingArguments(
-            tmp_path,
-            max_steps=steps,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **options,
-        )
-        trainer = kind(model=model, args=args, train_dataset=data, callbacks=callbacks)
-        trainer.train()
-        return trainer
-
-    return run
 
 
 def assert_is_average(callback, recorder, decay):
@@ -137,28 +92,27 @@ def test_apply_and_restore_after_training(gpt2, train):
     assert torch.equal(gpt2.lm_head.weight, live)
 
 
-def test_a_second_train_goes_on_and_another_model_starts_anew(gpt2, train):
+def test_every_train_starts_anew_unless_a_state_was_loaded(gpt2, new_gpt2, train):
+    """A second train() is a new run, and so is its average; a loaded state is gone on with."""
     callback = EMACallback(decay=0.5)
     train(gpt2, [callback])
+    train(gpt2, [callback])
+    assert callback.ema_model.count == 6
+    callback.load_ema_state(callback.get_ema_state())
     train(gpt2, [callback])
     assert callback.ema_model.count == 12
-    other = GPT2LMHeadModel(GPT2Config(**CONFIG, loss_type="ForCausalLM"))
+    callback.load_ema_state(callback.get_ema_state())
+    other = new_gpt2()
     train(other, [callback])
-    assert (callback.ema_model.count, callback.ema_model.model) == (6, other)
+    assert (callback.ema_model.count, callback.ema_model.model) == (18, other)
+    fresh = EMACallback(decay=0.5)
+    fresh.load_ema_state(callback.get_ema_state())
+    assert fresh.get_ema_state()["step"] == 18
+    train(gpt2, [fresh])
+    assert fresh.ema_model.count == 24
 
 
-def test_a_loaded_state_is_what_training_goes_on_from(gpt2, train):
-    callback = EMACallback(decay=0.5)
-    train(gpt2, [callback])
-    state = callback.get_ema_state()
-    resumed = EMACallback(decay=0.5)
-    resumed.load_ema_state(state)
-    assert resumed.get_ema_state()["step"] == 6
-    train(gpt2, [resumed])
-    assert resumed.ema_model.count == 12
-
-
-def test_a_new_process_without_a_trainer(gpt2, train, tmp_path):
+def test_a_new_process_without_a_trainer(gpt2, config, train, tmp_path):
     """The basic scenario: save with torch.save, load with torch.load's defaults, apply."""
     callback = EMACallback(decay=0.5)
     train(gpt2, [callback])
@@ -169,7 +123,7 @@ def test_a_new_process_without_a_trainer(gpt2, train, tmp_path):
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
         from ema import EMACallback
-        model = GPT2LMHeadModel(GPT2Config(**{CONFIG!r}))
+        model = GPT2LMHeadModel(GPT2Config(**{config!r}))
         live = model.transformer.wte.weight.detach().clone()
         ema_callback = EMACallback(decay=0.5)
         ema_callback.load_ema_state(torch.load("ema_weights.pt"))
@@ -184,28 +138,6 @@ def test_a_new_process_without_a_trainer(gpt2, train, tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
 
 
-def test_a_run_that_goes_on_without_its_average_is_loud(gpt2, train, tmp_path):
-    """Resumed from a checkpoint with no state loaded, the average starts anew: a warning."""
-    train(gpt2, [], steps=4)
-    data = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, 32, (24, 8))]
-    args = TrainingArguments(
-        tmp_path,
-        max_steps=4,
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-    )
-    Trainer(model=gpt2, args=args, train_dataset=data).train()
-    callback = EMACallback(decay=0.1)
-    trainer = Trainer(model=gpt2, args=args, train_dataset=data, callbacks=[callback])
-    with pytest.warns(EMAWarning, match=r"goes on from step 2 .* starts anew: call load_ema_state"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert callback.ema_model.count == 2
-
-
 def test_a_decay_that_is_too_slow_for_the_run_is_pointed_out(gpt2, train):
     with pytest.warns(EMAWarning, match=r"after 6 steps 99% .* initial weights.*decay=0\.3"):
         train(gpt2, [EMACallback(decay=0.999)])
@@ -216,7 +148,7 @@ def test_a_run_without_an_update_is_pointed_out(gpt2, train):
         train(gpt2, [EMACallback(decay=0.5, update_after_step=100)])
 
 
-def test_bad_input(gpt2, train):
+def test_bad_input(gpt2, new_gpt2, train):
     """One clear error each, and the callback as it was before."""
     with pytest.raises(ArgumentError, match="`decay`"):
         EMACallback(decay=2.0)
@@ -231,7 +163,7 @@ def test_bad_input(gpt2, train):
     train(gpt2, [callback])
     with pytest.raises(StateError, match="needs an apply_ema"):
         callback.restore_original(gpt2)
-    other = GPT2LMHeadModel(GPT2Config(**{**CONFIG, "n_embd": 8}, loss_type="ForCausalLM"))
+    other = new_gpt2(n_embd=8)
     with pytest.raises(ModelError, match=r"has shape \(32, 8\), here it is \(32, 16\)"):
         callback.apply_ema(other)
     fresh = EMACallback(decay=ema.HalfLife(steps=2))

@@ -1,0 +1,211 @@
+"""Averages to and from ``ema.safetensors``, one tensor at a time; the format is ``ema.checkpoint``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema.checkpoint import (
+    MAX_SHARD_SIZE,
+    Record,
+    Source,
+    StoredState,
+    StoredTensor,
+    read_state,
+    write_state,
+    write_tensors,
+)
+from ema.checkpoint.places import errors_of
+from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
+from ema.errors import CheckpointError, ModelError, listing
+from ema.schedules import schedule_from_dict
+from ema.torch_backend.names import unwrap
+from ema.torch_backend.selection import Selection
+
+__all__ = ["export", "load", "save", "source_of", "tensor_of"]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C128": torch.complex128,
+    "C64": torch.complex64,
+}
+"""What an average can be; a plain model holds more."""
+
+OTHER_DTYPES = {
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_NAMES = {dtype: name for name, dtype in {**DTYPES, **OTHER_DTYPES}.items()}
+
+
+def save(
+    path: str | os.PathLike[str],
+    averages: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Path:
+    """Write averages, and what else a :class:`~ema.torch_backend.state.State` holds.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there still is.
+    """
+    with errors_of(path, "written"):
+        record = Record(
+            step=state["step"],
+            count=state["count"],
+            schedule=schedule_from_dict(state["schedule"]),
+            update_after_step=state["update_after_step"],
+            update_every=state["update_every"],
+            not_averaged=tuple(state["not_averaged"]),
+            extra=metadata,
+        )
+    sources = {name: source_of(name, average) for name, average in averages.items()}
+    return write_state(path, record, sources, max_shard_size=max_shard_size)
+
+
+def load(
+    path: str | os.PathLike[str],
+    timing: Mapping[str, Any],
+    rename: Rename,
+    transform: Transform,
+) -> tuple[dict[str, Any], StoredState]:
+    """The state in a file, in the form of ``EMAModel.state_dict()``, its tensors read when asked for.
+
+    Args:
+        path: the file or folder.
+        timing: schedule and the like, where the file does not know.
+        rename: see :meth:`EMAModel.load`.
+        transform: likewise.
+
+    Raises:
+        CheckpointError: it cannot be read or is damaged.
+    """
+    stored = read_state(path)
+    record = stored.record
+    known = {
+        "schedule": record.schedule and record.schedule.to_dict(),
+        "update_after_step": record.update_after_step,
+        "update_every": record.update_every,
+    }
+    names = renamed([*stored.tensors, *record.not_averaged], rename)
+    with errors_of(stored.place, "read"):
+        if record.parts:
+            raise CheckpointError("it holds more than one average, which EMAModel does not read")
+        if odd := [name for name, tensor in stored.tensors.items() if tensor.dtype not in DTYPES]:
+            raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
+    state = {
+        "step": record.step,
+        "count": record.count,
+        **{key: timing[key] if value is None else value for key, value in known.items()},
+        "averages": _Averages(
+            {new: stored.tensors[old] for new, old in names.items() if old in stored.tensors},
+            transform,
+        ),
+        "not_averaged": [new for new, old in names.items() if old not in stored.tensors],
+    }
+    return state, stored
+
+
+class _Averages(Mapping[str, Tensor]):
+    """Tensors that are made each time they are asked for: never two of them in memory."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor], transform: Transform) -> None:
+        self._stored = stored
+        self._transform = transform
+
+    def __getitem__(self, name: str) -> Tensor:
+        value: Tensor = transformed(name, tensor_of(self._stored[name]), self._transform)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # Mapping's own would make the tensor
+
+
+def export(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    averages: Mapping[str, Tensor],
+    found: Selection,
+) -> Path:
+    """Write ``model.state_dict()`` with the averages in it, see :meth:`EMAModel.export`."""
+    names = {id(tensor): name for name, tensor in found.averaged.items()}
+    names |= {id(tensor): name for name, (first, tensor) in found.ties.items() if first in averages}
+    names |= {id(tensor): first for first, tensor in found.ties.values() if first in averages}
+    sources = {}
+    seen = set()
+    for key, value in unwrap(model).state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise ModelError(f"`{key}` is a {type(value).__name__}, only tensors can be exported")
+        name = names.get(id(value))
+        if name is None:
+            sources[key] = source_of(key, value)
+        else:
+            seen.add(name)
+            sources[key] = source_of(key, averages[name], value.dtype)
+    # a buffer may be one that the model keeps out of its state dict
+    parameters = [name for name, live in found.averaged.items() if isinstance(live, nn.Parameter)]
+    if absent := [name for name in parameters if name not in seen]:
+        raise ModelError(f"the state dict of the model lacks what is averaged: {listing(absent)}")
+    return write_tensors(path, sources, {"format": "pt"})
+
+
+def source_of(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Source:
+    """A tensor for the writer; it is copied, one at a time, only where its layout or device asks.
+
+    Args:
+        name: for the error.
+        tensor: of any strided layout, on any device.
+        dtype: to write it in; None: its own.
+
+    Raises:
+        CheckpointError: the format has no such dtype or layout.
+    """
+    dtype = tensor.dtype if dtype is None else dtype
+    if dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"`{name}` is {dtype} in the layout {tensor.layout} on {tensor.device.type}:"
+            " the format has no such tensors"
+        )
+    return Source(_NAMES[dtype], tuple(tensor.shape), partial(_bytes_of, tensor, dtype))
+
+
+def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> Any:
+    tensor = tensor.detach().resolve_conj().resolve_neg().to("cpu", dtype).contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def tensor_of(stored: StoredTensor) -> Tensor:
+    """A view of the file, which is not to be written to; a copy where it is not aligned."""
+    dtype = {**DTYPES, **OTHER_DTYPES}[stored.dtype]
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=dtype)
+    data = torch.frombuffer(stored.bytes(), dtype=torch.uint8)
+    if data.data_ptr() % dtype.itemsize:  # torch reads 16 bytes at once and crashes
+        data = data.clone()
+    return data.view(dtype).reshape(stored.shape)

@@ -1,0 +1,104 @@
+"""What a callback cannot do from its events: the methods of one Trainer, wrapped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from ema.errors import StateError
+
+if TYPE_CHECKING:
+    from ema.torch_backend.trainer.callback import EMACallback
+
+__all__ = ["Attachment"]
+
+
+class Attachment:
+    """``train``, ``evaluate``, ``predict`` and ``log`` of one Trainer, wrapped until it is undone.
+
+    The wrappers are attributes of the instance, so any subclass keeps its own methods, and calls
+    that the Trainer makes of itself go through them.
+    """
+
+    def __init__(self, callback: EMACallback, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.resumed_from: Path | None = None
+        self._callback = callback
+        self._added = callback not in trainer.callback_handler.callbacks
+        if self._added:
+            trainer.add_callback(callback)
+        self._wrapped: dict[str, Callable[..., Any]] = {}
+        self._before: dict[str, Any] = {}
+        self._wrap("train", self._train)
+        self._wrap("log", self._log)
+        if callback.eval_with_ema:
+            self._wrap("evaluate", self._with_average)
+            self._wrap("predict", self._with_average)
+
+    def undo(self) -> None:
+        """Give the Trainer its own methods back.
+
+        Raises:
+            StateError: something else was wrapped around them since; nothing has changed.
+        """
+        own = vars(self.trainer)
+        if covered := [name for name, ours in self._wrapped.items() if own.get(name) is not ours]:
+            raise StateError(
+                f"`detach` needs to be called after what was attached later, which wraps {covered}"
+            )
+        for name in self._wrapped:
+            if name in self._before:
+                own[name] = self._before[name]
+            else:
+                del own[name]
+        if self._added:
+            self.trainer.remove_callback(self._callback)
+
+    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
+        own = vars(self.trainer)
+        if name in own:
+            self._before[name] = own[name]
+        original = getattr(self.trainer, name)
+        own[name] = self._wrapped[name] = functools.wraps(original)(
+            functools.partial(around, original)
+        )
+
+    def _train(
+        self,
+        original: Callable[..., Any],
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Remember the checkpoint: it is not among what a callback is told."""
+        path = resume_from_checkpoint
+        if path is True:
+            path = get_last_checkpoint(self.trainer.args.output_dir)  # type: ignore[no-untyped-call]
+        self.resumed_from = Path(path) if path else None
+        try:
+            return original(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.resumed_from = None
+
+    def _log(
+        self,
+        original: Callable[..., Any],
+        logs: dict[str, float],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Add what there is to say of the average to the logs of training."""
+        if "loss" in logs:
+            logs = {**logs, **self._callback.log_values()}
+        return original(logs, *args, **kwargs)
+
+    def _with_average(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._callback.has_average:  # before training there is nothing but the live weights
+            return original(*args, **kwargs)
+        with self._callback.use_ema(self.trainer.model):
+            return original(*args, **kwargs)

@@ -1,0 +1,447 @@
+"""``EMACallback``: the average of a Hugging Face ``Trainer`` run."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, StateError
+from ema.info import describe_ema
+from ema.schedules import Schedule
+from ema.torch_backend.model import EMAModel
+from ema.torch_backend.settings import Settings
+from ema.torch_backend.state import State
+from ema.torch_backend.trainer.attachment import Attachment
+from ema.torch_backend.trainer.evaluation import EvaluationSwap
+from ema.torch_backend.trainer.export import save_pretrained
+from ema.torch_backend.trainer.run_folder import checkpoint_folder, file_name, output_folder
+
+__all__ = ["EMACallback"]
+
+_TOO_MUCH_LEFT = 0.2  # of the initial weights at the end of a run: the average lags far behind
+
+_written_by: weakref.WeakValueDictionary[Path, EMACallback] = weakref.WeakValueDictionary()
+"""Who has written a file in this process: two callbacks of one Trainer must not share one."""
+
+
+class EMACallback(TrainerCallback):
+    """Averages the weights of a ``Trainer`` run after every real optimizer step.
+
+    Steps within a gradient accumulation and steps that the gradient scaler skipped do not count.
+    Every ``train()`` starts with an average that equals the weights, unless it resumes from a
+    checkpoint or a state was loaded before it. Each checkpoint of the run holds the average in
+    ``ema.safetensors``, written last; resuming finds it again.
+
+    ``callbacks=[ema_callback]`` does all that events allow. :meth:`attach` does the rest: it
+    resumes from any folder, serves ``trainer.evaluate()`` and ``predict()`` outside of training,
+    cleans up at once after an evaluation that raises, and writes into the Trainer's logs.
+
+    ``apply_ema``, ``restore_original``, ``get_ema_state`` and ``load_ema_state`` work without a
+    ``Trainer`` too, for instance in a new process.
+
+    Args:
+        decay: the decay of one update in [0, 1], or a schedule.
+        update_after_step: through this step the average equals the live weights.
+        update_every: optimizer steps from one update to the next.
+        dtype: see :class:`EMAModel`, as for the five below.
+        device: where the averages are kept.
+        include: patterns of the parameters that are averaged.
+        exclude: patterns of those that are not.
+        buffers: ``"copy"``, ``"average"`` or a mapping from patterns to these.
+        eval_with_ema: whether evaluations see the averaged weights. Training goes on with the
+            live ones, and checkpoints hold those. With ``load_best_model_at_end`` the average at
+            the end is the one that gave the best metric.
+        save_ema_model: whether a complete averaged model is written to ``<output_dir>/ema`` at
+            the end of training, see :meth:`save_pretrained`.
+        on_missing_average: ``"warn"`` or ``"error"``, for a checkpoint without an average.
+        name: tells several callbacks of one Trainer apart: ``ema-<name>.safetensors``.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        ArgumentTypeError: an argument has the wrong type.
+
+    Example::
+
+        ema_callback = EMACallback(decay=0.999)
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[ema_callback])
+        trainer.train()
+        ema_callback.apply_ema(model)
+    """
+
+    def __init__(
+        self,
+        decay: float | Schedule = 0.999,
+        *,
+        update_after_step: int = 0,
+        update_every: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        include: str | Collection[str] | None = None,
+        exclude: str | Collection[str] | None = None,
+        buffers: str | Mapping[str, str] = "copy",
+        eval_with_ema: bool = False,
+        save_ema_model: bool = False,
+        on_missing_average: str = "warn",
+        name: str | None = None,
+    ) -> None:
+        for argument, value in (
+            ("eval_with_ema", eval_with_ema),
+            ("save_ema_model", save_ema_model),
+        ):
+            if not isinstance(value, bool):
+                raise ArgumentTypeError(f"`{argument}` must be True or False, got {value!r}")
+        if on_missing_average not in ("warn", "error"):
+            raise ArgumentError(
+                f"`on_missing_average` must be 'warn' or 'error', got {on_missing_average!r}"
+            )
+        if name is not None and not (isinstance(name, str) and name.isidentifier()):
+            raise ArgumentError(f"`name` must be an identifier, got {name!r}")
+        self._options: dict[str, Any] = {
+            "decay": decay,
+            "update_after_step": update_after_step,
+            "update_every": update_every,
+            "dtype": dtype,
+            "device": device,
+            "include": include,
+            "exclude": exclude,
+            "buffers": buffers,
+        }
+        self._settings = Settings.of(**self._options)
+        self._ema_model: EMAModel[nn.Module] | None = None
+        self._loaded: Mapping[str, Any] | None = None  # a state that has not seen its model yet
+        self._go_on = False  # a state was loaded for the next train()
+        self._scale: float | None = None  # of the gradient scaler, before the coming step
+        self._evaluation = EvaluationSwap()
+        self._attachment: Attachment | None = None
+        self._missing_is_error = on_missing_average == "error"
+        self.eval_with_ema = eval_with_ema
+        self.save_ema_model = save_ema_model
+        self.name = name
+
+    @property
+    def has_average(self) -> bool:
+        """Whether training has begun or a state was loaded."""
+        return self._ema_model is not None or self._loaded is not None
+
+    @property
+    def ema_model(self) -> EMAModel[nn.Module]:
+        """The average of the run.
+
+        Raises:
+            StateError: training has not begun, and no state was applied to a model.
+        """
+        if self._ema_model is None:
+            raise StateError("there is no average: train, or load a state and apply it to a model")
+        return self._ema_model
+
+    def apply_ema(self, model: nn.Module | None = None) -> None:
+        """Swap the averaged weights into ``model``, see :meth:`EMAModel.apply_ema`.
+
+        Args:
+            model: the model that was trained, or another with the same names and shapes. It may
+                only be left out after training.
+
+        Raises:
+            StateError: there is no average, or it is swapped into another model.
+            ModelError: the average does not fit ``model``.
+            CheckpointError: the loaded state does not fit ``model``.
+        """
+        self._average_for(model).apply_ema(model)
+
+    def restore_original(self, model: nn.Module | None = None) -> None:
+        """Put the live weights back into the model that :meth:`apply_ema` was called with.
+
+        Raises:
+            StateError: no averages are swapped in, or not into ``model``.
+        """
+        self.ema_model.restore_original(model)
+
+    @contextmanager
+    def use_ema(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+        """Averaged weights inside the block, see :meth:`EMAModel.use_ema`."""
+        with self._average_for(model).use_ema(model) as averaged:
+            yield averaged
+
+    def get_ema_state(self) -> dict[str, Any]:
+        """The state to save, see :meth:`EMAModel.state_dict`.
+
+        Raises:
+            StateError: there is none yet.
+        """
+        if self._ema_model is None and self._loaded is not None:
+            return dict(self._loaded)
+        return self.ema_model.state_dict()
+
+    def load_ema_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of :meth:`get_ema_state`, or apply it to a model.
+
+        The next ``train()`` starts with it, whatever that resumes from. Without a model yet the
+        state is kept for the one that is trained or given to :meth:`apply_ema` next; what can be
+        checked is checked now.
+
+        Raises:
+            CheckpointError: the state is damaged or does not fit the model. Nothing has changed.
+            StateError: averages are swapped in.
+        """
+        if self._ema_model is not None:
+            self._ema_model.load_state_dict(state)
+        else:
+            State.from_dict(state)
+            self._loaded = state
+        self._go_on = True
+
+    def save_pretrained(self, model: nn.Module, folder: str | Path, **options: Any) -> None:
+        """Write a complete model with averaged weights that ``from_pretrained(folder)`` loads.
+
+        Args:
+            model: the model that was trained; of a PEFT model the adapter is written.
+            folder: is created where needed; ``ema.json`` in it says what the weights are.
+            **options: for the model's own ``save_pretrained``.
+
+        Raises:
+            ArgumentTypeError: the model has no ``save_pretrained``.
+            ModelError: the average does not fit ``model``.
+            StateError: there is no average.
+        """
+        save_pretrained(self._average_for(model), model, folder, **options)
+
+    def attach(self, trainer: Trainer) -> EMACallback:
+        """Serve this Trainer beyond what events allow; adds itself to its callbacks if need be.
+
+        Until :meth:`detach`, for any subclass of ``Trainer``:
+
+        - resuming finds the average in whatever folder ``train(resume_from_checkpoint=…)`` names;
+        - with ``eval_with_ema``, ``evaluate()`` and ``predict()`` see the averaged weights also
+          outside of training, and the live ones are back whatever they raise;
+        - the logs of training hold ``ema_decay``, ``ema_updates`` and ``ema_distance``, the
+          relative distance ``‖average − params‖ / ‖params‖``.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            StateError: it is attached already.
+        """
+        if self._attachment is not None:
+            raise StateError("the callback is attached to a Trainer already: detach it first")
+        self._attachment = Attachment(self, trainer)
+        return self
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`.
+
+        Raises:
+            StateError: it is not attached, or another callback was attached after it.
+        """
+        if self._attachment is None:
+            raise StateError("the callback is attached to no Trainer")
+        self._attachment.undo()
+        self._attachment = None
+
+    def log_values(self) -> dict[str, float]:
+        """Decay of the last update, updates so far and relative distance to the live weights."""
+        if self._ema_model is None:
+            return {}
+        prefix = "ema" if self.name is None else f"ema_{self.name}"
+        return {
+            f"{prefix}_decay": self._ema_model.decay,
+            f"{prefix}_updates": self._ema_model.count,
+            f"{prefix}_distance": self._ema_model.relative_distance(),
+        }
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Start the average, or go on with the one that was saved or loaded."""
+        if model is None:
+            return
+        self._evaluation.end()
+        self._scale = None
+        go_on, self._go_on = self._go_on, False
+        if self._ema_model is not None and self._ema_model.model is not model:
+            if go_on:
+                self._loaded = self._ema_model.state_dict()
+            self._ema_model = None
+        if self._loaded is not None:
+            self._average_for(model)
+        elif self._ema_model is None:
+            self._ema_model = EMAModel(model, **self._options)
+        elif not go_on:
+            self._ema_model.reset()
+        if state.global_step > 0 and not go_on:
+            self._resume(args, state)
+        self._warn_if_too_slow(state.max_steps)
+        if args.eval_on_start:
+            self._begin_evaluation()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the scale of the gradients, if there is one."""
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and self._scale is None:
+            self._scale = scaler.get_scale()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Update after an optimizer step, unless the gradient scaler skipped it."""
+        if not self._was_skipped(optimizer):
+            self.ema_model.update()
+
+        if control.should_evaluate:
+            self._begin_evaluation()
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """See to the evaluation that follows, if one does."""
+        self._evaluation.end()
+        if control.should_evaluate:
+            self._begin_evaluation()
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Train with the live weights."""
+        self._evaluation.end()
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Put the average into the checkpoint, as its last file."""
+        self._evaluation.end()
+        if not args.should_save:  # every process holds the same average, one writes it
+            return
+        file = checkpoint_folder(args, state) / file_name(self.name)
+        other = _written_by.get(file)
+        if other is not None and other is not self and file.exists():
+            raise StateError(
+                f"another EMACallback has written {file}: give one of them a name,"
+                " EMACallback(..., name='slow')"
+            )
+        self.ema_model.save(file)
+        _written_by[file] = self
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the best average where the best model is kept, and write the averaged model."""
+        self._evaluation.end()
+        average = self.ema_model
+        if average.step > 0 and average.count == 0:
+            warnings.warn(
+                f"no update was made in {average.step} steps with update_after_step="
+                f"{self._settings.update_after_step} and update_every="
+                f"{self._settings.update_every}: the average is no average",
+                EMAWarning,
+                stacklevel=2,
+            )
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and self.eval_with_ema and best is not None:
+            self._load_from(Path(best), "the last average is kept")
+        if self.save_ema_model and args.should_save and model is not None:
+            self.save_pretrained(model, output_folder(args) / "ema")
+
+    def _begin_evaluation(self) -> None:
+        """For a Trainer that is attached the wrapped methods do it."""
+        if self.eval_with_ema and self._attachment is None:
+            self._evaluation.begin(self.ema_model)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Find the average of the checkpoint that training goes on from."""
+        attached = None if self._attachment is None else self._attachment.resumed_from
+        folder = attached or args.resume_from_checkpoint or checkpoint_folder(args, state)
+        self._load_from(
+            Path(folder),
+            f"training goes on from step {state.global_step} and the average starts anew from the"
+            " weights of that step. attach(trainer) finds it in any folder; load_ema_state before"
+            " train() goes on with a state that was saved",
+        )
+
+    def _load_from(self, folder: Path, otherwise: str) -> None:
+        file = folder / file_name(self.name)
+        if file.exists():
+            self.ema_model.load(file)
+            return
+        message = f"there is no average in {folder} ({file.name}): {otherwise}"
+        if self._missing_is_error:
+            raise CheckpointError(message)
+        warnings.warn(message, EMAWarning, stacklevel=3)
+
+    def _was_skipped(self, optimizer: Any) -> bool:
+        """Whether the gradient scaler found an overflow.
+
+        Accelerate says so only of optimizers that the scaler does not call then; a fused one, the
+        default of the Trainer, is always called and skips by itself. The scale tells in any case:
+        it drops.
+        """
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is None:
+            return False
+        before, self._scale = self._scale, scaler.get_scale()
+        return bool(optimizer.step_was_skipped) or (before is not None and self._scale < before)
+
+    def _average_for(self, model: nn.Module | None) -> EMAModel[nn.Module]:
+        """The average, which a loaded state gets with the first model that it fits."""
+        if self._ema_model is None and self._loaded is not None and model is not None:
+            average = EMAModel(model, **self._options)
+            average.load_state_dict(self._loaded)
+            self._ema_model, self._loaded = average, None
+        return self.ema_model
+
+    def _warn_if_too_slow(self, max_steps: int) -> None:
+        steps = max_steps - self._settings.update_after_step
+        if steps < 1:
+            return
+        about = describe_ema(
+            self._settings.schedule, steps, update_every=self._settings.update_every
+        )
+        if about.initial_share > _TOO_MUCH_LEFT:
+            warnings.warn(
+                f"after {max_steps} steps {about.initial_share:.0%} of the average will still be"
+                f" the initial weights: {self._settings.schedule} is slow for so short a run,"
+                f" decay={about.recommended_decay:.4g} suits it",
+                EMAWarning,
+                stacklevel=2,
+            )

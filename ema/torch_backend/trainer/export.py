@@ -1,0 +1,54 @@
+"""Averaged weights as a model of their own that needs this library no more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ema.errors import ArgumentTypeError
+from ema.torch_backend.model import EMAModel
+from ema.torch_backend.names import unwrap
+
+__all__ = ["NOTE", "save_pretrained"]
+
+NOTE = "ema.json"
+"""File beside the weights that says what they are."""
+
+
+def save_pretrained(
+    average: EMAModel[Any], model: nn.Module, folder: str | Path, **options: Any
+) -> None:
+    """Write ``model`` with averaged weights, as its own ``save_pretrained`` writes it.
+
+    Everything that it saves is there: tied and frozen weights, buffers, shards of a large model; of
+    a PEFT model the adapter. A note in ``ema.json`` holds decay, step and schedule.
+
+    Args:
+        average: of the model.
+        model: a transformers, diffusers or PEFT model, wrapped or not.
+        folder: is created where needed.
+        **options: for the model's ``save_pretrained``.
+
+    Raises:
+        ArgumentTypeError: the model has no ``save_pretrained``.
+        ModelError: the average does not fit it.
+    """
+    inner: Any = unwrap(model)
+    if not hasattr(inner, "save_pretrained"):
+        raise ArgumentTypeError(
+            f"`model` must have save_pretrained, which {type(inner).__name__} has not:"
+            " EMAModel.export writes any module"
+        )
+    with average.use_ema(model):
+        inner.save_pretrained(folder, **options)
+    note = {
+        "weights": "ema",
+        "decay": average.decay,
+        "schedule": average.schedule.to_dict(),
+        "step": average.step,
+        "count": average.count,
+    }
+    (Path(folder) / NOTE).write_text(json.dumps(note, indent=2) + "\n")

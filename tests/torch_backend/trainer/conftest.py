@@ -1,0 +1,100 @@
+"""A small transformers model, built from its config, and real Trainer runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+CONFIG = {
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "vocab_size": 32,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "loss_type": "ForCausalLM",
+}
+
+
+@pytest.fixture
+def config() -> dict:
+    """What the model is built from."""
+    return CONFIG
+
+
+@pytest.fixture
+def new_gpt2() -> Callable[..., GPT2LMHeadModel]:
+    """Make a model; the same weights for the same seed."""
+
+    def make(seed=0, **changes):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(GPT2Config(**{**CONFIG, **changes}))
+
+    return make
+
+
+@pytest.fixture
+def gpt2(new_gpt2) -> GPT2LMHeadModel:
+    """A small model with tied weights."""
+    return new_gpt2()
+
+
+@pytest.fixture
+def tokens() -> Callable[[int, int], list]:
+    """A data set of random tokens."""
+
+    def make(count, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(0, 32, (count, 8), generator=generator)
+        return [{"input_ids": row, "labels": row} for row in rows]
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tokens) -> Callable[..., Trainer]:
+    """A real Trainer on random tokens, in a temporary folder."""
+
+    def make(model, callbacks=(), steps=6, kind=Trainer, eval_dataset=None, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": steps,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "report_to": [],
+            "use_cpu": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        return kind(
+            model=model,
+            args=TrainingArguments(**{**defaults, **options}),
+            train_dataset=tokens(24),
+            eval_dataset=eval_dataset,
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+@pytest.fixture
+def train(make_trainer) -> Callable[..., Trainer]:
+    """Run one to its end."""
+
+    def run(model, callbacks, **options):
+        trainer = make_trainer(model, callbacks, **options)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The output folder of the runs."""
+    return tmp_path / "run"
