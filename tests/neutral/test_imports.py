@@ -16,6 +16,7 @@ PACKAGE = Path(ema.__file__).parent
 FRAMEWORKS = ("torch", "jax", "jaxlib", "flax", "optax", "transformers", "typer", "rich")
 NEUTRAL = (
     "ema",
+    "ema.checkpoint",
     "ema.cli",
     "ema.decay",
     "ema.errors",

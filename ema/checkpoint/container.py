@@ -1,0 +1,229 @@
+"""The safetensors container: its header, read as if it came from an enemy, and written.
+
+A file is the length of the header (8 bytes, little-endian), the header (JSON: name → dtype, shape
+and offsets, and ``__metadata__``, strings by string), and the bytes of the tensors, without a gap.
+The header is checked here, whole, before anything is made of it: the rules are those of
+https://huggingface.co/docs/safetensors, and a few limits besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ema.errors import CheckpointError
+
+__all__ = [
+    "DTYPE_BITS",
+    "MAX_HEADER",
+    "Entry",
+    "Header",
+    "build_header",
+    "load_json",
+    "parse_header",
+]
+
+DTYPE_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "C64": 64,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "BOOL": 8,
+}
+"""Size of an element of each dtype that the container knows."""
+
+MAX_HEADER = 32 << 20
+"""Bytes of a header; some 100 000 tensors. More go into several files."""
+
+_MAX_NODES = 1 << 20  # lists, objects and commas of a JSON text: bounds what parsing it allocates
+_MAX_NUMBER = 1 << 62
+_MAX_DIMENSIONS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor stands and what it is; ``begin`` and ``end`` count from the first tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Tensors in the order of the file, and the metadata; ``start`` is where the tensors begin."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    start: int
+
+
+def parse_header(head: bytes, size: int) -> Header:
+    """Check and read a header.
+
+    Args:
+        head: the file up to the end of the header; fewer bytes are an error.
+        size: of the whole file.
+
+    Raises:
+        CheckpointError: with the reason, without the name of the file.
+    """
+    length = header_length(head[:8], size)
+    text = head[8 : 8 + length]
+    if not text.startswith(b"{"):
+        raise CheckpointError("the header does not begin with `{`: this is no safetensors file")
+    items = load_json(text, "the header")
+    metadata = items.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError("`__metadata__` must be an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise CheckpointError(f"`__metadata__` must hold strings, {key!r:.80} does not")
+    entries = {name: _entry(name, fields) for name, fields in items.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    position = 0
+    for name, entry in entries.items():
+        if entry.begin != position:
+            raise CheckpointError(
+                f"`{name:.80}` begins at byte {entry.begin} of the data where {position} is due"
+            )
+        position = entry.end
+    if position != (data := size - 8 - length):
+        raise CheckpointError(f"the tensors take {position} bytes, the file has {data} for them")
+    return Header(entries, metadata, 8 + length)
+
+
+def header_length(first: bytes, size: int) -> int:
+    """The length that the first 8 bytes of a file tell, if it can be.
+
+    Raises:
+        CheckpointError: there is no room for such a header in the file, or it is over the limit.
+    """
+    if size < 8 or len(first) < 8:
+        raise CheckpointError(f"{size} bytes are too short for a safetensors file")
+    length = int.from_bytes(first, "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"a header of {length} bytes is told; the file has {size - 8} and {MAX_HEADER} are allowed"
+        )
+    return length
+
+
+def load_json(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object, whose names are unique, from text of any origin.
+
+    Raises:
+        CheckpointError: it is none, or so large or deep that reading it would cost much.
+    """
+    nodes = text.count(b"{") + text.count(b"[") + text.count(b",")
+    if len(text) > MAX_HEADER or nodes > _MAX_NODES:
+        raise CheckpointError(f"{what} is too large: {len(text)} bytes with {nodes} values or more")
+    try:
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise CheckpointError(f"{what} is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{what} is no UTF-8: byte {error.start}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} {error}") from None
+    except ValueError as error:  # JSONDecodeError, and integers of too many digits
+        raise CheckpointError(f"{what} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise CheckpointError(f"has the name {twice!r:.80} twice")
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise CheckpointError(f"holds {name}")
+
+
+def _entry(name: str, fields: object) -> Entry:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"the name {name!r:.80} is no Unicode text") from None
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"`{name:.80}` must have dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(f"`{name:.80}` has the unknown dtype {dtype!r:.80}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"`{name:.80}` has no valid shape: {shape!r:.80}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"`{name:.80}` has no valid data_offsets: {offsets!r:.80}")
+    begin, end = offsets
+    bits = bits_of(dtype, shape)
+    if begin > end or bits != 8 * (end - begin):
+        raise CheckpointError(
+            f"`{name:.80}` is {dtype} of shape {tuple(shape)!s:.80}, which are not the"
+            f" {end - begin} bytes of its data_offsets"
+        )
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _MAX_NUMBER for value in values
+    )
+
+
+def bits_of(dtype: str, shape: Iterable[int]) -> int:
+    """Bits of a tensor."""
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+    return bits
+
+
+def build_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """Length and header, padded so that the tensors begin at a multiple of 8.
+
+    Raises:
+        CheckpointError: it would be over the limit, or a name is none that a file can hold.
+    """
+    items: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    if "__metadata__" in entries:
+        raise CheckpointError("no tensor can be called `__metadata__` in a safetensors file")
+    for name, entry in entries.items():
+        items[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    try:
+        text = json.dumps(items, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError("a name is no Unicode text") from None
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"the header takes {len(text)} bytes, {MAX_HEADER} are allowed")
+    return len(text).to_bytes(8, "little") + text

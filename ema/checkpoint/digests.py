@@ -1,0 +1,85 @@
+"""Digests of tensors and of the header: against accidents, not against forgery.
+
+xxh3_128 finds every damage that chance does, and costs less than reading the file. Whoever can
+change the file can change the digests too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import xxhash
+
+from ema.checkpoint.container import Entry, load_json
+from ema.checkpoint.record import to_json
+from ema.errors import CheckpointError, difference
+
+__all__ = ["check_header", "digest", "read_digests", "seal"]
+
+_EMPTY = "0" * 32
+
+
+def digest(data: Any) -> str:
+    """xxh3_128 of a stretch of memory, 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def seal(
+    metadata: Mapping[str, str], entries: Mapping[str, Entry], digests: Mapping[str, str] | None
+) -> dict[str, str]:
+    """The metadata with the digests of all tensors and, last, that of the header.
+
+    Without ``digests`` it has the same length: a place to write to when they are known.
+    """
+    digests = digests or dict.fromkeys(entries, _EMPTY)
+    sealed = {**metadata, "digests": to_json({name: digests[name] for name in entries})}
+    own = {"keys": sorted(sealed), "xxh3_128": _header_digest(sealed, sealed, entries)}
+    return {**sealed, "header_digest": to_json(own)}
+
+
+def check_header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+    """Compare names, dtypes, shapes and metadata with the digest of the header.
+
+    Metadata that somebody has added since is not looked at.
+
+    Raises:
+        CheckpointError: they are not what was written.
+    """
+    own = load_json(metadata.get("header_digest", "").encode(errors="replace"), "`header_digest`")
+    keys, expected = own.get("keys"), own.get("xxh3_128")
+    if own.keys() != {"keys", "xxh3_128"} or not isinstance(keys, list):
+        raise CheckpointError("`header_digest` must have keys and xxh3_128")
+    absent = [key for key in keys if not isinstance(key, str) or key not in metadata]
+    if absent:
+        raise CheckpointError(f"the metadata lacks {absent[0]!r:.80}, which was written")
+    if _header_digest(metadata, keys, entries) != expected:
+        raise CheckpointError(
+            "the header is damaged: names, dtypes, shapes or metadata differ from its digest"
+        )
+
+
+def read_digests(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Name of each tensor to its digest.
+
+    Raises:
+        CheckpointError: one is missing, or is no digest.
+    """
+    digests = load_json(metadata.get("digests", "").encode(errors="replace"), "`digests`")
+    if digests.keys() != entries.keys():
+        missing = [name for name in entries if name not in digests]
+        unexpected = [name for name in digests if name not in entries]
+        raise CheckpointError(f"`digests` are of other tensors: {difference(missing, unexpected)}")
+    for name, value in digests.items():
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
+            raise CheckpointError(f"the digest of `{name:.80}` is none: {value!r:.80}")
+    return digests
+
+
+def _header_digest(
+    metadata: Mapping[str, str], keys: Iterable[str], entries: Mapping[str, Entry]
+) -> str:
+    tensors = {name: [entry.dtype, *entry.shape] for name, entry in sorted(entries.items())}
+    covered = {key: metadata[key] for key in sorted(keys)}
+    return digest(to_json([tensors, covered]).encode(errors="surrogatepass"))

@@ -1,0 +1,117 @@
+"""Where a state lies: one file, or an index and the files that it names.
+
+A state called ``ema.safetensors`` is either that file or, where it is split, an index
+``ema.safetensors.index.json`` beside files ``ema-<token>-00001-of-00003.safetensors``. The index
+decides where both are there. A save that is on its way writes to ``.ema.safetensors.<token>.tmp``
+or to files of a new token, and holds a lock on them: what nobody holds is left over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from ema.errors import CheckpointError
+
+__all__ = [
+    "FILE_NAME",
+    "errors_of",
+    "index_of",
+    "is_shard_name",
+    "new_token",
+    "path_of",
+    "place_to_read",
+    "place_to_write",
+    "shard_name",
+    "temporary_of",
+    "unfinished",
+]
+
+FILE_NAME = "ema.safetensors"
+SUFFIX = ".safetensors"
+_RANDOM = "[0-9a-f]{16}"
+
+
+def place_to_read(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path`` means: a folder means ``ema.safetensors`` in it."""
+    place = path_of(path)
+    return place / FILE_NAME if place.is_dir() else place
+
+
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """The path, if the system can have such a one."""
+    text = os.fspath(path)
+    if "\0" in text:
+        raise CheckpointError(f"{text!r}: no file can be called so")
+    return Path(text)
+
+
+def place_to_write(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path`` means: what does not end in ``.safetensors`` is a folder.
+
+    The folder is made. A link is followed, for a file that is renamed into its place would end it.
+
+    Raises:
+        CheckpointError: there is a file where a folder is meant.
+        OSError: the folder cannot be made.
+    """
+    place = path_of(path)
+    if place.suffix != SUFFIX or place.is_dir():
+        if place.exists() and not place.is_dir():
+            raise CheckpointError(f"it is a file: name a folder, or a file that ends in {SUFFIX}")
+        place /= FILE_NAME
+    place = Path(os.path.realpath(place))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def index_of(place: Path) -> Path:
+    """The index that a split state at ``place`` has."""
+    return place.with_name(f"{place.name}.index.json")
+
+
+def new_token() -> str:
+    """What tells the files of one save from those of another."""
+    return secrets.token_hex(8)
+
+
+def temporary_of(place: Path, token: str) -> Path:
+    """Where a file is written before it is renamed to ``place``."""
+    return place.with_name(f".{place.name}.{token}.tmp")
+
+
+def shard_name(place: Path, token: str, number: int, total: int) -> str:
+    """The name of one file of a split state."""
+    return f"{place.stem}-{token}-{number:05d}-of-{total:05d}{SUFFIX}"
+
+
+def is_shard_name(place: Path, name: str) -> bool:
+    """Whether a file of that name may belong to a split state at ``place``."""
+    pattern = rf"{re.escape(place.stem)}-{_RANDOM}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(SUFFIX)}"
+    return re.fullmatch(pattern, name) is not None
+
+
+def unfinished(place: Path, *, shards: bool) -> list[Path]:
+    """Files that saves to ``place`` may have left over: temporary ones, and with ``shards`` all."""
+    names = "|".join(re.escape(target.name) for target in (place, index_of(place)))
+    temporary = re.compile(rf"\.(?:{names})\.{_RANDOM}\.tmp")
+    return [
+        file
+        for file in place.parent.iterdir()
+        if temporary.fullmatch(file.name) or (shards and is_shard_name(place, file.name))
+    ]
+
+
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike[str], verb: str) -> Iterator[None]:
+    """Make every error a ``CheckpointError`` that names the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: cannot be {verb}: {error}") from error

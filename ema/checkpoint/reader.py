@@ -1,0 +1,215 @@
+"""Read a state: mapped into memory, checked whole before anybody gets a byte of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from ema.checkpoint.container import Entry, Header, header_length, parse_header
+from ema.checkpoint.digests import check_header, digest, read_digests
+from ema.checkpoint.places import errors_of, place_to_read
+from ema.checkpoint.record import Record, names_from_json, record_from
+from ema.checkpoint.split import Index, read_index
+from ema.errors import CheckpointError, difference
+
+__all__ = ["MappedFile", "StoredState", "StoredTensor", "open_state", "read_state"]
+
+
+class MappedFile:
+    """A safetensors file in memory: its header checked, its tensors not yet looked at.
+
+    Memory is lent by the system, and given back as far as :meth:`bytes_of` goes on to the next
+    tensor: no more than one is held. Nobody may shorten the file meanwhile (``ema`` never does: it
+    puts another in its place).
+
+    Raises:
+        CheckpointError: it is no safetensors file or damaged; without its name.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, place: Path) -> None:
+        if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe would wait for a writer
+            raise CheckpointError("it is no file")
+        with place.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            first = stream.read(8)
+            rest = stream.read(header_length(first, size))
+            self.header: Header = parse_header(first + rest, size)
+            # a private map is writable, as torch wants it, and never written to
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._lent: tuple[int, int] | None = None
+
+    def bytes_of(self, entry: Entry) -> memoryview:
+        """The bytes of a tensor; they stay readable, others are given back."""
+        start = self.header.start + entry.begin
+        length = entry.end - entry.begin
+        self.release()
+        self._lent = (start, length)
+        return memoryview(self._map)[start : start + length]
+
+    def release(self) -> None:
+        """Give the memory of the latest tensor back; it is read again if it is looked at again."""
+        if self._lent is not None and hasattr(self._map, "madvise"):
+            start, length = self._lent
+            page = start - start % mmap.PAGESIZE
+            with contextlib.suppress(OSError):  # advice is not needed
+                self._map.madvise(mmap.MADV_DONTNEED, page, start + length - page)
+        self._lent = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: in the words of the container (``"F32"``, ``"BF16"``), or ``"C128"``.
+        shape: its shape.
+        digest: what its bytes should give.
+        file: where it is.
+        entry: where in it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    file: MappedFile = dataclasses.field(repr=False)
+    entry: Entry = dataclasses.field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """How large it is."""
+        return self.entry.end - self.entry.begin
+
+    def bytes(self) -> memoryview:
+        """Its elements, little-endian and in row-major order: a view of the file."""
+        return self.file.bytes_of(self.entry)
+
+    def intact(self) -> bool:
+        """Whether the bytes are those that were written."""
+        found = digest(self.bytes())
+        self.file.release()
+        return found == self.digest
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredState:
+    """A state in a file.
+
+    Attributes:
+        place: the file, or the one that an index stands for.
+        record: how far it is and how it was made.
+        tensors: the averages by canonical name.
+        files: the names of its files.
+    """
+
+    place: Path
+    record: Record
+    tensors: Mapping[str, StoredTensor]
+    files: tuple[str, ...]
+
+    def verify(self) -> None:
+        """Compare every tensor with its digest.
+
+        Raises:
+            CheckpointError: some are damaged; all are listed.
+        """
+        with errors_of(self.place, "read"):
+            self._verify()
+
+    def _verify(self) -> None:
+        damaged = [name for name, tensor in self.tensors.items() if not tensor.intact()]
+        if damaged:
+            text = difference((), (), [f"`{name:.80}` is not what was written" for name in damaged])
+            raise CheckpointError(f"the data is damaged: {text}")
+
+
+def read_state(path: str | os.PathLike[str]) -> StoredState:
+    """Open a state and check it whole: header, metadata and the digest of every tensor.
+
+    Args:
+        path: the file, or a folder with ``ema.safetensors`` in it.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, of a newer version or none of ours; with
+            the file and the reason.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> w = np.arange(3.0, dtype=np.float32)
+        >>> _ = write_state(folder, Record(step=5, count=5), {"w": Source("F32", (3,), w.tobytes)})
+        >>> state = read_state(folder)
+        >>> state.record.step, np.frombuffer(state.tensors["w"].bytes(), np.float32)
+        (5, array([0., 1., 2.], dtype=float32))
+    """
+    state = open_state(path)
+    state.verify()
+    return state
+
+
+def open_state(path: str | os.PathLike[str]) -> StoredState:
+    """Open a state and check all but the data: see :meth:`StoredState.verify`.
+
+    Raises:
+        CheckpointError: see :func:`read_state`.
+    """
+    place = place_to_read(path)
+    with errors_of(place, "read"):
+        index = read_index(place)
+        for _ in range(10):
+            if index is None:
+                break
+            try:
+                return _open_split(place, index)
+            except FileNotFoundError:  # replaced by another save since the index was read?
+                former, index = index, read_index(place)
+                if former == index:
+                    raise
+        file = MappedFile(place)
+        metadata, entries = file.header.metadata, file.header.entries
+        return _state(place, metadata, entries, dict.fromkeys(entries, file), (place.name,))
+
+
+def _open_split(place: Path, index: Index) -> StoredState:
+    files: dict[str, MappedFile] = {}
+    for name in index.files:
+        try:
+            files[name] = MappedFile(place.with_name(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+    entries: dict[str, Entry] = {}
+    for file, mapped in files.items():
+        for name, entry in mapped.header.entries.items():
+            if index.file_of.get(name) != file:
+                raise CheckpointError(f"`{name:.80}` is in {file}, where it does not belong")
+            entries[name] = entry
+    if absent := [name for name in index.file_of if name not in entries]:
+        raise CheckpointError(difference(absent, ()))
+    located = {name: files[index.file_of[name]] for name in entries}
+    return _state(place, index.metadata, entries, located, tuple(files))
+
+
+def _state(
+    place: Path,
+    metadata: Mapping[str, str],
+    entries: Mapping[str, Entry],
+    files: Mapping[str, MappedFile],
+    names: tuple[str, ...],
+) -> StoredState:
+    record = record_from(metadata)  # a newer version first: it may seal its header differently
+    check_header(metadata, entries)
+    digests = read_digests(metadata, entries)
+    pairs = names_from_json("complex128", metadata.get("complex128", "[]"))
+    for name in pairs:
+        if name not in entries or entries[name].dtype != "F64" or entries[name].shape[-1:] != (2,):
+            raise CheckpointError(f"`complex128` names {name!r:.80}, which is no pairs of F64")
+    tensors = {}
+    for name, entry in sorted(entries.items()):
+        dtype, shape = ("C128", entry.shape[:-1]) if name in pairs else (entry.dtype, entry.shape)
+        tensors[name] = StoredTensor(dtype, shape, digests[name], files[name], entry)
+    return StoredState(place, record, tensors, names)

@@ -1,0 +1,205 @@
+"""What a file says about its averages: the metadata of the format, versions and all.
+
+Everything is a string, since the container holds nothing else; what is more than a word or a number
+is JSON. Keys that this version does not know are kept as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import ema
+from ema.checkpoint.container import load_json
+from ema.errors import CheckpointError, EMAError
+from ema.schedules import Schedule, schedule_from_dict
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "KIND", "Record", "record_from", "record_to"]
+
+FORMAT = "ema"
+FORMAT_VERSION = 1
+KIND = "ema"
+"""What the tensors are: averages. Version 1 knows nothing else."""
+
+OWN_KEYS = (
+    "format",
+    "format_version",
+    "library_version",
+    "kind",
+    "dtype",
+    "step",
+    "count",
+    "schedule",
+    "update_after_step",
+    "update_every",
+    "not_averaged",
+    "complex128",
+    "parts",
+    "digests",
+    "header_digest",
+)
+"""All keys of version 1; any other is the user's or a later version's."""
+
+_Value = TypeVar("_Value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """How far an average is and how it was made.
+
+    Attributes:
+        step: calls of ``update``, or steps of the chain.
+        count: updates made by them.
+        schedule: None where the writer did not know it.
+        update_after_step: likewise.
+        update_every: likewise.
+        not_averaged: names of the model's other parameters.
+        parts: for each tensor that is not simply the average of its own name: the label of the
+            average, the part of it (``"average"``, ``"remainder"``) and the canonical name.
+        extra: further metadata, string by string.
+        library_version: of the library that wrote the file.
+    """
+
+    step: int
+    count: int
+    schedule: Schedule | None = None
+    update_after_step: int | None = None
+    update_every: int | None = None
+    not_averaged: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, str, str]] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    library_version: str = dataclasses.field(default_factory=lambda: ema.__version__)
+
+    def __post_init__(self) -> None:
+        for name, minimum, needed in (
+            ("step", 0, True),
+            ("count", 0, True),
+            ("update_after_step", 0, False),
+            ("update_every", 1, False),
+        ):
+            value = getattr(self, name)
+            if value is None and not needed:
+                continue
+            if type(value) is not int or not minimum <= value < 1 << 63:
+                raise CheckpointError(
+                    f"`{name}` must be an integer in [{minimum}, 2**63), got {value!r:.80}"
+                )
+        if self.count > self.step:
+            raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
+        for key, text in self.extra.items():
+            if not isinstance(key, str) or not isinstance(text, str):
+                raise CheckpointError(f"metadata must be strings, got {key!r:.80}: {text!r:.80}")
+            if key in OWN_KEYS:
+                raise CheckpointError(f"metadata must not be called {key!r}: the format has it")
+
+
+def record_to(record: Record) -> dict[str, str]:
+    """The metadata of a record, without what only the tensors tell (dtype, digests)."""
+    own = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "library_version": record.library_version,
+        "kind": KIND,
+        "step": str(record.step),
+        "count": str(record.count),
+        "schedule": to_json(record.schedule and record.schedule.to_dict()),
+        "update_after_step": to_json(record.update_after_step),
+        "update_every": to_json(record.update_every),
+        "not_averaged": to_json(sorted(record.not_averaged)),
+    }
+    if record.parts:
+        own["parts"] = to_json({key: list(part) for key, part in record.parts.items()})
+    return {**own, **dict(sorted(record.extra.items()))}
+
+
+def record_from(metadata: Mapping[str, str]) -> Record:
+    """The inverse of :func:`record_to`.
+
+    Raises:
+        CheckpointError: the file is none of ours, of a newer version, or its metadata is damaged.
+    """
+    if metadata.get("format") != FORMAT or "format_version" not in metadata:
+        raise CheckpointError(
+            "this safetensors file was not written by `ema`: ema.convert reads those of others"
+        )
+    version = _integer("format_version", metadata["format_version"])
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"it has format version {version}, this library reads {FORMAT_VERSION}: update `ema`"
+        )
+    if metadata.get("kind") != KIND:
+        raise CheckpointError(f"`kind` must be {KIND!r}, got {metadata.get('kind')!r:.80}")
+
+    def field(name: str, read: Callable[[str, str], _Value]) -> _Value:
+        if name not in metadata:
+            raise CheckpointError(f"the metadata lacks {name!r}")
+        return read(name, metadata[name])
+
+    return Record(
+        step=field("step", _integer),
+        count=field("count", _integer),
+        schedule=field("schedule", _schedule),
+        update_after_step=field("update_after_step", _optional_integer),
+        update_every=field("update_every", _optional_integer),
+        not_averaged=field("not_averaged", names_from_json),
+        parts=field("parts", _parts) if "parts" in metadata else {},
+        extra={key: text for key, text in metadata.items() if key not in OWN_KEYS},
+        library_version=field("library_version", lambda _, text: text),
+    )
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON; floats come back as they were."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _from_json(name: str, text: str) -> Any:
+    # any JSON value, through the reader for objects, which bounds and checks
+    return load_json(b'{"value":' + text.encode(errors="replace") + b"}", f"`{name}`")["value"]
+
+
+def _integer(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text):
+        raise CheckpointError(f"`{name}` must be a number, got {text!r:.80}")
+    return int(text)
+
+
+def _optional_integer(name: str, text: str) -> int | None:
+    return None if text == "null" else _integer(name, text)
+
+
+def _schedule(name: str, text: str) -> Schedule | None:
+    fields = _from_json(name, text)
+    if fields is None:
+        return None
+    try:
+        return schedule_from_dict(fields)
+    except EMAError as error:
+        raise CheckpointError(f"`{name}` is none that this library knows: {error}") from None
+
+
+def names_from_json(name: str, text: str) -> tuple[str, ...]:
+    """A list of strings, no two alike."""
+    names = _from_json(name, text)
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+        raise CheckpointError(f"`{name}` must be a list of names, got {text!r:.80}")
+    if len(set(names)) != len(names):
+        raise CheckpointError(f"`{name}` holds a name twice: {text!r:.80}")
+    return tuple(names)
+
+
+def _parts(name: str, text: str) -> dict[str, tuple[str, str, str]]:
+    parts = _from_json(name, text)
+    if not isinstance(parts, dict):
+        raise CheckpointError(f"`{name}` must be an object, got {text!r:.80}")
+    for key, part in parts.items():
+        if not isinstance(part, list) or len(part) != 3 or not all(map(_is_str, part)):
+            raise CheckpointError(f"`{name}` of {key!r:.80} must be three strings")
+    return {key: (part[0], part[1], part[2]) for key, part in parts.items()}
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)

@@ -1,0 +1,55 @@
+"""Names and layouts of another model for the tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ema.errors import ArgumentError, ArgumentTypeError, listing
+
+__all__ = ["Rename", "Transform", "renamed", "transformed"]
+
+Rename = Callable[[str], str | None] | Mapping[str, str | None] | None
+"""From a name in the file to that of the model; None leaves the tensor out."""
+
+Transform = Callable[[str, Any], Any] | Mapping[str, Callable[[Any], Any]] | None
+"""What is done to a tensor, by its new name; a table may leave names out."""
+
+
+def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
+    """New name of each tensor to the name in the file; what is left out does not appear.
+
+    Raises:
+        ArgumentError: two tensors get one name, or a table has a name that the file lacks.
+        ArgumentTypeError: a new name is no string, or ``rename`` neither a table nor a function.
+    """
+    names = list(names)
+    if isinstance(rename, Mapping):
+        table = rename
+        if unknown := [name for name in table if name not in set(names)]:
+            raise ArgumentError(f"`rename` must have names of the file, got {listing(unknown)}")
+        new = [table.get(name, name) for name in names]
+    elif rename is None:
+        new = list(names)
+    elif callable(rename):
+        new = [rename(name) for name in names]
+    else:
+        raise ArgumentTypeError(f"`rename` must be a table or a function, got {rename!r:.80}")
+    old_of: dict[str, str] = {}
+    for old, name in zip(names, new, strict=True):
+        if name is None:
+            continue
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"`rename` must give strings, got {name!r:.80} for {old!r}")
+        if name in old_of:
+            raise ArgumentError(f"`rename` gives `{old_of[name]}` and `{old}` one name, `{name}`")
+        old_of[name] = old
+    return old_of
+
+
+def transformed(name: str, tensor: Any, transform: Transform) -> Any:
+    """``tensor`` as ``transform`` makes it for the model's ``name``."""
+    if isinstance(transform, Mapping):
+        function = transform.get(name)
+        return tensor if function is None else function(tensor)
+    return tensor if transform is None else transform(name, tensor)

@@ -1,0 +1,87 @@
+"""A state that is split over several files, and the index that holds them together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from ema.checkpoint.container import MAX_HEADER, load_json
+from ema.checkpoint.places import index_of, is_shard_name
+from ema.checkpoint.record import to_json
+from ema.errors import CheckpointError
+
+__all__ = ["Index", "index_text", "read_index", "split"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The metadata of the state, and for each tensor the file that it is in."""
+
+    metadata: dict[str, str]
+    file_of: dict[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        """The files, each once."""
+        return list(dict.fromkeys(self.file_of.values()))
+
+
+def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in groups of at most ``limit`` bytes; a tensor larger than that stands alone."""
+    groups: list[list[str]] = [[]]
+    taken = 0
+    for name, size in sizes.items():
+        if groups[-1] and taken + size > limit:
+            groups.append([])
+            taken = 0
+        groups[-1].append(name)
+        taken += size
+    return groups
+
+
+def index_text(metadata: Mapping[str, str], file_of: Mapping[str, str]) -> bytes:
+    """The index as JSON, in the form that Hugging Face's tools read."""
+    text = to_json({"metadata": dict(metadata), "weight_map": dict(file_of)}).encode()
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"the index takes {len(text)} bytes, {MAX_HEADER} are allowed")
+    return text
+
+
+def read_index(place: Path, *, lenient: bool = False) -> Index | None:
+    """The index of the state at ``place``; None where it is not split.
+
+    Args:
+        place: the file that the index stands for.
+        lenient: whether one that is damaged is None too.
+
+    Raises:
+        CheckpointError: it is damaged, or names files that are none of its own.
+        OSError: it cannot be read.
+    """
+    try:
+        with index_of(place).open("rb") as stream:
+            text = stream.read(MAX_HEADER + 1)
+    except FileNotFoundError:
+        return None
+    try:
+        return _index_from(place, text)
+    except CheckpointError as error:
+        if lenient:
+            return None
+        raise CheckpointError(f"{index_of(place).name}: {error}") from None
+
+
+def _index_from(place: Path, text: bytes) -> Index:
+    fields = load_json(text, "the index")
+    metadata, file_of = fields.get("metadata"), fields.get("weight_map")
+    if not isinstance(metadata, dict) or not isinstance(file_of, dict):
+        raise CheckpointError("the index must have metadata and weight_map")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise CheckpointError(f"the metadata must hold strings, {key!r:.80} does not")
+    for name, file in file_of.items():
+        # a name with a path could lead anywhere
+        if not isinstance(file, str) or not is_shard_name(place, file):
+            raise CheckpointError(f"`{name!r:.80}` is said to be in {file!r:.80}, which cannot be")
+    return Index(metadata, file_of)

@@ -1,0 +1,229 @@
+"""Write a state: stream the tensors, seal the header, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from ema.checkpoint import atomic
+from ema.checkpoint.container import DTYPE_BITS, Entry, bits_of, build_header
+from ema.checkpoint.digests import seal
+from ema.checkpoint.places import (
+    errors_of,
+    index_of,
+    new_token,
+    path_of,
+    place_to_write,
+    shard_name,
+    temporary_of,
+    unfinished,
+)
+from ema.checkpoint.record import Record, record_to, to_json
+from ema.checkpoint.split import Index, index_text, read_index, split
+from ema.errors import CheckpointError
+
+__all__ = ["MAX_SHARD_SIZE", "Source", "write_state", "write_tensors"]
+
+MAX_SHARD_SIZE = 50 * 10**9
+"""Bytes of tensors beyond which a state is split over several files."""
+
+_SHARD = {"format": "ema shard"}  # all else stands in the index
+_CHUNK = 8 << 20  # digested and written while it is in the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A tensor to be written.
+
+    Attributes:
+        dtype: in the words of the container (``"F32"``, ``"BF16"``), or ``"C128"``.
+        shape: its shape.
+        read: its elements, little-endian and in row-major order, as a stretch of bytes; called
+            once, when it is its turn, so that no second tensor need be in memory.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Any]
+
+
+def write_state(
+    path: str | os.PathLike[str],
+    record: Record,
+    tensors: Mapping[str, Source],
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Path:
+    """Put a state in the place of the one that is there; killed at any moment, one of them is there.
+
+    Args:
+        path: a file ending in ``.safetensors``, or a folder, which is made; in it
+            ``ema.safetensors``.
+        record: what the file says about the tensors.
+        tensors: by canonical name; the order does not matter, equal states give equal files.
+        max_shard_size: bytes in one file; a larger state is split.
+
+    Returns:
+        The file, or the one that the index stands for.
+
+    Raises:
+        CheckpointError: it cannot be written, with the file and the reason.
+    """
+    stored = {**tensors}
+    metadata = record_to(record)
+    metadata["dtype"] = ", ".join(sorted({source.dtype for source in tensors.values()}))
+    pairs = [name for name, source in tensors.items() if source.dtype == "C128"]
+    for name in pairs:  # the container has no such dtype: pairs of reals
+        source = tensors[name]
+        stored[name] = Source("F64", (*source.shape, 2), source.read)
+    if pairs:
+        metadata["complex128"] = to_json(sorted(pairs))
+    with errors_of(path, "written"):
+        place = place_to_write(path)
+        old = read_index(place, lenient=True)
+        _clean(place, old)
+        groups = split({name: _size(stored[name]) for name in _order(stored)}, max_shard_size)
+        if len(groups) > 1:
+            _write_split(place, metadata, stored, groups)
+            place.unlink(missing_ok=True)  # the index decides from its renaming on
+        else:
+            _write_whole(place, stored, lambda entries, digests: seal(metadata, entries, digests))
+            index_of(place).unlink(missing_ok=True)  # until then the old state is in force
+        atomic.flush_folder(place.parent)
+        for name in [] if old is None else old.files:
+            atomic.remove(place.with_name(name))
+    return place
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Source], metadata: Mapping[str, str]
+) -> Path:
+    """Write a plain safetensors file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written, with the file and the reason.
+    """
+    with errors_of(path, "written"):
+        for name, source in tensors.items():
+            if source.dtype not in DTYPE_BITS:
+                raise CheckpointError(
+                    f"`{name}` is {source.dtype}, which safetensors does not have"
+                )
+        place = Path(os.path.realpath(path_of(path)))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _clean(place, None)
+        _write_whole(place, tensors, lambda _entries, _digests: dict(metadata))
+    return place
+
+
+def _write_whole(place: Path, tensors: Mapping[str, Source], metadata: _Metadata) -> None:
+    temporary = temporary_of(place, new_token())
+    try:
+        with atomic.create(temporary) as stream:
+            _stream(stream, tensors, metadata)
+            atomic.rename(stream, temporary, place)
+    except BaseException:
+        atomic.remove(temporary)
+        raise
+
+
+def _write_split(
+    place: Path,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Source],
+    groups: list[list[str]],
+) -> None:
+    token = new_token()
+    shards = [shard_name(place, token, number, len(groups)) for number in range(1, len(groups) + 1)]
+    entries: dict[str, Entry] = {}
+    digests: dict[str, str] = {}
+    file_of: dict[str, str] = {}
+    index = temporary_of(index_of(place), token)
+    try:
+        with contextlib.ExitStack() as opened:  # all are locked until the index names them
+            for file, names in zip(shards, groups, strict=True):
+                stream = opened.enter_context(atomic.create(place.with_name(file)))
+                part = {name: tensors[name] for name in names}
+                wrote = _stream(stream, part, lambda _entries, _digests: dict(_SHARD))
+                atomic.flush(stream)
+                entries |= wrote[0]
+                digests |= wrote[1]
+                file_of |= dict.fromkeys(names, file)
+            atomic.flush_folder(place.parent)
+            stream = opened.enter_context(atomic.create(index))
+            _write(stream, index_text(seal(metadata, entries, digests), file_of))
+            atomic.rename(stream, index, index_of(place))
+    except BaseException:
+        atomic.remove(index)
+        current = read_index(place, lenient=True)
+        if current is None or shards[0] not in current.files:  # else the new state is in place
+            for file in shards:
+                atomic.remove(place.with_name(file))
+        raise
+
+
+_Metadata = Callable[[Mapping[str, Entry], Mapping[str, str] | None], dict[str, str]]
+
+
+def _stream(
+    stream: IO[bytes], tensors: Mapping[str, Source], metadata: _Metadata
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors first, digested on the way, and the header when its digests are known."""
+    entries: dict[str, Entry] = {}
+    position = 0
+    for name in _order(tensors):
+        source = tensors[name]
+        end = position + _size(source)
+        entries[name] = Entry(source.dtype, tuple(source.shape), position, end)
+        position = end
+    room = build_header(entries, metadata(entries, None))
+    _write(stream, room)
+    digests = {name: _copy(name, tensors[name], stream) for name in entries}
+    header = build_header(entries, metadata(entries, digests))
+    if len(header) != len(room):
+        raise CheckpointError("the header changed its length while the tensors were written")
+    stream.seek(0)
+    _write(stream, header)
+    return entries, digests
+
+
+def _copy(name: str, source: Source, stream: IO[bytes]) -> str:
+    data = memoryview(source.read())
+    data = data.cast("B") if data.nbytes else memoryview(b"")  # none of its elements cannot be cast
+    if len(data) != _size(source):
+        raise CheckpointError(f"`{name}` takes {_size(source)} bytes, got {len(data)}")
+    state = xxhash.xxh3_128()
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        state.update(chunk)
+        _write(stream, chunk)
+    return state.hexdigest()
+
+
+def _write(stream: IO[bytes], data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
+def _order(tensors: Mapping[str, Source]) -> list[str]:
+    """Wide dtypes first, so that every tensor is aligned; then by name."""
+    return sorted(tensors, key=lambda name: (-DTYPE_BITS[tensors[name].dtype], name))
+
+
+def _size(source: Source) -> int:
+    return bits_of(source.dtype, source.shape) // 8
+
+
+def _clean(place: Path, old: Index | None) -> None:
+    """Remove what killed saves have left; an index that cannot be read keeps its files."""
+    named = set() if old is None else set(old.files)
+    for file in unfinished(place, shards=old is not None or not index_of(place).exists()):
+        if file.name not in named:
+            atomic.remove_unlocked(file)

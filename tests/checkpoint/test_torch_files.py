@@ -1,0 +1,208 @@
+"""``EMAModel.save`` and ``.load``: the state through the file, bit for bit or not at all."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ema
+from ema import ArgumentError, CheckpointError, EMAModel, EMAWarning, StateError
+from ema.checkpoint import read_state
+
+
+class Small(nn.Module):
+    """Channels last, a buffer, a frozen parameter, a tied one and a complex one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(4)
+        self.norm.bias.requires_grad_(requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.tied = self.scale
+        self.phase = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Small()
+    return model, EMAModel(model, **{"decay": 0.9, **options})
+
+
+def train(model, ema_model, steps, seed):
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema_model.update()
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decay": ema.DebiasedDecay(decay=0.9), "update_after_step": 5},
+        {"decay": ema.PowerFunction(gamma=3), "update_after_step": 2, "update_every": 2},
+        {"buffers": "average", "dtype": torch.float64},
+    ],
+)
+@pytest.mark.parametrize("at", [0, 3, 8])
+def test_resumed_from_the_file_equals_uninterrupted(tmp_path, options, at):
+    model, ema_model = make(**options)
+    train(model, ema_model, at, 1)
+    ema_model.save(tmp_path)
+    resumed_model, resumed = make(seed=7, **options)
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load(tmp_path)
+    assert_same(resumed.averaged_parameters(), ema_model.averaged_parameters())
+    for pair in ((model, ema_model), (resumed_model, resumed)):
+        train(*pair, 10, 2)
+    assert (resumed.step, resumed.count) == (ema_model.step, ema_model.count)
+    assert_same(resumed.averaged_parameters(), ema_model.averaged_parameters())
+
+
+def test_the_file_says_what_the_state_dict_says(tmp_path):
+    model, ema_model = make(decay=0.5, update_every=2)
+    train(model, ema_model, 5, 1)
+    state, stored = ema_model.state_dict(), read_state(ema_model.save(tmp_path))
+    record = stored.record
+    assert (record.step, record.count) == (5, 2)
+    assert record.schedule == ema.ConstantDecay(decay=0.5)
+    assert (record.update_after_step, record.update_every) == (0, 2)
+    assert list(record.not_averaged) == state["not_averaged"] == ["norm.bias"]
+    assert stored.tensors.keys() == state["averages"].keys()
+
+
+def test_a_save_during_a_swap_holds_the_averages(tmp_path):
+    model, ema_model = make()
+    train(model, ema_model, 3, 1)
+    outside = ema_model.save(tmp_path / "outside").read_bytes()
+    with ema_model.use_ema():
+        assert ema_model.save(tmp_path / "inside").read_bytes() == outside
+        with pytest.raises(StateError, match="load is not possible while averages are swapped in"):
+            ema_model.load(tmp_path / "outside")
+
+
+def test_another_schedule_is_told_at_the_call(tmp_path):
+    make(decay=0.5)[1].save(tmp_path)
+    _, other = make(decay=0.9)
+    with pytest.warns(EMAWarning, match=r"'decay': 0\.5") as caught:
+        other.load(tmp_path)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "scale", nn.Parameter(torch.ones(2))), r"`scale` has shape \(2,\)"),
+        (lambda m: m.register_parameter("new", nn.Parameter(torch.ones(2))), "missing: `new`"),
+        (lambda m: delattr(m, "phase"), "unexpected: `phase`"),
+    ],
+)
+def test_a_file_of_another_model_changes_nothing(tmp_path, change, message):
+    file = make()[1].save(tmp_path)
+    model = Small()
+    del model.tied
+    change(model)
+    ema_model = EMAModel(model)
+    train(model, ema_model, 2, 1)
+    before = ema_model.state_dict()
+    with pytest.raises(CheckpointError, match=message) as error:
+        ema_model.load(tmp_path)
+    assert str(error.value).startswith(f"{file}: ")
+    assert_same(ema_model.state_dict()["averages"], before["averages"])
+    assert ema_model.step == 2
+
+
+def test_names_and_layouts_of_another_model(tmp_path):
+    """The same model with its layer under another name, its weight transposed, one tensor more."""
+    source = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(1, 1)})
+    EMAModel(source).save(tmp_path)
+    target = nn.Module()
+    target.kernel = nn.Parameter(torch.zeros(2, 3))
+    target.bias = nn.Parameter(torch.zeros(3))
+    ema_model = EMAModel(target)
+    table = {"a.weight": "kernel", "a.bias": "bias", "b.weight": None, "b.bias": None}
+    for rename in (table, table.get):
+        for transform in (
+            {"kernel": torch.t},
+            lambda name, tensor: tensor.T if name == "kernel" else tensor,
+        ):
+            ema_model.reset()
+            ema_model.load(tmp_path, rename=rename, transform=transform)
+            averages = ema_model.averaged_parameters()
+            assert torch.equal(averages["kernel"], source["a"].weight.T)
+            assert torch.equal(averages["bias"], source["a"].bias)
+
+
+def test_a_rename_that_cannot_be_is_refused(tmp_path):
+    _, ema_model = make()
+    ema_model.save(tmp_path)
+    with pytest.raises(ArgumentError, match="must have names of the file, got `scael`"):
+        ema_model.load(tmp_path, rename={"scael": "x"})
+    with pytest.raises(ArgumentError, match=r"gives `conv\.bias` and `scale` one name, `scale`"):
+        ema_model.load(tmp_path, rename={"conv.bias": "scale"})
+    with pytest.raises(CheckpointError, match="missing: `scale`"):
+        ema_model.load(tmp_path, rename={"scale": None})
+
+
+def test_notes_are_kept_from_load_to_save(tmp_path):
+    _, ema_model = make()
+    ema_model.save(tmp_path, metadata={"run": "17"})
+    _, other = make()
+    other.load(tmp_path)
+    assert read_state(other.save(tmp_path / "b")).record.extra == {"run": "17"}
+    assert read_state(other.save(tmp_path / "c", metadata={})).record.extra == {}
+
+
+def test_a_loaded_average_has_memory_of_its_own(tmp_path):
+    """The file may go, or be written over, as soon as it is loaded."""
+    model, ema_model = make()
+    train(model, ema_model, 2, 1)
+    file = ema_model.save(tmp_path)
+    before = ema_model.state_dict()["averages"]
+    _, other = make(seed=5)
+    other.load(file)
+    file.write_bytes(b"\0" * file.stat().st_size)
+    assert_same(other.averaged_parameters(), before)
+
+
+def test_no_warning_where_the_schedule_is_the_same(tmp_path):
+    _, ema_model = make()
+    ema_model.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make()[1].load(tmp_path)
+
+
+@pytest.mark.parametrize("shift", range(1, 16))
+def test_tensors_may_stand_anywhere(tmp_path, edit, shift):
+    """Another writer need not align them; torch crashes on complex numbers that are not."""
+    model = nn.ParameterList([nn.Parameter(torch.randn(5, dtype=torch.complex128))])
+    ema_model = EMAModel(model)
+    file = ema_model.save(tmp_path)
+    edit(file, lambda header: json.dumps(header).encode() + b" " * shift)
+    other = EMAModel(model)
+    other.load(file)
+    assert_same(other.averaged_parameters(), ema_model.averaged_parameters())
+
+
+def test_complex128_goes_as_pairs_of_reals(tmp_path):
+    model = nn.ParameterList([nn.Parameter(torch.randn(2, dtype=torch.complex128))])
+    ema_model = EMAModel(model)
+    file = ema_model.save(tmp_path)
+    with torch.no_grad():
+        model[0].zero_()
+    other = EMAModel(model)
+    other.load(file)
+    assert_same(other.averaged_parameters(), ema_model.averaged_parameters())
