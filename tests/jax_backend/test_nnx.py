@@ -178,6 +178,14 @@ def test_it_has_the_bits_of_the_chain(dtype, decay):
     assert (int(average.step[...]), int(average.count[...])) == (7, 3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_aliases_nothing_of_the_model(dtype):
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0), param_dtype=dtype)
+    average = EMA(model, 0.5)
+    nnx.jit(double, donate_argnums=0)(model)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.as_pure(nnx.state(average))))
+
+
 def test_inside_nnx_scan():
     model = nnx.Linear(4, 4, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     average = EMA(model, ema.UniformAverage())
