@@ -1,0 +1,183 @@
+"""``recalibrate_batch_norm``: the running statistics that belong to other weights.
+
+The running statistics of a BatchNorm layer were gathered under the live weights and do not fit the
+averaged ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError
+
+__all__ = ["recalibrate_batch_norm"]
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
+    """Recompute the running statistics of all BatchNorm layers in one pass over ``batches``.
+
+    Each layer gets the mean and the unbiased variance of all values that it saw, over all
+    batches together::
+
+        mean = Σ x / N,    var = Σ (x − mean)² / (N − 1)
+
+    (``torch.optim.swa_utils.update_bn`` takes the mean of the variances of the batches, which
+    misses how their means differ, and lets a last small batch count as much as the others.)
+    Everything else is in evaluation mode on the way, so Dropout does nothing, as when the model
+    is used. Training mode, momentum and every other buffer are what they were afterwards; if
+    anything is raised, the statistics too.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> ema_model = EMAModel(model, decay=0.99)
+    >>> with ema_model.use_ema():
+    ...     recalibrate_batch_norm(model, torch.randn(4, 8, 2))  # four batches
+    ...     prediction = model.eval()(torch.ones(1, 2))
+
+    Args:
+        model: any module; inside ``use_ema()`` or after ``copy_to(model)`` it has averaged weights.
+        batches: what to call it with: a tensor, a tuple or list (its first element, as in
+            ``(inputs, labels)``), or a mapping (as keyword arguments).
+        device: where tensors are moved to before.
+        forward: ``forward(model, batch)`` calls the model in place of that.
+
+    Raises:
+        ArgumentError: there are no batches.
+        ArgumentTypeError: a batch is something else and ``forward`` is not given.
+        ModelError: the model has no BatchNorm layer with running statistics.
+        StateError: a layer saw one value a channel at most, of which there is no variance.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+    }
+    if not layers:
+        raise ModelError("`model` must have a BatchNorm layer with running statistics, got none")
+    pools = {name: _Pool() for name in layers}
+    with _gathering(model, layers, pools):
+        number = 0
+        for number, batch in enumerate(batches, start=1):  # noqa: B007  # counts them
+            moved = batch if device is None else _move(batch, torch.device(device))
+            _call(model, moved) if forward is None else forward(model, moved)
+        if not number:
+            raise ArgumentError("`batches` must hold at least one batch, got none")
+        results = {
+            name: pools[name].result(name, layer)
+            for name, layer in layers.items()
+            if pools[name].seen
+        }
+    for name, (mean, var) in results.items():
+        layer = layers[name]
+        layer.running_mean.copy_(mean)  # type: ignore[union-attr]  # a tensor: see above
+        layer.running_var.copy_(var)  # type: ignore[union-attr]
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(pools[name].seen)
+
+
+class _Pool:
+    """Count, mean and sum of squared deviations of all that a layer saw; added up in float64.
+
+    Two sets are put together as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the
+    Sample Variance", equation 2.1.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        x = args[0].transpose(0, 1).flatten(1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(x, 1, correction=0)
+        if x.device.type == "mps":  # which has no float64
+            var, mean = var.cpu(), mean.cpu()
+        count = mean.new_tensor(float(x.shape[1]), dtype=torch.float64)
+        self.seen += 1
+        self._parts = [_merge([*self._parts, (count, mean.double(), var.double() * count)])]
+
+    def result(self, name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        if isinstance(layer, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+            everyone: list[Any] = [None] * dist.get_world_size(layer.process_group)
+            dist.all_gather_object(everyone, self._parts, layer.process_group)
+            device = self._parts[0][0].device
+            self._parts = [
+                tuple(t.to(device) for t in part) for parts in everyone for part in parts
+            ]
+        count, mean, squares = _merge(self._parts)
+        if not count > 1:
+            raise StateError(
+                f"`{name}` saw {int(count)} value a channel, of which there is no variance"
+            )
+        return mean, squares / (count - 1)
+
+
+def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    count, mean, squares = parts[0]
+    for n, m, s in parts[1:]:
+        total = count + n
+        delta = m - mean
+        mean = mean + delta * (n / total)
+        squares = squares + s + delta.square() * (count * n / total)
+        count = total
+    return count, mean, squares
+
+
+@contextmanager
+def _gathering(
+    model: nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, _Pool]
+) -> Iterator[None]:
+    """The layers in training mode, everything else in evaluation mode, and all buffers put back."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = []
+    try:
+        model.eval()
+        for name, layer in layers.items():
+            layer.training = True
+            hooks.append(layer.register_forward_pre_hook(pools[name]))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training:
+            module.training = mode
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and batch:
+        return model(batch[0])
+    raise ArgumentTypeError(
+        "`batches` must hold tensors, tuples or mappings unless `forward` is given,"
+        f" got {type(batch).__name__}"
+    )
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_move(value, device) for value in batch)
+    return batch
