@@ -7,13 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "SMALL", "allocate", "flat", "is_dense", "real"]
+__all__ = ["CHUNK", "SERIAL", "SMALL", "allocate", "flat", "is_dense", "real"]
 
 CHUNK = 1 << 20
 """Elements that pass through a buffer at a time: 4 MiB of float32, which stay in cache."""
 
 SMALL = 1 << 12
 """Tensors of up to this many elements share an allocation and are averaged side by side."""
+
+SERIAL = 1 << 15
+"""Elements that PyTorch handles on one CPU thread (``at::internal::GRAIN_SIZE``)."""
 
 
 def real(tensor: Tensor) -> Tensor:

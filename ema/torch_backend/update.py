@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ema.torch_backend.memory import CHUNK, SMALL, flat, is_dense, real
+from ema.torch_backend.memory import CHUNK, SERIAL, SMALL, flat, is_dense, real
 from ema.torch_backend.steps import Step, run
 
 __all__ = ["Update", "lerp"]
@@ -135,7 +135,10 @@ class Update:
             converted = self._buffer(average, average.dtype, size)
             loads += (partial(converted.copy_, gathered),)
             gathered = converted
-        self._parts.append(_Part(loads, [average], [gathered]))
+        # pieces that stay on this thread: waiting for another core costs more than it saves
+        self._parts.append(
+            _Part(loads, list(torch.split(average, SERIAL)), list(torch.split(gathered, SERIAL)))
+        )
 
 
 def _neighbors(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from ema.torch_backend.selection import Rules, Selection
 __all__ = ["Watch"]
 
 _requires_grad = attrgetter("requires_grad")
-_values = methodcaller("values")
 
 
 class Watch:
@@ -27,11 +26,13 @@ class Watch:
 
     def __init__(self, selection: Selection, rules: Rules) -> None:
         modules = selection.modules
-        self._holders: list[Mapping[str, Any]] = [module._parameters for module in modules]
-        self._holders += [module._modules for module in modules if module._modules]
+        # views of the modules' own dicts: they show what is in them at any time
+        holders: list[Mapping[str, Any]] = [module._parameters for module in modules]
+        holders += [module._modules for module in modules if module._modules]
         if rules.average_buffers:
-            self._holders += [module._buffers for module in modules]
+            holders += [module._buffers for module in modules]
         self._childless = [module._modules for module in modules if not module._modules]
+        self._views = [holder.values() for holder in holders]
         self._held = self._hold()
         self._waiting = selection.waiting
         self._pending = bool(selection.pending)
@@ -58,4 +59,4 @@ class Watch:
 
     def _hold(self) -> list[Any]:
         """Children and tensors of all modules."""
-        return list(chain.from_iterable(map(_values, self._holders)))
+        return list(chain.from_iterable(self._views))
