@@ -10,6 +10,7 @@ import pytest
 MODULES = {  # how many examples each has at least, so that a lost one is noticed
     "ema.jax_backend": 5,
     "ema.jax_backend.access": 5,
+    "ema.jax_backend.batch_norm": 4,
     "ema.jax_backend.linen": 6,
     "ema.jax_backend.nnx": 10,
     "ema.jax_backend.transform": 8,

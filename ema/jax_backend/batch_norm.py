@@ -1,0 +1,243 @@
+"""``recalibrate_batch_norm``: the running statistics that belong to other weights.
+
+The running statistics of a BatchNorm layer were gathered under the live weights and do not fit the
+averaged ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError
+from ema.extras import require
+
+require("flax", "jax")
+
+from flax import linen, nnx  # noqa: E402  # after the line that says how to install it
+
+__all__ = ["recalibrate_batch_norm"]
+
+Forward = Callable[[Any, Any], Any]
+Path = tuple[Any, ...]
+
+
+def recalibrate_batch_norm(
+    model: nnx.Module | linen.Module,
+    batches: Iterable[Any],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    forward: Forward | None = None,
+) -> Any:
+    """Recompute the running statistics of all BatchNorm layers in one pass over ``batches``.
+
+    Each layer gets the mean and the (biased, as in Flax) variance of all values that it saw, over
+    all batches together::
+
+        mean = Σ x / N,    var = Σ (x − mean)² / N
+
+    Dropout and all else is in evaluation mode on the way, as when the model is used. An nnx
+    model is changed in place, in its statistics and in nothing else; if anything is raised
+    it is what it was. For a linen model the new collection is returned.
+
+    Args:
+        model: an ``nnx.Module``, inside ``use_ema`` or made by ``EMA.apply_to``, or a linen module.
+        batches: what to call it with: an array, a tuple or list (its first element, as in
+            ``(inputs, labels)``), or a mapping (as keyword arguments).
+        variables: for linen, ``params`` and ``batch_stats``, for instance
+            ``EMATrainState.ema_variables``.
+        forward: calls the model in place of that. For nnx ``forward(model, batch)``, which may be
+            jitted; batches count by the length of their first array. For linen
+            ``forward(apply, batch)`` with ``apply(*args, **kwargs)``, that of the model with its
+            variables filled in, run without ``jit``; ``train=False`` keeps Dropout quiet, and
+            the layers gather their statistics nevertheless.
+
+    Returns:
+        ``None`` for nnx; the new ``batch_stats`` for linen.
+
+    Raises:
+        ArgumentError: there are no batches, or ``variables`` is missing or too much.
+        ArgumentTypeError: a batch is something else and ``forward`` is not given.
+        ModelError: the model has no BatchNorm layer.
+        StateError: ``forward`` made no layer gather statistics.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> recalibrate_batch_norm(model, [jnp.array([[1.0], [2.0]]), jnp.array([[6.0]])])
+        >>> print(model.mean[...], model.var[...])  # of 1, 2 and 6
+        [3.] [4.6666665]
+    """
+    if isinstance(model, linen.Module):
+        if variables is None:
+            raise ArgumentError("`variables` must be given for a linen model")
+        return _recalibrate_linen(model, batches, variables, forward)
+    if variables is not None:
+        raise ArgumentError("`variables` must not be given for an nnx model, which holds its own")
+    return _recalibrate_nnx(model, batches, forward or _call)
+
+
+class _Pool:
+    """Count, mean and squared deviations of all that a layer saw; in float64.
+
+    Two sets are put together as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the
+    Sample Variance", equation 2.1.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.mean: Any = 0.0
+        self.squares: Any = 0.0
+
+    def add(self, count: float, mean: Any, var: Any) -> None:
+        mean, var = np.asarray(mean, np.float64), np.asarray(var, np.float64)
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.squares = self.squares + var * count + delta**2 * (self.count * count / total)
+        self.count = total
+
+    def result(self) -> tuple[Any, Any]:
+        return self.mean, self.squares / self.count
+
+
+def _recalibrate_nnx(model: Any, batches: Iterable[Any], forward: Forward) -> None:
+    layers = {
+        path: module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    }
+    if not layers:
+        raise ModelError("`model` must have a BatchNorm layer, got none")
+    pools = {path: _Pool() for path in layers}
+    with _gathering(model, layers.values()):
+        for batch in batches:
+            for layer in layers.values():
+                _set(layer, 0.0, -1.0)  # no variance is negative: says whether the layer ran
+            forward(model, batch)
+            for path, layer in layers.items():
+                if (layer.var[...] >= 0).all() or jnp.isnan(layer.var[...]).any():
+                    pools[path].add(_length(batch), layer.mean[...], layer.var[...])
+    for path, (mean, var) in _results(pools).items():
+        _set(layers[path], mean, var)
+
+
+def _set(layer: Any, mean: Any, var: Any) -> None:
+    for variable, value in ((layer.mean, mean), (layer.var, var)):
+        new = jnp.broadcast_to(jnp.asarray(value, variable.dtype), variable.shape)
+        variable[...] = jax.device_put(new, variable.get_value().sharding)
+
+
+@contextmanager
+def _gathering(model: Any, layers: Iterable[Any]) -> Iterator[None]:
+    """The layers show the statistics of each batch, all else evaluates, and all is put back."""
+    before = nnx.as_pure(nnx.state(model))
+    flags = [
+        (module, name, getattr(module, name))
+        for _, module in nnx.iter_modules(model)
+        for name in ("deterministic", "use_running_average", "momentum")
+        if name in vars(module)
+    ]
+    try:
+        for module, name, _ in flags:
+            if name == "deterministic":
+                setattr(module, name, True)
+        for layer in layers:
+            layer.use_running_average = False
+            layer.momentum = 0.0
+        yield
+    finally:
+        for module, name, value in flags:
+            setattr(module, name, value)
+        nnx.update(model, before)
+
+
+def _recalibrate_linen(
+    model: linen.Module,
+    batches: Iterable[Any],
+    variables: Mapping[str, Any],
+    forward: Forward | None,
+) -> Any:
+    stats = variables.get("batch_stats")
+    if not jax.tree.leaves(stats):
+        raise ModelError("`variables` must hold the batch_stats of a BatchNorm layer, got none")
+    pools: dict[Path, _Pool] = {}
+
+    def gather(
+        run: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
+    ) -> Any:
+        layer = context.module
+        if not isinstance(layer, linen.BatchNorm) or context.method_name != "__call__":
+            return run(*args, **kwargs)
+        x, mask = args[0], kwargs.get("mask")
+        # frozen to its users; either flag may be set, and both together are an error
+        own = {"use_running_average": layer.use_running_average, "momentum": layer.momentum}
+        try:
+            object.__setattr__(layer, "use_running_average", False)
+            object.__setattr__(layer, "momentum", 0.0)
+            result = run(x, mask=mask)
+        finally:
+            for name, value in own.items():
+                object.__setattr__(layer, name, value)
+        seen = layer.variables["batch_stats"]
+        values = x.size if mask is None else int(np.broadcast_to(mask, x.shape).sum())
+        pool = pools.setdefault(("batch_stats", *layer.path), _Pool())
+        pool.add(values / seen["mean"].size, seen["mean"], seen["var"])
+        return result
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        with linen.intercept_methods(gather):
+            return model.apply(variables, *args, **{"mutable": ["batch_stats"], **kwargs})
+
+    # A trace made earlier knows nothing of the interceptor, and one made here would outlive it.
+    with jax.disable_jit():
+        for batch in batches:
+            _call(apply, batch) if forward is None else forward(apply, batch)
+    results = _results(pools)
+
+    def new(path: Any, leaf: Any) -> Any:
+        *layer, kind = (entry.key for entry in path)
+        pair = results.get(("batch_stats", *layer))
+        if pair is None or kind not in ("mean", "var"):
+            return leaf
+        return jax.device_put(
+            jnp.asarray(pair[kind == "var"], jnp.result_type(leaf)), getattr(leaf, "sharding", None)
+        )
+
+    return jax.tree_util.tree_map_with_path(new, stats)
+
+
+def _results(pools: Mapping[Path, _Pool]) -> dict[Path, tuple[Any, Any]]:
+    results = {path: pool.result() for path, pool in pools.items() if pool.count}
+    if not results:
+        raise StateError(
+            "`batches` must make a BatchNorm layer gather statistics: there were none, or `forward`"
+            " called the layers with use_running_average=True"
+        )
+    return results
+
+
+def _call(model: Callable[..., Any], batch: Any) -> Any:
+    if isinstance(batch, jax.Array | np.ndarray):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and batch:
+        return model(batch[0])
+    raise ArgumentTypeError(
+        "`batches` must hold arrays, tuples or mappings unless `forward` is given,"
+        f" got {type(batch).__name__}"
+    )
+
+
+def _length(batch: Any) -> float:
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf):
+            return float(np.shape(leaf)[0])
+    return 1.0
