@@ -42,7 +42,9 @@ from ema.schedules import (
 if TYPE_CHECKING:
     from ema.jax_backend import ParamsEMAState as ParamsEMAState
     from ema.jax_backend import get_params_ema as get_params_ema
+    from ema.jax_backend import load_params_ema as load_params_ema
     from ema.jax_backend import params_ema as params_ema
+    from ema.jax_backend import save_params_ema as save_params_ema
     from ema.torch_backend import EMACallback as EMACallback
     from ema.torch_backend import EMAModel as EMAModel
 
@@ -53,7 +55,9 @@ _BACKEND_OF = {
     "EMAModel": "ema.torch_backend",
     "ParamsEMAState": "ema.jax_backend",
     "get_params_ema": "ema.jax_backend",
+    "load_params_ema": "ema.jax_backend",
     "params_ema": "ema.jax_backend",
+    "save_params_ema": "ema.jax_backend",
 }
 
 # The names of the backends are left out: `from ema import *` must not need both frameworks.

@@ -15,7 +15,7 @@ from ema.jax_backend.placement import check_placement
 from ema.jax_backend.selection import named_leaves
 from ema.jax_backend.transform import ParamsEMAState
 
-__all__ = ["get_params_ema"]
+__all__ = ["choose_states", "get_params_ema", "plain"]
 
 
 def get_params_ema(
@@ -61,9 +61,10 @@ def get_params_ema(
         Array([1, 1], dtype=bfloat16)
     """
     check_placement(opt_state)
-    averages = [_plain(average) for average in _choose(opt_state, name)]
+    states, label = choose_states(opt_state, name)
+    averages = [plain(state.averages()[label]) for state in states]
     if params is not None:
-        return _fill(averages, _plain(params))
+        return _fill(averages, plain(params))
     if len(averages) > 1:
         raise ArgumentError(
             f"`params` must be given to put {len(averages)} averages of one name together; to tell"
@@ -78,8 +79,17 @@ def get_params_ema(
     return averages[0]
 
 
-def _choose(opt_state: optax.OptState, name: str | None) -> list[Any]:
-    """The averages of that name; without a name all, which must not differ in it."""
+def choose_states(
+    opt_state: optax.OptState, name: str | None
+) -> tuple[list[ParamsEMAState], str | None]:
+    """The states that hold the average of that name, and its name, which may be None.
+
+    Without a name it is the only one there is. Several states hold one average where optax
+    has split the params into groups.
+
+    Raises:
+        ArgumentError: there is no such average, or there are several.
+    """
     states = [
         node
         for node in jax.tree.leaves(opt_state, is_leaf=lambda n: isinstance(n, ParamsEMAState))
@@ -90,25 +100,24 @@ def _choose(opt_state: optax.OptState, name: str | None) -> list[Any]:
             "`opt_state` must contain the state of params_ema, got"
             f" {type(opt_state).__name__} without one: optax.chain(..., params_ema(...))"
         )
-    found = [pair for state in states for pair in state.averages().items()]
-    names = list(dict.fromkeys(label for label, _ in found))
+    names = list(dict.fromkeys(label for state in states for label in state.averages()))
     if name is None:
         if len(names) > 1:
             raise ArgumentError(
                 f"`name` must choose one of the averages {_names(names)}"
                 + (": give each a name in params_ema" if None in names else "")
             )
-        return [average for _, average in found]
+        return states, names[0]
     if name not in names:
         raise ArgumentError(f"`name` must be one of {_names(names)}, got {name!r}")
-    return [average for label, average in found if label == name]
+    return [state for state in states if name in state.averages()], name
 
 
 def _names(names: Sequence[str | None]) -> str:
     return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """The tree with arrays in place of nnx Variables."""
     nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
     return tree if nnx is None else nnx.as_pure(tree)

@@ -1,0 +1,273 @@
+"""Averages to and from ``ema.safetensors``, one leaf at a time; the format is ``ema.checkpoint``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ema import validate
+from ema.checkpoint import (
+    MAX_SHARD_SIZE,
+    Record,
+    Source,
+    StoredState,
+    StoredTensor,
+    read_state,
+    write_state,
+)
+from ema.checkpoint.places import errors_of
+from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
+from ema.errors import ArgumentError, CheckpointError, difference, listing
+from ema.jax_backend.access import choose_states, plain
+from ema.jax_backend.selection import is_hole, named_leaves
+from ema.jax_backend.transform import ParamsEMAState
+from ema.schedules import Schedule, as_schedule
+
+__all__ = ["load_params_ema", "save_params_ema"]
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "C128": np.dtype(np.complex128),
+    "C64": np.dtype(np.complex64),
+}
+"""What an average can be."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST = np.iinfo(np.int32).max  # where the counters of a state stay
+
+
+def save_params_ema(
+    path: str | os.PathLike[str],
+    opt_state: optax.OptState,
+    name: str | None = None,
+    *,
+    decay: float | Schedule | None = None,
+    update_after_step: int | None = None,
+    update_every: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Path:
+    """Write an average as ``ema.safetensors``, in one step: killed, the old file is still there.
+
+    The tensors are called as the leaves of the params, with dots (``layers.0.kernel``).
+    :meth:`ema.EMAModel.load` reads the same file.
+
+    Args:
+        path: a file that ends in ``.safetensors``, or a folder, which is made.
+        opt_state: the optimizer's state, or anything that contains it.
+        name: which average, where there are several: one file each.
+        decay: what ``params_ema`` was given, for the file to tell; the state does not know it.
+        update_after_step: likewise.
+        update_every: likewise.
+        metadata: notes of your own, strings by string.
+        max_shard_size: bytes in one file; a larger state is split.
+
+    Returns:
+        The file.
+
+    Raises:
+        ArgumentError: there is no such average, or there are several.
+        CheckpointError: it cannot be written, with the file and the reason.
+
+    Example:
+        >>> import tempfile
+        >>> from ema.jax_backend import params_ema
+        >>> tx = params_ema(decay=0.9)
+        >>> opt_state = tx.init({"w": jnp.ones(2)})
+        >>> file = save_params_ema(tempfile.mkdtemp(), opt_state, decay=0.9)
+        >>> load_params_ema(file, opt_state).params_ema
+        {'w': Array([1., 1.], dtype=float32)}
+    """
+    states, label = choose_states(opt_state, name)
+    leaves, holes = _leaves(states, label)
+    steps, counts = ({int(plain(s)[i]) for s in states} for i in (0, 1))
+    if len(steps) > 1 or len(counts) > 1:
+        raise ArgumentError(
+            f"`opt_state` holds {len(states)} groups of one average at different steps:"
+            f" {sorted(steps)}, {sorted(counts)} updates"
+        )
+    with errors_of(path, "written"):
+        record = Record(
+            step=steps.pop(),
+            count=counts.pop(),
+            schedule=None if decay is None else as_schedule(decay),
+            update_after_step=_optional("update_after_step", update_after_step, 0),
+            update_every=_optional("update_every", update_every, 1),
+            not_averaged=tuple(holes),
+            extra=metadata or {},
+        )
+        sources = {key: _source(key, leaf) for key, leaf in leaves.items()}
+    return write_state(path, record, sources, max_shard_size=max_shard_size)
+
+
+def load_params_ema(
+    path: str | os.PathLike[str],
+    opt_state: optax.OptState,
+    name: str | None = None,
+    *,
+    rename: Rename = None,
+    transform: Transform = None,
+) -> Any:
+    """The optimizer's state with step, count and average of a file, from JAX or from PyTorch.
+
+    Everything else of it stays. The average has the structure, dtypes and sharding that it has in
+    ``opt_state``; the schedule is that of ``params_ema``.
+
+    Args:
+        path: the file, or the folder with ``ema.safetensors`` in it.
+        opt_state: the optimizer's state, or anything that contains it.
+        name: which average is to be replaced, where there are several.
+        rename: from a name in the file to that of the leaf (``layers.0.kernel``), a function or a
+            table; None in place of a name leaves the tensor out.
+        transform: ``transform(name, array)``, or a table from the leaf's name to a function of the
+            NumPy array: for a layout that differs. Called more than once.
+
+    Returns:
+        A new state of the same structure.
+
+    Raises:
+        ArgumentError: there is no such average, or there are several; ``rename`` gives two tensors
+            one name, or has a name the file lacks.
+        CheckpointError: the file cannot be read, is damaged, of a newer version, or of other
+            params: all that is missing, unexpected or of another shape is listed.
+    """
+    states, label = choose_states(opt_state, name)
+    leaves, _ = _leaves(states, label)
+    stored = read_state(path)
+    names = renamed([*stored.tensors, *stored.record.not_averaged], rename)
+    tensors = {new: stored.tensors[old] for new, old in names.items() if old in stored.tensors}
+    with errors_of(stored.place, "read"):
+        _check(stored, tensors, leaves, transform)
+
+    def replace(node: Any) -> Any:
+        if not isinstance(node, ParamsEMAState) or label not in node.averages():
+            return node
+        average = node.averages()[label]
+        keys, _, _ = named_leaves(plain(average))
+        structure: Any
+        olds, structure = jax.tree.flatten(average, is_leaf=is_hole)
+        average = structure.unflatten(
+            [
+                old
+                if is_hole(old)
+                else _like(old, transformed(key, _array(tensors[key]), transform))
+                for key, old in zip(keys, olds, strict=True)
+            ]
+        )
+        if len(node.name) > 1:
+            average = {**node.params_ema, label: average}
+        return node._replace(
+            step=_counter(node.step, stored.record.step),
+            count=_counter(node.count, stored.record.count),
+            params_ema=average,
+        )
+
+    return jax.tree.map(replace, opt_state, is_leaf=lambda node: isinstance(node, ParamsEMAState))
+
+
+def _leaves(states: list[ParamsEMAState], label: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The averaged leaves of all groups by name, and the names of what none of them averages."""
+    leaves: dict[str, Any] = {}
+    holes: dict[str, None] = {}
+    for state in states:
+        names, values, _ = named_leaves(plain(state.averages()[label]))
+        for key, value in zip(names, values, strict=True):
+            if value is None:
+                continue
+            if is_hole(value):
+                holes[key] = None
+            elif key in leaves:
+                raise ArgumentError(f"`opt_state` has two averages that are called `{key}`")
+            else:
+                leaves[key] = value
+    # a mask may stand for a whole subtree, of which another group averages something
+    return leaves, [
+        hole
+        for hole in holes
+        if not any(key == hole or key.startswith(f"{hole}.") or not hole for key in leaves)
+    ]
+
+
+def _check(
+    stored: StoredState,
+    tensors: Mapping[str, StoredTensor],
+    leaves: Mapping[str, Any],
+    transform: Transform,
+) -> None:
+    if stored.record.parts:
+        raise CheckpointError("it holds more than one average, which load_params_ema does not read")
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
+    mismatched = []
+    for name, tensor in tensors.items():
+        if name not in leaves:
+            continue
+        value = transformed(name, _array(tensor), transform)
+        leaf = leaves[name]
+        if np.shape(value) != np.shape(leaf):
+            mismatched.append(
+                f"`{name}` has shape {np.shape(leaf)}, the file has {np.shape(value)}"
+            )
+        elif (jnp.dtype(leaf.dtype).kind == "c") != (jnp.dtype(value.dtype).kind == "c"):
+            mismatched.append(f"`{name}` has dtype {leaf.dtype}, the file has {value.dtype}")
+    missing = [name for name in leaves if name not in tensors]
+    unexpected = [name for name in tensors if name not in leaves]
+    if text := difference(missing, unexpected, mismatched):
+        raise CheckpointError(f"the state belongs to other params: {text}")
+
+
+def _array(tensor: StoredTensor) -> np.ndarray[Any, Any]:
+    """A view of the file."""
+    return np.frombuffer(tensor.bytes(), DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _like(old: Any, value: Any) -> Any:
+    """``value`` in memory of its own, in the place of ``old``, which may be in an nnx Variable."""
+
+    def put(leaf: Any) -> Any:
+        # on the CPU JAX may use this memory as it is, and the file's it must not
+        own = np.array(value, dtype=leaf.dtype, copy=True, order="C")
+        if isinstance(leaf, np.ndarray):
+            return own
+        # an abstract leaf (jax.eval_shape) may have a sharding on a mesh without devices
+        sharding = leaf.sharding if getattr(leaf, "committed", False) else None
+        return jax.device_put(own, sharding)
+
+    return jax.tree.map(put, old)
+
+
+def _counter(old: Any, value: int) -> Any:
+    return _like(old, np.int32(min(value, _LARGEST)))
+
+
+def _source(name: str, leaf: Any) -> Source:
+    dtype = jnp.dtype(leaf.dtype)
+    if dtype not in _NAMES or not isinstance(leaf, jax.Array | np.ndarray):
+        raise CheckpointError(f"`{name}` is {leaf!r:.80}, of which the format knows nothing")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise CheckpointError(f"`{name}` has a part in another process: gather it first")
+    read: Callable[[], Any] = partial(_bytes_of, leaf)
+    return Source(_NAMES[dtype], tuple(leaf.shape), read)
+
+
+def _bytes_of(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and not (
+        len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+    ):
+        leaf = leaf.copy()  # an array keeps the host's copy of it for as long as it lives
+    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+
+
+def _optional(name: str, value: int | None, minimum: int) -> int | None:
+    return None if value is None else validate.integer(name, value, minimum)

@@ -1,0 +1,151 @@
+"""One file for two frameworks: the same bytes, and the same bits from there on."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import nn
+
+import ema
+from ema import EMAModel
+from ema.jax_backend import get_params_ema, load_params_ema, params_ema, save_params_ema
+
+SCHEDULES = [
+    ema.ConstantDecay(decay=0.99),
+    ema.PowerFunction(gamma=6.94),
+    ema.InverseGammaWarmup(decay=0.999),
+]
+SHAPES = {"a.weight": (37, 20), "a.bias": (37,), "b.weight": (5, 37), "b.bias": ()}
+
+
+def values_of(step, dtype):
+    """The parameters after a step, the same for both."""
+    rng = np.random.default_rng(step)
+    return {
+        name: torch.tensor(rng.normal(size=shape), dtype=torch.float32).to(dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def to_jax(values):
+    dtype = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}
+    nested = {"a": {}, "b": {}}
+    for name, value in values.items():
+        module, key = name.split(".")
+        nested[module][key] = jnp.asarray(value.float().numpy(), dtype[value.dtype])
+    return nested
+
+
+class TorchSide:
+    def __init__(self, schedule, dtype, start):
+        self.params = {n.replace(".", "_"): nn.Parameter(v) for n, v in start.items()}
+        model = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
+        for name, value in start.items():
+            module, key = name.split(".")
+            model[module].register_parameter(key, nn.Parameter(value.clone()))
+        self.model, self.dtype = model, dtype
+        self.average = EMAModel(model, schedule)
+
+    def run(self, first, last):
+        for step in range(first, last):
+            self.model.load_state_dict(values_of(step, self.dtype))
+            self.average.update()
+
+    def save(self, path):
+        return self.average.save(path)
+
+    def load(self, path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.average.load(path)
+
+    def averages(self):
+        return {name: v.numpy() for name, v in self.average.averaged_parameters().items()}
+
+
+class JaxSide:
+    def __init__(self, schedule, dtype, start):
+        self.schedule, self.dtype = schedule, dtype
+        tx = params_ema(schedule)
+        self.params = to_jax(start)
+        self.state = tx.init(self.params)
+
+        @jax.jit
+        def step(state, params):
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            updates, state = tx.update(zeros, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        self.step = step
+
+    def run(self, first, last):
+        for step in range(first, last):
+            self.state, self.params = self.step(self.state, to_jax(values_of(step, self.dtype)))
+
+    def save(self, path):
+        return save_params_ema(
+            path, self.state, decay=self.schedule, update_after_step=0, update_every=1
+        )
+
+    def load(self, path):
+        self.state = load_params_ema(path, self.state)
+
+    def averages(self):
+        tree = get_params_ema(self.state)
+        return {name: np.asarray(tree[name[0]][name[2:]]) for name in SHAPES}
+
+
+def differing(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return sum(
+        int((a.view(np.uint32) != b.view(np.uint32)).sum())
+        for a, b in ((np.atleast_1d(ours[n]), np.atleast_1d(theirs[n])) for n in ours)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_to_jax_and_back_500_updates_on_each_side_and_no_element_differs(tmp_path, schedule, dtype):
+    start = values_of(0, dtype)
+    first, second, third = (
+        side(schedule, dtype, start) for side in (TorchSide, JaxSide, TorchSide)
+    )
+    first.run(1, 501)
+    first.save(tmp_path / "1")
+    second.load(tmp_path / "1")
+    second.run(501, 1001)
+    second.save(tmp_path / "2")
+    third.load(tmp_path / "2")
+    third.run(1001, 1501)
+    for side in (TorchSide, JaxSide):
+        alone = side(schedule, dtype, start)
+        alone.run(1, 1501)
+        assert differing(third.averages(), alone.averages()) == 0
+
+
+def test_both_write_the_same_bytes(tmp_path):
+    files = []
+    for side in (TorchSide, JaxSide):
+        one = side(SCHEDULES[0], torch.float32, values_of(0, torch.float32))
+        one.run(1, 6)
+        files.append(one.save(tmp_path / side.__name__))
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_linear_layer_and_a_kernel_are_transposes_of_each_other(tmp_path):
+    linear = nn.Linear(2, 3)
+    file = EMAModel(linear).save(tmp_path)
+    state = params_ema(0.9).init({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
+    for transform in (
+        {"kernel": np.transpose},
+        lambda name, array: array.T if name == "kernel" else array,
+    ):
+        loaded = load_params_ema(file, state, rename={"weight": "kernel"}, transform=transform)
+        expected = linear.weight.detach().numpy().T
+        np.testing.assert_array_equal(loaded.params_ema["kernel"], expected)
