@@ -1,0 +1,178 @@
+"""``adapt_opt_state``: a saved optimizer state under a chain with other averages than it had.
+
+A chain with one more link has a state of another structure, and a checkpoint from before no longer
+fits it. The schedule is no part of the state: to change it is nothing but to restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ema.errors import ArgumentError, ModelError, difference
+from ema.jax_backend.access import plain
+from ema.jax_backend.transform import ParamsEMAState
+
+__all__ = ["adapt_opt_state"]
+
+Key = tuple[str, ...]
+Order = tuple[int, ...]
+Labels = tuple[str, ...]
+
+
+def adapt_opt_state(
+    opt_state: optax.OptState, tx: optax.GradientTransformation, params: optax.Params
+) -> optax.OptState:
+    """The state of ``tx`` with all that it shares with ``opt_state`` taken from there.
+
+    An average that ``opt_state`` lacks starts at ``params``, at step 0; one that ``tx`` lacks goes.
+    Momenta, counts and the averages that both have, known by their names, are the very arrays of
+    ``opt_state``. Leaves are matched by their names, positions in chains aside, so that
+    ``adamw(…)`` may have become ``chain(adamw(…), params_ema(…))``.
+
+    Args:
+        opt_state: of a chain that differs from ``tx`` in its averages alone; as it was in the
+            run, or the bare lists and dicts that Orbax restores without a target.
+        tx: the chain to go on with.
+        params: the live parameters, as for ``tx.init``; for an ``nnx.Optimizer`` these are
+            ``nnx.as_pure(nnx.state(model, wrt))``, and ``nnx.update(optimizer.opt_state, …)``
+            takes the result.
+
+    Returns:
+        A state for ``tx``.
+
+    Raises:
+        ArgumentError: some averages would go and others come: a renamed one would lose its
+            history without a word. Adapt to a chain without the old ones first.
+        ModelError: anything else differs; all of it is listed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from ema.jax_backend import params_ema
+        >>> params = {"w": jnp.ones(2)}
+        >>> before = optax.sgd(0.1, momentum=0.9)
+        >>> after = optax.chain(before, params_ema(0.999))
+        >>> opt_state = adapt_opt_state(before.init(params), after, params)  # insert
+        >>> opt_state[-1].params_ema
+        {'w': Array([1., 1.], dtype=float32)}
+        >>> adapt_opt_state(opt_state, before, params)[0].trace  # remove
+        {'w': Array([0., 0.], dtype=float32)}
+    """
+    fresh, structure = _flatten(tx.init(params))
+    old, _ = _flatten(plain(opt_state))
+    leaves = _take(
+        [(path, leaf) for path, leaf in fresh if not _is_average(leaf)],
+        [(path, leaf) for path, leaf in old if not _is_average(leaf)],
+    )
+    averages = _take_averages(
+        [leaf for _, leaf in fresh if _is_average(leaf)],
+        [leaf for _, leaf in old if _is_average(leaf)],
+    )
+    taken, kept = iter(leaves), iter(averages)
+    result: optax.OptState = structure.unflatten(
+        [next(kept) if _is_average(leaf) else next(taken) for _, leaf in fresh]
+    )
+    return result
+
+
+def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    structure: Any
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_average)
+    return flat, structure
+
+
+def _is_average(node: Any) -> bool:
+    if isinstance(node, Mapping):  # from Orbax without a target
+        return {"step", "count", "params_ema"} <= node.keys() <= set(ParamsEMAState._fields)
+    return isinstance(node, ParamsEMAState)
+
+
+def _take(
+    fresh: list[tuple[Any, Any]], old: list[tuple[Any, Any]], *, positions: bool = False
+) -> list[Any]:
+    """The old leaf for each fresh one."""
+    theirs: dict[Key, list[tuple[Order, Any]]] = {}
+    for path, leaf in old:
+        key, order = _split(path, positions=positions)
+        theirs.setdefault(key, []).append((order, leaf))
+    ours: dict[Key, list[tuple[Order, int]]] = {}
+    for index, (path, _) in enumerate(fresh):
+        key, order = _split(path, positions=positions)
+        ours.setdefault(key, []).append((order, index))
+    result: list[Any] = [None] * len(fresh)
+    mismatched = []
+    for key in ours.keys() & theirs.keys():
+        name, here, there = ".".join(key), sorted(ours[key]), sorted(theirs[key], key=_order)
+        if len(here) != len(there):
+            mismatched.append(f"`{name}` is there {len(there)} times, `tx` has {len(here)}")
+            continue
+        for (_, index), (_, leaf) in zip(here, there, strict=True):
+            result[index] = leaf
+            expected, found = _describe(fresh[index][1]), _describe(leaf)
+            if expected != found:
+                mismatched.append(f"`{name}` is {found}, `tx` has {expected}")
+    if text := difference(
+        sorted(".".join(key) for key in ours if key not in theirs),
+        sorted(".".join(key) for key in theirs if key not in ours),
+        sorted(mismatched),
+    ):
+        raise ModelError(f"`opt_state` is not one of this chain and these params: {text}")
+    return result
+
+
+def _take_averages(fresh: list[ParamsEMAState], old: list[Any]) -> list[ParamsEMAState]:
+    states = [node if isinstance(node, ParamsEMAState) else _state(node) for node in old]
+    ours = [tuple(state.name) for state in fresh]
+    theirs = [tuple(state.name) for state in states]
+    gone = [labels for labels in theirs if labels not in ours]
+    come = [labels for labels in ours if labels not in theirs]
+    uneven = [x for x in ours if x in theirs and ours.count(x) != theirs.count(x)]
+    if (gone and come) or uneven:
+        raise ArgumentError(
+            f"`opt_state` must hold the averages of `tx` ({_names(ours)}) or differ by additions or"
+            f" removals alone, got {_names(theirs)}"
+        )
+    result = []
+    for state, labels in zip(fresh, ours, strict=True):
+        if labels in come:
+            result.append(state)
+            continue
+        found = states.pop(next(i for i, s in enumerate(states) if tuple(s.name) == labels))
+        structure: Any
+        flat, structure = jax.tree_util.tree_flatten_with_path(state.params_ema)
+        theirs_flat, _ = jax.tree_util.tree_flatten_with_path(found.params_ema)
+        average = structure.unflatten(_take(flat, theirs_flat, positions=True))
+        result.append(state._replace(step=found.step, count=found.count, params_ema=average))
+    return result
+
+
+def _state(node: Mapping[str, Any]) -> ParamsEMAState:
+    return ParamsEMAState(
+        node["step"], node["count"], node["params_ema"], dict(node.get("name") or {}) or ()
+    )
+
+
+def _split(path: Any, *, positions: bool) -> tuple[Key, Order]:
+    """The names on a path and, apart from them, the positions in tuples and lists."""
+    entries = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+    if positions:
+        return tuple(entries), ()
+    names = tuple(entry for entry in entries if not entry.isdigit())
+    return names, tuple(int(entry) for entry in entries if entry.isdigit())
+
+
+def _order(pair: tuple[Order, Any]) -> Order:
+    return pair[0]
+
+
+def _describe(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def _names(labels: list[Labels]) -> str:
+    return ", ".join(" and ".join(map(repr, names)) or "(unnamed)" for names in labels) or "none"
