@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,17 @@ __all__ = ["Average"]
 class _Bound:
     """Averages, the live tensors that they belong to, and what is prepared for the two."""
 
-    averages: dict[str, Tensor]
+    averages: dict[str, tuple[Tensor, ...]]
     selection: Selection
     update: Update
     watch: Watch
 
 
 class Average:
-    """One average for each selected tensor of ``model``, or none yet.
+    """Averages for each selected tensor of ``model``, one or several, or none yet.
 
     Args:
+        number: averages of each tensor.
         model: the module; it is looked through again whenever it has changed.
         rules: what is averaged.
         dtype: of all averages; None: float32 or wider. A complex tensor has a complex average.
@@ -43,17 +44,19 @@ class Average:
 
     def __init__(
         self,
+        number: int,
         model: nn.Module,
         rules: Rules,
         dtype: torch.dtype | None,
         device: torch.device | None,
     ) -> None:
+        self._number = number
         self._model = model
         self._rules = rules
         self._dtype = dtype
         self._device = device
         self._bound: _Bound | None = None
-        self._copied: dict[str, Tensor] | None = None  # averages of a copy that is not bound yet
+        self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
         found = select(model, rules)
         if not (found.averaged or found.pending):
             raise ModelError(
@@ -65,7 +68,10 @@ class Average:
         """For copies and pickles: values of their own, no views and nothing prepared."""
         values = self._copied
         if self._bound is not None:
-            values = {name: average.clone() for name, average in self._bound.averages.items()}
+            values = [
+                {name: several[index].clone() for name, several in self._bound.averages.items()}
+                for index in range(self._number)
+            ]
         return {**self.__dict__, "_bound": None, "_copied": values}
 
     @property
@@ -81,8 +87,8 @@ class Average:
         """Hold nothing: the averages equal the live tensors again."""
         self._bound = self._copied = None
 
-    def follow(self, *, join: bool = False) -> tuple[dict[str, Tensor], Selection]:
-        """Look at the model: averages by canonical name, and its tensors as they are now.
+    def follow(self, *, join: bool = False) -> tuple[dict[str, tuple[Tensor, ...]], Selection]:
+        """Look at the model: the averages of each tensor by canonical name, and its tensors as they are now.
 
         Before the start the averages are the live tensors, as the averages would hold them.
 
@@ -97,8 +103,8 @@ class Average:
             self.assign(self._copied)
         if self._bound is None:
             found = select(self._model, self._rules)
-            live = found.averaged
-            return {name: t.detach().to(*self._kind(t, None)) for name, t in live.items()}, found
+            same = {n: t.detach().to(*self._kind(t, None)) for n, t in found.averaged.items()}
+            return {name: (tensor,) * self._number for name, tensor in same.items()}, found
         if self._bound.watch.changed():
             found = select(self._model, self._rules, self._bound.averages)
             if not join:
@@ -106,42 +112,55 @@ class Average:
             self._bind(found, self._bound.averages)
         return self._bound.averages, self._bound.selection
 
-    def update(self, weight: float) -> None:
-        """Move every average towards its tensor by ``weight``; to be called after ``follow(join=True)``."""
-        if self._bound is not None:
-            self._bound.update(weight)
+    def held(self) -> dict[str, tuple[Tensor, ...]]:
+        """The averages without a look at the model."""
+        return {} if self._bound is None else self._bound.averages
 
-    def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Take over ``values``, which fit the model, as the averages; nothing else is averaged.
+    def update(self, weights: Sequence[float]) -> None:
+        """Move the averages towards their tensor by these weights; after ``follow(join=True)``."""
+        if self._bound is not None:
+            self._bound.update(weights)
+
+    def assign(self, values: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take over these values, which fit the model; nothing else is averaged from now on.
 
         A parameter that requires grad and is not among them joins at the next update.
         """
-        found = _only(values, select(self._model, self._rules, values))
+        names = values[0]
+        found = _only(names, select(self._model, self._rules, names))
         old = {} if self._bound is None else self._bound.averages
-        bound = self._bind(found, {name: old[name] for name in old if name in values})
-        for name, average in bound.averages.items():
-            average.copy_(values[name])
+        bound = self._bind(found, {name: old[name] for name in old if name in names})
+        for name, averages in bound.averages.items():
+            for average, given in zip(averages, values, strict=True):
+                average.copy_(given[name])
 
-    def _bind(self, found: Selection, old: Mapping[str, Tensor]) -> _Bound:
+    def _bind(self, found: Selection, old: Mapping[str, tuple[Tensor, ...]]) -> _Bound:
         """Average what was found, going on from the ``old`` averages; what has none starts live."""
         live = found.averaged
         mismatched = [
-            f"`{name}` has shape {tuple(live[name].shape)}, its average {tuple(average.shape)}"
-            for name, average in old.items()
-            if name in live and live[name].shape != average.shape
+            f"`{name}` has shape {tuple(live[name].shape)}, its average {tuple(first.shape)}"
+            for name, (first, *_) in old.items()
+            if name in live and live[name].shape != first.shape
         ]
         if text := difference([name for name in old if name not in live], (), mismatched):
             raise ModelError(f"the model has changed: {text}")
-        kinds = {name: self._kind(tensor, old.get(name)) for name, tensor in live.items()}
+        kinds = {
+            name: self._kind(tensor, old[name][0] if name in old else None)
+            for name, tensor in live.items()
+        }
         renew = {
             name: tensor
             for name, tensor in live.items()
-            if name not in old or not _suits(old[name], tensor, kinds[name])
+            if name not in old or not _suits(old[name][0], tensor, kinds[name])
         }
-        fresh = allocate(renew, kinds)
-        for name, average in fresh.items():
-            average.copy_(old[name] if name in old else live[name].detach())
-        averages = {name: fresh[name] if name in fresh else old[name] for name in live}
+        fresh = [allocate(renew, kinds) for _ in range(self._number)]
+        for index, tensors in enumerate(fresh):
+            for name, average in tensors.items():
+                average.copy_(old[name][index] if name in old else live[name].detach())
+        averages = {
+            name: tuple(tensors[name] for tensors in fresh) if name in renew else old[name]
+            for name in live
+        }
         with torch.inference_mode(mode=False):  # its buffers are used in any mode
             update = Update(list(averages.values()), list(live.values()))
         self._bound = _Bound(averages, found, update, Watch(found, self._rules))

@@ -52,7 +52,8 @@ class EMAModel(Generic[ModelT]):
 
     Args:
         model: any module, wrapped (DDP, ``torch.compile``) or not; it is never copied.
-        decay: the decay of one update in [0, 1], or a schedule.
+        decay: the decay of one update in [0, 1], or a schedule; a mapping from names to these
+            keeps several averages, which read the parameters once (``use_ema("long")``).
         update_after_step: through this step the average equals the live weights; updates count
             from there.
         update_every: steps from one update to the next.
@@ -87,7 +88,7 @@ class EMAModel(Generic[ModelT]):
     def __init__(
         self,
         model: ModelT,
-        decay: float | Schedule = 0.999,
+        decay: float | Schedule | Mapping[str, float | Schedule] = 0.999,
         *,
         update_after_step: int = 0,
         update_every: int = 1,
@@ -109,14 +110,16 @@ class EMAModel(Generic[ModelT]):
         )
         self._model = model
         self._settings = settings
-        self._average = Average(model, settings.rules, settings.dtype, settings.device)
+        self._average = Average(
+            len(settings.schedules), model, settings.rules, settings.dtype, settings.device
+        )
         self._swap: Swap | None = None
         self._file_metadata: dict[str, str] = {}
         self.reset()
 
     def __repr__(self) -> str:
         return (
-            f"EMAModel({type(unwrap(self._model)).__name__}, {self.schedule},"
+            f"EMAModel({type(unwrap(self._model)).__name__}, {self._shown()},"
             f" step={self._step}, count={self._count})"
         )
 
@@ -127,12 +130,25 @@ class EMAModel(Generic[ModelT]):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of the decay; a plain number is a ``ConstantDecay``."""
+        """The schedule of the decay; a plain number is a ``ConstantDecay``.
+
+        Raises:
+            StateError: there are several averages.
+        """
         return self._settings.schedule
 
     @property
+    def schedules(self) -> dict[str | None, Schedule]:
+        """The schedule of each average by its name; a single average has the name None."""
+        return dict(self._settings.schedules)
+
+    @property
     def decay(self) -> float:
-        """The decay of the last update, or of the first one before that."""
+        """The decay of the last update, or of the first one before that.
+
+        Raises:
+            StateError: there are several averages.
+        """
         weight = self.schedule.weight(float(max(self._count, 1)), self._settings.update_every)
         return 1.0 - float(weight)
 
@@ -179,24 +195,28 @@ class EMAModel(Generic[ModelT]):
         if since <= 0 or since % every:
             self._step = step
             return
-        weight = self.schedule.weight(float(self._count + 1), every)
+        schedules = self._settings.schedules.values()
+        weights = [schedule.weight(float(self._count + 1), every) for schedule in schedules]
         # counted first: Ctrl-C that arrives during the update is raised right after it
         self._step, self._count = step, self._count + 1
-        self._average.update(weight)
+        self._average.update(weights)
 
-    def averaged_parameters(self) -> dict[str, Tensor]:
+    def averaged_parameters(self, name: str | None = None) -> dict[str, Tensor]:
         """Canonical name to average: views, valid until the next update or swap.
 
         Tied weights appear once. What is not averaged does not appear: its average is the live
         tensor.
+
+        Args:
+            name: which average, where there are several; as for the methods below.
         """
-        averages, _ = self._look()
+        averages, _ = self._look(name)
         return dict(averages)
 
-    def relative_distance(self) -> float:
+    def relative_distance(self, name: str | None = None) -> float:
         """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once."""
         self._refuse_while_swapped("relative_distance")
-        averages, found = self._look()
+        averages, found = self._look(name)
         return relative_distance(averages, found.averaged)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,10 +226,14 @@ class EMAModel(Generic[ModelT]):
         as they are. The bare model is called, without DDP and not compiled; for more than a
         few calls in a row :meth:`use_ema` is cheaper.
         """
+        if self._settings.names:
+            raise StateError(
+                "calling is for one average: with several, call the model inside use_ema(name)"
+            )
         averages, found = self._look()
         return call_with(self._model, found, averages, args, kwargs)
 
-    def apply_ema(self, model: nn.Module | None = None) -> None:
+    def apply_ema(self, model: nn.Module | None = None, *, name: str | None = None) -> None:
         """Swap the averaged weights into ``model``, by default the live one; no-op a second time.
 
         Parameters keep their storage. If anything is raised on the way, Ctrl-C included, the
@@ -217,12 +241,14 @@ class EMAModel(Generic[ModelT]):
 
         Args:
             model: another model with the same names and shapes.
+            name: which average, where there are several.
 
         Raises:
+            ArgumentError: there are several averages and ``name`` is none of theirs.
             ModelError: names or shapes differ; all differences are listed.
             StateError: these averages are in another model, or another average is in this one.
         """
-        swap = self._prepare_swap(model)
+        swap = self._prepare_swap(model, name)
         if swap is not None:
             swap.apply()
 
@@ -242,16 +268,24 @@ class EMAModel(Generic[ModelT]):
         self._end(self._swap)
 
     @contextmanager
-    def use_ema(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+    def use_ema(
+        self, model: nn.Module | str | None = None, *, name: str | None = None
+    ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, the live ones after it, whatever is raised.
 
         Inside another block of the same average it does nothing.
+
+        Args:
+            model: another model with the same names and shapes.
+            name: which average, where there are several; may stand first: ``use_ema("long")``.
 
         Raises:
             ModelError: see :meth:`apply_ema`.
             StateError: likewise.
         """
-        swap = self._prepare_swap(model)
+        if isinstance(model, str):
+            model, name = None, model
+        swap = self._prepare_swap(model, name)
         try:
             try:
                 if swap is not None:
@@ -262,12 +296,13 @@ class EMAModel(Generic[ModelT]):
         finally:
             self._end(swap)  # no-op, unless Ctrl-C came when the one above had not yet begun
 
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to(self, model: nn.Module, *, name: str | None = None) -> None:
         """Write the averages, and all that is not averaged as it is, into ``model`` for good.
 
         Args:
             model: a model with the same names and shapes. If it is the live one, its
                 weights are lost.
+            name: which average, where there are several.
 
         Raises:
             ModelError: names or shapes differ; all differences are listed. Nothing has changed.
@@ -275,11 +310,11 @@ class EMAModel(Generic[ModelT]):
         """
         if self._is_swapped_into(model):
             raise StateError("copy_to needs a model that no averages are swapped into")
-        averages, found = self._look()
+        averages, found = self._look(name)
         values = {**averages, **found.others, **found.buffers}
         theirs = self._fit(model, values, found)
-        for name, value in values.items():
-            theirs[name].detach().copy_(value.detach())
+        for key, value in values.items():
+            theirs[key].detach().copy_(value.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the averages, the counters and the schedule, see :class:`State`.
@@ -287,11 +322,14 @@ class EMAModel(Generic[ModelT]):
         Right also while averages are swapped in. It can be saved with ``torch.save`` and loaded
         with ``torch.load`` and its defaults.
         """
-        averages, found = self._look()
+        copies = {}
+        for label in self._settings.schedules:
+            averages, found = self._look(label)
+            copies[label] = {key: average.detach().clone() for key, average in averages.items()}
         return State(
             step=self._step,
             count=self._count,
-            averages={name: average.detach().clone() for name, average in averages.items()},
+            averages=copies,
             not_averaged=list(found.others),
             **self._settings.timing(),
         ).to_dict()
@@ -405,8 +443,8 @@ class EMAModel(Generic[ModelT]):
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Check everything, then take over averages and counters."""
-        loaded = State.from_dict(state)
-        loaded.check_fits(self._look()[1])
+        loaded = State.from_dict(state, self._settings.names)
+        loaded.check_fits(self._average.follow()[1])
         ours = self._settings.timing()
         if other := {key: state[key] for key in ours if state[key] != ours[key]}:
             warnings.warn(
@@ -415,7 +453,7 @@ class EMAModel(Generic[ModelT]):
                 EMAWarning,
                 stacklevel=3,
             )
-        self._average.assign(loaded.averages)
+        self._average.assign([loaded.averages[label] for label in self._settings.schedules])
         self._step, self._count = loaded.step, loaded.count
 
     def __getstate__(self) -> dict[str, Any]:
@@ -423,11 +461,22 @@ class EMAModel(Generic[ModelT]):
         self._refuse_while_swapped("copying")
         return {**self.__dict__, "_swap": None}
 
-    def _look(self) -> tuple[dict[str, Tensor], Selection]:
-        """The averages, wherever they are, and the tensors of the live model."""
-        if self._swap is not None and self._swap.active:
-            return self._swap.averages(), self._swap.found
-        return self._average.follow()
+    def _look(self, name: str | None = None) -> tuple[dict[str, Tensor], Selection]:
+        """The averages of a name, wherever they are, and the tensors of the live model."""
+        index = self._settings.index(name)
+        swap = self._swap
+        if swap is None or not swap.active or not self._average.started:
+            several, found = self._average.follow()
+        elif swap.name == name:
+            return swap.averages(), swap.found
+        else:  # the model is not looked at while it holds averages
+            several, found = self._average.held(), swap.found
+        return {key: averages[index] for key, averages in several.items()}, found
+
+    def _shown(self) -> str:
+        if None in self._settings.schedules:
+            return f"{self.schedule}"
+        return f"{self._settings.schedules}"
 
     def _refuse_while_swapped(self, call: str) -> None:
         if self._swap is not None and self._swap.active:
@@ -437,22 +486,24 @@ class EMAModel(Generic[ModelT]):
         swap = self._swap
         return swap is not None and swap.active and unwrap(swap.model) is unwrap(model)
 
-    def _prepare_swap(self, model: nn.Module | None) -> Swap | None:
+    def _prepare_swap(self, model: nn.Module | None, name: str | None) -> Swap | None:
         """A swap of the averages into a model, or None where they are in it already."""
         target = self._model if model is None else model
         if self._swap is not None and self._swap.active:
-            if self._is_swapped_into(target):
+            if self._is_swapped_into(target) and self._swap.name == name:
                 return None
-            raise StateError("these averages are swapped into another model: restore it first")
-        averages, found = self._look()
+            raise StateError(
+                "averages are swapped in already, another one or into another model: restore first"
+            )
+        averages, found = self._look(name)
         params = found.averaged
         if unwrap(target) is not unwrap(self._model):
             params = self._fit(target, averages, found)
             if not self._average.started:  # these are the live weights, which stay where they are
-                averages = {name: average.clone() for name, average in averages.items()}
+                averages = {key: average.clone() for key, average in averages.items()}
         elif not self._average.started:
             params = averages = {}
-        self._swap = Swap(target, averages, params, found)
+        self._swap = Swap(target, averages, params, found, name)
         return self._swap
 
     def _end(self, swap: Swap | None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ema import validate
-from ema.errors import ArgumentError, ArgumentTypeError
+from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing
 from ema.schedules import Schedule, as_schedule
 from ema.torch_backend.selection import Rules
 
@@ -24,7 +25,7 @@ class Settings:
         ArgumentTypeError: one of them has the wrong type.
     """
 
-    schedule: Schedule
+    schedules: dict[str | None, Schedule]
     update_after_step: int
     update_every: int
     dtype: torch.dtype | None
@@ -46,7 +47,7 @@ class Settings:
     ) -> Settings:
         """Check the arguments of the constructor."""
         return cls(
-            schedule=as_schedule(decay),
+            schedules=_schedules(decay),
             update_after_step=validate.integer("update_after_step", update_after_step, minimum=0),
             update_every=validate.integer("update_every", update_every, minimum=1),
             dtype=_dtype(dtype),
@@ -54,13 +55,54 @@ class Settings:
             rules=Rules.of(include, exclude, buffers),
         )
 
+    @property
+    def schedule(self) -> Schedule:
+        """The one schedule.
+
+        Raises:
+            StateError: there are several.
+        """
+        if None not in self.schedules:
+            raise StateError(f"there are several averages, {listing(self.names)}: see `schedules`")
+        return self.schedules[None]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of several averages; empty where there is one."""
+        return [name for name in self.schedules if name is not None]
+
+    def index(self, name: str | None) -> int:
+        """Which average a name means.
+
+        Raises:
+            ArgumentError: there is none of that name, or there are several and none was given.
+        """
+        if name not in self.schedules:
+            rule = (
+                f"be one of {listing(self.names)}" if self.names else "not be given for one average"
+            )
+            raise ArgumentError(f"`name` must {rule}, got {name!r}")
+        return list(self.schedules).index(name)
+
     def timing(self) -> dict[str, Any]:
         """When and how much is averaged, as plain values for a state."""
+        plain = {name: schedule.to_dict() for name, schedule in self.schedules.items()}
         return {
-            "schedule": self.schedule.to_dict(),
+            "schedule": plain.get(None, plain),
             "update_after_step": self.update_after_step,
             "update_every": self.update_every,
         }
+
+
+def _schedules(decay: object) -> dict[str | None, Schedule]:
+    if not isinstance(decay, Mapping):
+        return {None: as_schedule(decay)}
+    if not decay:
+        raise ArgumentError(f"`decay` must name at least one average, got {decay!r}")
+    for name in decay:
+        if not isinstance(name, str) or not name:
+            raise ArgumentTypeError(f"`decay` must name averages by strings, got {name!r}")
+    return {name: as_schedule(each, f"decay[{name!r}]") for name, each in decay.items()}
 
 
 def _dtype(dtype: object) -> torch.dtype | None:

@@ -7,12 +7,12 @@ A state holds tensors, numbers, strings, lists and dicts only, so ``torch.load``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ema.errors import CheckpointError, difference
+from ema.errors import CheckpointError, difference, listing
 from ema.torch_backend.selection import Selection
 
 __all__ = ["FORMAT_VERSION", "State"]
@@ -27,10 +27,10 @@ class State:
     Attributes:
         step: calls of ``update``.
         count: averages made by them.
-        schedule: class and fields, see :meth:`ema.Schedule.to_dict`.
+        schedule: class and fields, see :meth:`ema.Schedule.to_dict`; of several averages by name.
         update_after_step: as given to the constructor.
         update_every: likewise.
-        averages: canonical name to tensor.
+        averages: name of the average (None for a single one) to canonical name to tensor.
         not_averaged: names of the model's other parameters. A parameter that stands in neither
             is missing; one that stands here was frozen or excluded.
     """
@@ -40,17 +40,22 @@ class State:
     schedule: dict[str, Any]
     update_after_step: int
     update_every: int
-    averages: dict[str, Tensor]
+    averages: Mapping[str | None, Mapping[str, Tensor]]
     not_averaged: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The state with its version, as one flat dict."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["averages"] = self.averages.get(None, self.averages)
         return {"format_version": FORMAT_VERSION, **fields}
 
     @classmethod
-    def from_dict(cls, state: object) -> State:
+    def from_dict(cls, state: object, expected: Sequence[str] = ()) -> State:
         """Check everything that can be checked without the model.
+
+        Args:
+            state: what :meth:`to_dict` returned.
+            expected: the names of several averages; none for a single one.
 
         Raises:
             CheckpointError: this is no state of ours, of a newer version, or damaged.
@@ -82,10 +87,7 @@ class State:
                 raise CheckpointError(
                     f"`{name}` must be a {kind.__name__.lower()}, got {getattr(self, name)!r:.80}"
                 )
-        for name, value in self.averages.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(f"`averages[{name!r}]` must be a tensor, got {value!r:.80}")
-        return self
+        return dataclasses.replace(self, averages=_by_name(state["averages"], expected))
 
     def check_fits(self, found: Selection) -> None:
         """Compare with the tensors of a model.
@@ -96,23 +98,61 @@ class State:
         live = {**found.averaged, **found.others, **found.buffers}
         for name in found.pending:
             live.pop(name, None)
-        mismatched = []
-        for name, average in self.averages.items():
-            tensor = live.get(name, average)
-            if average.shape != tensor.shape:
-                mismatched.append(
-                    f"`{name}` has shape {tuple(tensor.shape)},"
-                    f" the state has {tuple(average.shape)}"
+        parameters = (*found.averaged, *found.others)
+        for label, averages in self.averages.items():
+            known = {*averages, *self.not_averaged}
+            text = difference(
+                [name for name in parameters if name not in known],
+                [name for name in averages if name not in live],
+                _mismatched(averages, live),
+            )
+            if text:
+                which = "" if label is None else f" in the average {label!r}"
+                raise CheckpointError(f"the state belongs to another model:{which} {text}")
+
+
+def _by_name(averages: Mapping[Any, Any], expected: Sequence[str]) -> dict[Any, Any]:
+    """The averages by their names, each a mapping from canonical names to tensors."""
+    several = {None: averages} if not expected else averages
+    if expected and (text := _difference_of(expected, averages)):
+        raise CheckpointError(f"the state holds other averages: {text}")
+    for label, tensors in several.items():
+        where = "averages" if label is None else f"averages[{label!r}]"
+        if not isinstance(tensors, Mapping):
+            raise CheckpointError(f"`{where}` must be a mapping, got {tensors!r:.80}")
+        for name, value in tensors.items():
+            if isinstance(value, Mapping):
+                raise CheckpointError(
+                    f"the state holds several averages, {listing(map(str, averages))}: it is for"
+                    " an EMAModel with the same names"
                 )
-            elif _kind(average) != _kind(tensor) or _kind(average) == "integer":
-                mismatched.append(
-                    f"`{name}` has dtype {tensor.dtype}, the state has {average.dtype}"
-                )
-        known = {*self.averages, *self.not_averaged}
-        missing = [name for name in (*found.averaged, *found.others) if name not in known]
-        unexpected = [name for name in self.averages if name not in live]
-        if text := difference(missing, unexpected, mismatched):
-            raise CheckpointError(f"the state belongs to another model: {text}")
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"`{where}[{name!r}]` must be a tensor, got {value!r:.80}")
+    first = next(iter(several.values()))
+    for tensors in several.values():
+        if text := _difference_of(first, tensors):
+            raise CheckpointError(f"the averages are not of the same tensors: {text}")
+    return dict(several)
+
+
+def _difference_of(ours: Collection[str], theirs: Collection[str]) -> str:
+    return difference(
+        [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+    )
+
+
+def _mismatched(averages: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:
+    """What has another shape or kind in the state than in the model, in words."""
+    phrases = []
+    for name, average in averages.items():
+        tensor = live.get(name, average)
+        if average.shape != tensor.shape:
+            phrases.append(
+                f"`{name}` has shape {tuple(tensor.shape)}, the state has {tuple(average.shape)}"
+            )
+        elif _kind(average) != _kind(tensor) or _kind(average) == "integer":
+            phrases.append(f"`{name}` has dtype {tensor.dtype}, the state has {average.dtype}")
+    return phrases
 
 
 def _kind(tensor: Tensor) -> str:

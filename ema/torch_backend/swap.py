@@ -33,6 +33,7 @@ class Swap:
         averages: by name.
         params: the parameters of the same names and shapes.
         found: the tensors of the averaged model, for those who ask during the swap.
+        name: of the averages, where there are several.
 
     Raises:
         StateError: another average is in one of these parameters, or one of them cannot be
@@ -45,19 +46,21 @@ class Swap:
         averages: Mapping[str, Tensor],
         params: Mapping[str, Tensor],
         found: Selection,
+        name: str | None = None,
     ) -> None:
         self.model = model
+        self.name = name
         self.found = found
         self._params = dict(params)
         self._averages = dict(averages)
         self._views = {name: tensor.detach() for name, tensor in params.items()}
         self._exchanged: set[str] = set()
-        for name, tensor in self._params.items():
+        for key, tensor in self._params.items():
             holder = _swapped_in.get(id(tensor))
             if holder is not None and holder.active:
-                raise StateError(f"another average is swapped into `{name}`: restore it first")
+                raise StateError(f"another average is swapped into `{key}`: restore it first")
             if tensor.is_inference():
-                raise StateError(f"`{name}` was made in inference mode and cannot be written")
+                raise StateError(f"`{key}` was made in inference mode and cannot be written")
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()

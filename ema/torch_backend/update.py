@@ -50,11 +50,14 @@ def lerp(averages: list[Tensor], params: list[Tensor], weight: float) -> Step | 
     return partial(torch._foreach_lerp_, averages, params, weight)
 
 
+_Pair = tuple[tuple[Tensor, ...], Tensor]  # averages of one tensor, flat, and the tensor
+
+
 class _Part(NamedTuple):
-    """Averages of one dtype, and the params for them once the loads are done."""
+    """Params of one dtype once the loads are done, and the averages of each weight for them."""
 
     loads: tuple[Step, ...]
-    averages: list[Tensor]
+    averages: tuple[list[Tensor], ...]
     params: list[Tensor]
 
 
@@ -65,45 +68,60 @@ class Update:
     others pass through one buffer of :data:`~ema.torch_backend.memory.CHUNK` elements: small
     tensors whose averages lie side by side are gathered in it, and what has another dtype, device
     or memory order is converted in it, a chunk at a time. The buffer is reused, and a signal
-    (Ctrl-C) finds an update done or not begun.
+    (Ctrl-C) finds an update done or not begun. Several averages of one tensor read it once.
 
     Args:
-        averages: dense tensors.
-        params: as many, of the same shapes; they may have any strides, dtype and device.
+        averages: for each tensor its averages, dense and alike.
+        params: the tensors, of the same shapes; they may have any strides, dtype and device.
     """
 
-    def __init__(self, averages: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    def __init__(self, averages: Sequence[tuple[Tensor, ...]], params: Sequence[Tensor]) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._parts: list[_Part] = []
-        large: dict[torch.dtype, _Part] = {}
-        small: list[tuple[Tensor, Tensor]] = []
-        for average, live in zip(averages, params, strict=True):
-            if average.numel() == 0:
+        large: list[_Pair] = []
+        small: list[_Pair] = []
+        for several, live in zip(averages, params, strict=True):
+            first = several[0]
+            if first.numel() == 0:
                 continue
-            if not is_dense(live) or live.stride() != average.stride():
-                self._convert_rows(real(average), real(live))
-            elif average.device != live.device or average.dtype != live.dtype:
-                if average.numel() <= SMALL and average.device == live.device:
-                    small.append((flat(average), flat(live)))
-                else:
-                    self._convert_rows(flat(average), flat(live))
-            elif average.numel() <= SMALL:
-                small.append((flat(average), flat(live)))
+            if not is_dense(live) or live.stride() != first.stride():
+                self._convert_rows(tuple(map(real, several)), real(live))
+                continue
+            pair = (tuple(map(flat, several)), flat(live))
+            if first.numel() <= SMALL and first.device == live.device:
+                small.append(pair)
+            elif first.device == live.device and first.dtype == live.dtype:
+                large.append(pair)
             else:
-                part = large.setdefault(average.dtype, _Part((), [], []))
-                part.averages.append(flat(average))
-                part.params.append(flat(live))
+                self._convert_rows(*pair)
         for run_of_neighbors in _neighbors(small):
             self._gather(run_of_neighbors)
-        self._parts += large.values()
+        self._read_in_place(large)
 
-    def __call__(self, weight: float) -> None:
-        """Run it with this weight, ``1 − decay`` in [0, 1] and float64."""
+    def __call__(self, weights: Sequence[float]) -> None:
+        """Run it with these weights, ``1 − decay`` in [0, 1] and float64, one for each average."""
         steps: list[Step] = []
-        for part in self._parts:
-            if (step := lerp(part.averages, part.params, weight)) is not None:
-                steps += [*part.loads, step]
+        for loads, averages, params in self._parts:
+            moves = [lerp(each, params, w) for each, w in zip(averages, weights, strict=True)]
+            due = [move for move in moves if move is not None]
+            steps += [*loads, *due] if due else []
         run(steps)
+
+    def _read_in_place(self, pairs: list[_Pair]) -> None:
+        """Average params without a copy: in one call, or for several averages while in cache."""
+        by_dtype: dict[torch.dtype, list[_Pair]] = {}
+        for pair in pairs:
+            by_dtype.setdefault(pair[1].dtype, []).append(pair)
+        for alike in by_dtype.values():
+            several = [averages for averages, _ in alike]
+            params = [live for _, live in alike]
+            if len(several[0]) == 1:
+                self._parts.append(_Part((), ([average for (average,) in several],), params))
+                continue
+            for averages, live in alike:
+                chunks = zip(*(torch.split(average, CHUNK) for average in averages), strict=True)
+                for targets, source in zip(chunks, torch.split(live, CHUNK), strict=True):
+                    self._parts.append(_Part((), tuple([t] for t in targets), [source]))
 
     def _buffer(self, like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
         """The first ``size`` elements of the one buffer of that dtype, on the device of ``like``."""
@@ -112,50 +130,59 @@ class Update:
             self._buffers[key] = torch.empty(max(size, CHUNK), dtype=dtype, device=like.device)
         return self._buffers[key][:size]
 
-    def _convert_rows(self, average: Tensor, live: Tensor) -> None:
-        """Copy the params into the dtype, device and memory order of the average."""
-        if average.dim() == 0:
-            average, live = average.view(1), live.view(1)
-        rows = len(average)
-        if average.is_contiguous():  # otherwise a slice of it need not be dense
-            rows = max(1, CHUNK * rows // average.numel())
-        for target, source in zip(torch.split(average, rows), torch.split(live, rows), strict=True):
-            buffer = self._buffer(target, target.dtype, target.numel())
-            buffer = buffer.as_strided(target.shape, target.stride())
-            self._parts.append(_Part((partial(buffer.copy_, source),), [target], [buffer]))
+    def _convert_rows(self, averages: tuple[Tensor, ...], live: Tensor) -> None:
+        """Copy the params into the dtype, device and memory order of the averages."""
+        if live.dim() == 0:
+            averages, live = tuple(average.view(1) for average in averages), live.view(1)
+        rows = len(live)
+        if averages[0].is_contiguous():  # otherwise a slice of it need not be dense
+            rows = max(1, CHUNK * rows // live.numel())
+        chunks = zip(*(torch.split(average, rows) for average in averages), strict=True)
+        for targets, source in zip(chunks, torch.split(live, rows), strict=True):
+            like = targets[0]
+            buffer = self._buffer(like, like.dtype, like.numel())
+            buffer = buffer.as_strided(like.shape, like.stride())
+            load = partial(buffer.copy_, source)
+            self._parts.append(_Part((load,), tuple([t] for t in targets), [buffer]))
 
-    def _gather(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def _gather(self, pairs: list[_Pair]) -> None:
         """Copy small params side by side, as their averages lie."""
         sources = [source for _, source in pairs]
         size = sum(source.numel() for source in sources)
-        average = pairs[0][0].as_strided((size,), (1,))
-        gathered = self._buffer(average, sources[0].dtype, size)
+        averages = [average.as_strided((size,), (1,)) for average in pairs[0][0]]
+        like = averages[0]
+        gathered = self._buffer(like, sources[0].dtype, size)
         loads: tuple[Step, ...] = (partial(torch.cat, sources, out=gathered),)
-        if gathered.dtype != average.dtype:
-            converted = self._buffer(average, average.dtype, size)
+        if gathered.dtype != like.dtype:
+            converted = self._buffer(like, like.dtype, size)
             loads += (partial(converted.copy_, gathered),)
             gathered = converted
         # pieces that stay on this thread: waiting for another core costs more than it saves
-        self._parts.append(
-            _Part(loads, list(torch.split(average, SERIAL)), list(torch.split(gathered, SERIAL)))
-        )
+        pieces = tuple(list(torch.split(average, SERIAL)) for average in averages)
+        self._parts.append(_Part(loads, pieces, list(torch.split(gathered, SERIAL))))
 
 
-def _neighbors(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _neighbors(pairs: list[_Pair]) -> Iterator[list[_Pair]]:
     """Runs of pairs whose averages lie side by side and whose params have one dtype."""
-    run_of_neighbors: list[tuple[Tensor, Tensor]] = []
+    together: list[_Pair] = []
     size = 0
-    for average, source in pairs:
-        if run_of_neighbors:
-            last, like = run_of_neighbors[-1]
-            follows = (
-                average.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-                and average.storage_offset() == last.storage_offset() + last.numel()
-            )
-            if not follows or source.dtype != like.dtype or size + average.numel() > CHUNK:
-                yield run_of_neighbors
-                run_of_neighbors, size = [], 0
-        run_of_neighbors.append((average, source))
-        size += average.numel()
-    if run_of_neighbors:
-        yield run_of_neighbors
+    for averages, source in pairs:
+        if together:
+            lasts, like = together[-1]
+            if (
+                not all(map(_follows, averages, lasts))
+                or source.dtype != like.dtype
+                or size + source.numel() > CHUNK
+            ):
+                yield together
+                together, size = [], 0
+        together.append((averages, source))
+        size += source.numel()
+    if together:
+        yield together
+
+
+def _follows(average: Tensor, last: Tensor) -> bool:
+    """Whether ``average`` begins where ``last`` ends."""
+    same = average.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    return same and average.storage_offset() == last.storage_offset() + last.numel()
