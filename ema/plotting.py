@@ -120,6 +120,7 @@ def _draw(panel: Axes, curve: Curve, color: str, *, log: bool) -> None:
     panel.plot(curve.steps, curve.averaged, color=color, linewidth=2.6, label="averaged", **style)
     panel.set_title(curve.title, loc="left", fontsize=11, color="#5b6470")
     panel.set_xlabel("step")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlim(0, max(curve.steps))
     _label_end(panel, curve, curve.live, _LIVE)
     _label_end(panel, curve, curve.averaged, color)

@@ -29,8 +29,8 @@ def print_task(
 ) -> None:
     """What is about to be done, in one sentence."""
     console.print(
-        f"{len(digits.labels)} handwritten digits to learn, {len(held_out.labels)} held out;"
-        f" {steps} steps, decay {decay:.5f} (a half-life of {steps / 10:g} steps)",
+        f"{len(digits.labels)} handwritten digits to learn, {len(held_out.labels)} held out"
+        f"\n{steps} steps, decay {decay:.5f}, a half-life of {steps / 10:g} steps",
         highlight=False,
     )
 
@@ -71,9 +71,8 @@ def _cells(ours: Score, theirs: Score) -> tuple[Text, Text]:
 def print_comparison(console: Console, comparison: Comparison, run: Run) -> None:
     """The sentence about the bits."""
     console.print(
-        f"The weights of all {run.steps[-1]} {run.backend} steps, through EMAModel and through"
-        f" params_ema: {comparison.differing:,} of {comparison.elements:,} elements of the averages"
-        " differ.",
+        f"The weights of the {run.backend} run, step by step, through EMAModel and params_ema:\n"
+        f"{comparison.differing:,} of {comparison.elements:,} elements of the averages differ.",
         style="red" if comparison.differing else "green",
         highlight=False,
     )
