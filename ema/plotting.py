@@ -108,9 +108,9 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def _draw(panel: Axes, curve: Curve, color: str, *, log: bool) -> None:
-    if log:
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+    if log:
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -120,7 +120,7 @@ def _draw(panel: Axes, curve: Curve, color: str, *, log: bool) -> None:
     panel.plot(curve.steps, curve.averaged, color=color, linewidth=2.6, label="averaged", **style)
     panel.set_title(curve.title, loc="left", fontsize=11, color="#5b6470")
     panel.set_xlabel("step")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     panel.set_xlim(0, max(curve.steps))
     _label_end(panel, curve, curve.live, _LIVE)
     _label_end(panel, curve, curve.averaged, color)
