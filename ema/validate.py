@@ -22,7 +22,7 @@ def real(name: str, value: object) -> float:
     try:
         number = float(value)
     except OverflowError:  # an int or a fraction beyond float64
-        number = math.inf if value > 0 else -math.inf
+        number = -math.inf if value < 0 else math.inf
     if not math.isfinite(number):
         raise ArgumentError(f"`{name}` must be finite, got {number}")
     return number
