@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from ema.errors import CheckpointError
 __all__ = [
     "DTYPE_BITS",
     "MAX_HEADER",
+    "MAX_TENSORS",
     "Entry",
     "Header",
     "build_header",
@@ -51,9 +51,12 @@ DTYPE_BITS = {
 """Size of an element of each dtype that the container knows."""
 
 MAX_HEADER = 32 << 20
-"""Bytes of a header; some 100 000 tensors. More go into several files."""
+"""Bytes of a header, or of an index."""
 
-_MAX_NODES = 1 << 20  # lists, objects and commas of a JSON text: bounds what parsing it allocates
+MAX_TENSORS = 20_000
+"""Tensors that are written to one file; their header stays under the limits."""
+
+_MAX_NODES = 1 << 18  # lists, objects and commas of a JSON text: bounds what parsing it allocates
 _MAX_NUMBER = 1 << 62
 _MAX_DIMENSIONS = 64
 
@@ -157,7 +160,8 @@ def load_json(text: bytes, what: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise CheckpointError(f"has the name {twice!r:.80} twice")
     return fields
 

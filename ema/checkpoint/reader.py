@@ -161,18 +161,25 @@ def open_state(path: str | os.PathLike[str]) -> StoredState:
     place = place_to_read(path)
     with errors_of(place, "read"):
         index = read_index(place)
-        for _ in range(10):
-            if index is None:
-                break
+        for _ in range(100):
+            missing = None
             try:
-                return _open_split(place, index)
-            except FileNotFoundError:  # replaced by another save since the index was read?
-                former, index = index, read_index(place)
-                if former == index:
-                    raise
-        file = MappedFile(place)
-        metadata, entries = file.header.metadata, file.header.entries
-        return _state(place, metadata, entries, dict.fromkeys(entries, file), (place.name,))
+                state = _open_whole(place) if index is None else _open_split(place, index)
+            except FileNotFoundError as error:
+                missing = error
+            former, index = index, read_index(place)
+            if former != index:  # another save has put a state in this one's place meanwhile
+                continue
+            if missing is not None:
+                raise missing
+            return state
+        raise CheckpointError("it is replaced all the time, by more than one process")
+
+
+def _open_whole(place: Path) -> StoredState:
+    file = MappedFile(place)
+    metadata, entries = file.header.metadata, file.header.entries
+    return _state(place, metadata, entries, dict.fromkeys(entries, file), (place.name,))
 
 
 def _open_split(place: Path, index: Index) -> StoredState:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from ema.checkpoint.container import MAX_HEADER, load_json
+from ema.checkpoint.container import MAX_HEADER, MAX_TENSORS, load_json
 from ema.checkpoint.places import index_of, is_shard_name
 from ema.checkpoint.record import to_json
 from ema.errors import CheckpointError
@@ -28,11 +28,11 @@ class Index:
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in groups of at most ``limit`` bytes; a tensor larger than that stands alone."""
+    """Names in groups of at most ``limit`` bytes, or of one tensor, and ``MAX_TENSORS`` tensors."""
     groups: list[list[str]] = [[]]
     taken = 0
     for name, size in sizes.items():
-        if groups[-1] and taken + size > limit:
+        if groups[-1] and (taken + size > limit or len(groups[-1]) == MAX_TENSORS):
             groups.append([])
             taken = 0
         groups[-1].append(name)
@@ -80,8 +80,9 @@ def _index_from(place: Path, text: bytes) -> Index:
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise CheckpointError(f"the metadata must hold strings, {key!r:.80} does not")
-    for name, file in file_of.items():
-        # a name with a path could lead anywhere
-        if not isinstance(file, str) or not is_shard_name(place, file):
-            raise CheckpointError(f"`{name!r:.80}` is said to be in {file!r:.80}, which cannot be")
+    if not all(isinstance(file, str) for file in file_of.values()):
+        raise CheckpointError("`weight_map` must hold strings")
+    for file in set(file_of.values()):
+        if not is_shard_name(place, file):  # a name with a path could lead anywhere
+            raise CheckpointError(f"{file!r:.80} is no file of a split state")
     return Index(metadata, file_of)

@@ -33,7 +33,6 @@ __all__ = ["MAX_SHARD_SIZE", "Source", "write_state", "write_tensors"]
 MAX_SHARD_SIZE = 50 * 10**9
 """Bytes of tensors beyond which a state is split over several files."""
 
-_SHARD = {"format": "ema shard"}  # all else stands in the index
 _CHUNK = 8 << 20  # digested and written while it is in the cache
 
 
@@ -150,7 +149,7 @@ def _write_split(
             for file, names in zip(shards, groups, strict=True):
                 stream = opened.enter_context(atomic.create(place.with_name(file)))
                 part = {name: tensors[name] for name in names}
-                wrote = _stream(stream, part, lambda _entries, _digests: dict(_SHARD))
+                wrote = _stream(stream, part, lambda _entries, _digests: {})
                 atomic.flush(stream)
                 entries |= wrote[0]
                 digests |= wrote[1]

@@ -158,3 +158,48 @@ def test_a_failure_to_write_names_the_file_and_the_reason(arrays, record, source
 def test_a_record_that_cannot_be_is_refused(fields, message):
     with pytest.raises(CheckpointError, match=message):
         Record(**{"step": 12, "count": 4, **fields})
+
+
+def test_very_many_tensors_go_into_several_files(tmp_path, record, arrays_of):
+    sources = {
+        f"layers.{i}.weight": Source("F32", (1,), np.float32(i).tobytes) for i in range(45_000)
+    }
+    write_state(tmp_path, record, sources)
+    assert len(names(tmp_path)) == 1 + 3
+    found = arrays_of(tmp_path)
+    assert all(found[f"layers.{i}.weight"] == i for i in range(45_000))
+
+
+def test_a_state_may_become_split_and_whole_again(tmp_path, arrays, record, sources_of, same):
+    """Old files go, and what is read is the latest state, whichever form it has."""
+    forms = []
+    for step, limit in enumerate([10**9, 130, 130, 250, 10**9, 130]):
+        arrays["layers.0.bias"][:] = step
+        write_state(tmp_path, record, sources_of(arrays), max_shard_size=limit)
+        same(tmp_path, arrays)
+        same(tmp_path / "ema.safetensors", arrays)
+        assert read_state(tmp_path).record == record
+        forms.append(names(tmp_path))
+    assert forms[0] == forms[4] == ["ema.safetensors"]
+    assert len(forms[1]) == len(forms[2]) > len(forms[3]) > 2
+    assert not set(forms[1][:-1]) & set(forms[2][:-1])  # each save has names of its own
+
+
+def test_the_index_is_one_that_other_tools_read(tmp_path, arrays, record, sources_of):
+    write_state(tmp_path, record, sources_of(arrays), max_shard_size=130)
+    index = json.loads((tmp_path / "ema.safetensors.index.json").read_text())
+    assert index["metadata"]["step"] == "12"
+    for name, file in index["weight_map"].items():
+        with safetensors.safe_open(tmp_path / file, "np") as plain:
+            assert name in plain.keys()  # noqa: SIM118 — it is no mapping
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "model.safetensors"])
+def test_an_index_leads_to_no_file_that_is_not_its_own(tmp_path, arrays, record, sources_of, name):
+    write_state(tmp_path, record, sources_of(arrays), max_shard_size=130)
+    index = tmp_path / "ema.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"] = dict.fromkeys(fields["weight_map"], name)
+    index.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=f"'{name}' is no file of a split state"):
+        read_state(tmp_path)

@@ -1,0 +1,153 @@
+"""Saves that are killed, in processes of their own: run by ``test_killed_saves.py``.
+
+A state of step ``k`` holds the number ``k`` in every element, so a mixture of two is seen. Steps
+of odd numbers are split over several files.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ema.checkpoint import Record, Source, read_state, write_state
+
+SHAPES = {"a": (64, 256), "b": (300,), "c": (64, 128)}
+
+
+def save(folder, step, *, split=True):
+    sources = {
+        name: Source("F32", shape, np.full(shape, step, np.float32).tobytes)
+        for name, shape in SHAPES.items()
+    }
+    limit = 40_000 if split and step % 2 else 10**9
+    write_state(folder, Record(step=step, count=step), sources, max_shard_size=limit)
+
+
+def step_of(folder):
+    """The step of a state that is whole."""
+    state = read_state(folder)
+    for tensor in state.tensors.values():
+        values = np.frombuffer(tensor.bytes(), np.float32)
+        assert (values == state.record.step).all(), state.record.step
+    assert state.tensors.keys() == SHAPES.keys()
+    return state.record.step
+
+
+def in_child(run):
+    """Run in a fork and give its process id."""
+    child = os.fork()
+    if not child:
+        try:
+            run()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(3)
+        os._exit(0)
+    return child
+
+
+def kill_at_random(folder, rounds):
+    """Kill an endless loop of saves, ``rounds`` times; what is there goes on from there."""
+    rng = random.Random(0)
+    save(folder, 0)
+    advanced = interrupted = 0
+    for _ in range(rounds):
+        before = step_of(folder)
+
+        def loop(step=before):
+            while True:
+                step += 1
+                save(folder, step)
+
+        child = in_child(loop)
+        time.sleep(rng.uniform(0.001, 0.025))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), status
+        after = step_of(folder)
+        assert after >= before
+        advanced += after > before
+        index = Path(folder, "ema.safetensors.index.json")
+        named = (
+            set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        )
+        state = {"ema.safetensors", index.name, *named}
+        interrupted += any(file.name not in state for file in Path(folder).iterdir())
+    return {"rounds": rounds, "advanced": advanced, "interrupted": interrupted}
+
+
+def kill_at_every_call(folder):
+    """Kill before and after each call that changes the disk, in each transition of forms."""
+    seen = []
+    for first, second in ((0, 2), (0, 1), (1, 3), (1, 2)):
+        point = 0
+        while True:
+            for file in Path(folder).iterdir():
+                file.unlink()
+            save(folder, first)
+            child = in_child(lambda point=point, second=second: armed(folder, second, point))
+            _, status = os.waitpid(child, 0)
+            step = step_of(folder)
+            assert step in (first, second)
+            if not os.WIFSIGNALED(status):
+                assert os.WEXITSTATUS(status) == 0, status
+                assert step == second
+                break
+            seen.append(step == second)
+            point += 1
+        save(folder, second)
+        left = {file.name for file in Path(folder).iterdir()}
+        expected = {2: 1, 1: 3, 3: 3}[second]
+        assert len(left) == expected, left
+    return {"points": len(seen), "old": seen.count(False), "new": seen.count(True)}
+
+
+def read_meanwhile(folder, rounds):
+    """Read while another process saves; each state is whole and none is older than the last."""
+    save(folder, 0)
+
+    def loop(step=0):
+        while True:
+            step += 1
+            save(folder, step)
+
+    child = in_child(loop)
+    steps = [step_of(folder) for _ in range(rounds)]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return {"sorted": steps == sorted(steps), "different": len(set(steps))}
+
+
+def armed(folder, step, point):
+    """Save, and be killed at the call number ``point`` that changes the disk."""
+    left = point
+
+    def arm(owner, name):
+        call = getattr(owner, name)
+
+        def killed(*args, **kwargs):
+            nonlocal left
+            for when in (0, 1):
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                if not when:
+                    result = call(*args, **kwargs)
+            return result
+
+        setattr(owner, name, killed)
+
+    for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+        arm(owner, name)
+    save(folder, step)
+
+
+if __name__ == "__main__":
+    folder, what, *rounds = sys.argv[1:]
+    calls = {"random": kill_at_random, "calls": kill_at_every_call, "read": read_meanwhile}
+    print(json.dumps(calls[what](folder, *map(int, rounds))))

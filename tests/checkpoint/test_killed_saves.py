@@ -1,0 +1,50 @@
+"""A save that is killed leaves the old state or the new one, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL and fork")
+
+SCRIPT = Path(__file__).with_name("kill_saves.py")
+
+
+def run(folder, *what):
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), *what],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_killed_at_200_random_moments(tmp_path):
+    found = run(tmp_path, "random", "200")
+    assert found["rounds"] == 200
+    assert found["advanced"] > 20  # some saves came to their end
+    assert found["interrupted"] > 20  # and some left files behind
+
+
+def test_killed_before_and_after_every_call_that_changes_the_disk(tmp_path):
+    """Between write and rename, and between the renaming of the index and the end of old files."""
+    found = run(tmp_path, "calls")
+    assert found["points"] > 40
+    assert found["old"] > 10
+    assert found["new"] > 10
+
+
+def test_a_reader_beside_a_writer_sees_whole_states(tmp_path):
+    found = run(tmp_path, "read", "3000")
+    assert found["sorted"]
+    assert found["different"] > 5
