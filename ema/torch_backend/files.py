@@ -25,7 +25,6 @@ from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
 from ema.schedules import schedule_from_dict
-from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 
 __all__ = ["export", "load", "save", "source_of", "tensor_of"]
@@ -149,17 +148,28 @@ class _Averages(Mapping[str, Tensor]):
 
 def export(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    whole: Mapping[str, Any],
     averages: Mapping[str, Tensor],
     found: Selection,
 ) -> Path:
-    """Write ``model.state_dict()`` with the averages in it, see :meth:`EMAModel.export`."""
+    """Write the state dict of a model with the averages in it, see :meth:`EMAModel.export`.
+
+    Args:
+        path: the file.
+        whole: ``state_dict(keep_vars=True)`` of the bare model.
+        averages: by canonical name.
+        found: the tensors of the model.
+
+    Raises:
+        CheckpointError: it cannot be written.
+        ModelError: ``whole`` holds other things than tensors, or lacks what is averaged.
+    """
     names = {id(tensor): name for name, tensor in found.averaged.items()}
     names |= {id(tensor): name for name, (first, tensor) in found.ties.items() if first in averages}
     names |= {id(tensor): first for first, tensor in found.ties.values() if first in averages}
     sources = {}
     seen = set()
-    for key, value in unwrap(model).state_dict(keep_vars=True).items():
+    for key, value in whole.items():
         if not isinstance(value, Tensor):
             raise ModelError(f"`{key}` is a {type(value).__name__}, only tensors can be exported")
         name = names.get(id(value))

@@ -438,8 +438,10 @@ class EMAModel(Generic[ModelT]):
             CheckpointError: it cannot be written, with the file and the reason.
             ModelError: the model's state dict holds something other than its tensors.
         """
+        # before the look: a hook of the model may end a swap here
+        whole = unwrap(self._model).state_dict(keep_vars=True)
         averages, found = self._look()
-        return files.export(path, self._model, averages, found)
+        return files.export(path, whole, averages, found)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Check everything, then take over averages and counters."""

@@ -21,13 +21,18 @@ __all__ = ["Attachment"]
 class Attachment:
     """``train``, ``evaluate``, ``predict`` and ``log`` of one Trainer, wrapped until it is undone.
 
-    The wrappers are attributes of the instance, so any subclass keeps its own methods, and calls
-    that the Trainer makes of itself go through them.
+    The wrappers are attributes of the instance and pass on whatever they are called with, so any
+    subclass keeps its own methods, and calls that the Trainer makes of itself go through them.
+
+    Attributes:
+        trains: whether this Trainer is at it; the callback may serve another one besides.
+        resumed_from: the checkpoint that it was told to go on from.
     """
 
     def __init__(self, callback: EMACallback, trainer: Trainer) -> None:
-        self.trainer = trainer
+        self.trains = False
         self.resumed_from: Path | None = None
+        self._trainer = trainer
         self._callback = callback
         self._added = callback not in trainer.callback_handler.callbacks
         if self._added:
@@ -46,7 +51,7 @@ class Attachment:
         Raises:
             StateError: something else was wrapped around them since; nothing has changed.
         """
-        own = vars(self.trainer)
+        own = vars(self._trainer)
         if covered := [name for name, ours in self._wrapped.items() if own.get(name) is not ours]:
             raise StateError(
                 f"`detach` needs to be called after what was attached later, which wraps {covered}"
@@ -57,48 +62,39 @@ class Attachment:
             else:
                 del own[name]
         if self._added:
-            self.trainer.remove_callback(self._callback)
+            self._trainer.remove_callback(self._callback)
 
     def _wrap(self, name: str, around: Callable[..., Any]) -> None:
-        own = vars(self.trainer)
+        own = vars(self._trainer)
         if name in own:
             self._before[name] = own[name]
-        original = getattr(self.trainer, name)
+        original = getattr(self._trainer, name)
         own[name] = self._wrapped[name] = functools.wraps(original)(
             functools.partial(around, original)
         )
 
-    def _train(
-        self,
-        original: Callable[..., Any],
-        resume_from_checkpoint: str | bool | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def _train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Remember the checkpoint: it is not among what a callback is told."""
-        path = resume_from_checkpoint
+        path = args[0] if args else kwargs.get("resume_from_checkpoint")
         if path is True:
-            path = get_last_checkpoint(self.trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            path = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
         self.resumed_from = Path(path) if path else None
+        self.trains = True
         try:
-            return original(resume_from_checkpoint, *args, **kwargs)
+            return original(*args, **kwargs)
         finally:
-            self.resumed_from = None
+            self.trains, self.resumed_from = False, None
 
     def _log(
-        self,
-        original: Callable[..., Any],
-        logs: dict[str, float],
-        *args: Any,
-        **kwargs: Any,
+        self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any
     ) -> Any:
         """Add what there is to say of the average to the logs of training."""
-        if "loss" in logs:
+        if self.trains and "loss" in logs:
             logs = {**logs, **self._callback.log_values()}
         return original(logs, *args, **kwargs)
 
     def _with_average(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._callback.has_average:  # before training there is nothing but the live weights
             return original(*args, **kwargs)
-        with self._callback.use_ema(self.trainer.model):
+        with self._callback.use_ema(self._trainer.model):
             return original(*args, **kwargs)

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, StateError
 from ema.info import describe_ema
 from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.settings import Settings
-from ema.torch_backend.state import State
 from ema.torch_backend.trainer.attachment import Attachment
+from ema.torch_backend.trainer.claims import claim
 from ema.torch_backend.trainer.evaluation import EvaluationSwap
 from ema.torch_backend.trainer.export import save_pretrained
-from ema.torch_backend.trainer.run_folder import checkpoint_folder, file_name, output_folder
+from ema.torch_backend.trainer.run_average import RunAverage
+from ema.torch_backend.trainer.run_folder import (
+    belongs_to,
+    checkpoint_folder,
+    discard,
+    file_name,
+    is_there,
+    model_folder,
+)
+from ema.torch_backend.trainer.skipped import SkippedSteps
 
 __all__ = ["EMACallback"]
 
 _TOO_MUCH_LEFT = 0.2  # of the initial weights at the end of a run: the average lags far behind
-
-_written_by: weakref.WeakValueDictionary[Path, EMACallback] = weakref.WeakValueDictionary()
-"""Who has written a file in this process: two callbacks of one Trainer must not share one."""
 
 
 class EMACallback(TrainerCallback):
@@ -59,8 +65,8 @@ class EMACallback(TrainerCallback):
         eval_with_ema: whether evaluations see the averaged weights. Training goes on with the
             live ones, and checkpoints hold those. With ``load_best_model_at_end`` the average at
             the end is the one that gave the best metric.
-        save_ema_model: whether a complete averaged model is written to ``<output_dir>/ema`` at
-            the end of training, see :meth:`save_pretrained`.
+        save_ema_model: whether a complete averaged model is written to ``<output_dir>/ema`` (with
+            a ``name`` to ``ema-<name>``) at the end of training, see :meth:`save_pretrained`.
         on_missing_average: ``"warn"`` or ``"error"``, for a checkpoint without an average.
         name: tells several callbacks of one Trainer apart: ``ema-<name>.safetensors``.
 
@@ -104,23 +110,20 @@ class EMACallback(TrainerCallback):
             )
         if name is not None and not (isinstance(name, str) and name.isidentifier()):
             raise ArgumentError(f"`name` must be an identifier, got {name!r}")
-        self._options: dict[str, Any] = {
-            "decay": decay,
-            "update_after_step": update_after_step,
-            "update_every": update_every,
-            "dtype": dtype,
-            "device": device,
-            "include": include,
-            "exclude": exclude,
-            "buffers": buffers,
-        }
-        self._settings = Settings.of(**self._options)
-        self._ema_model: EMAModel[nn.Module] | None = None
-        self._loaded: Mapping[str, Any] | None = None  # a state that has not seen its model yet
-        self._go_on = False  # a state was loaded for the next train()
-        self._scale: float | None = None  # of the gradient scaler, before the coming step
+        self._run = RunAverage(
+            decay=decay,
+            update_after_step=update_after_step,
+            update_every=update_every,
+            dtype=dtype,
+            device=device,
+            include=include,
+            exclude=exclude,
+            buffers=buffers,
+        )
+        self._skipped = SkippedSteps()
         self._evaluation = EvaluationSwap()
         self._attachment: Attachment | None = None
+        self._batch_size: int | None = None  # of the training that has begun and not ended
         self._missing_is_error = on_missing_average == "error"
         self.eval_with_ema = eval_with_ema
         self.save_ema_model = save_ema_model
@@ -129,7 +132,7 @@ class EMACallback(TrainerCallback):
     @property
     def has_average(self) -> bool:
         """Whether training has begun or a state was loaded."""
-        return self._ema_model is not None or self._loaded is not None
+        return self._run.exists
 
     @property
     def ema_model(self) -> EMAModel[nn.Module]:
@@ -138,9 +141,7 @@ class EMACallback(TrainerCallback):
         Raises:
             StateError: training has not begun, and no state was applied to a model.
         """
-        if self._ema_model is None:
-            raise StateError("there is no average: train, or load a state and apply it to a model")
-        return self._ema_model
+        return self._run.ema_model
 
     def apply_ema(self, model: nn.Module | None = None) -> None:
         """Swap the averaged weights into ``model``, see :meth:`EMAModel.apply_ema`.
@@ -154,7 +155,8 @@ class EMACallback(TrainerCallback):
             ModelError: the average does not fit ``model``.
             CheckpointError: the loaded state does not fit ``model``.
         """
-        self._average_for(model).apply_ema(model)
+        self._evaluation.end()  # from now on it is for the caller to restore
+        self._run.fit(model).apply_ema(model)
 
     def restore_original(self, model: nn.Module | None = None) -> None:
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
@@ -167,7 +169,7 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def use_ema(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
         """Averaged weights inside the block, see :meth:`EMAModel.use_ema`."""
-        with self._average_for(model).use_ema(model) as averaged:
+        with self._evaluation.suspended(), self._run.fit(model).use_ema(model) as averaged:
             yield averaged
 
     def get_ema_state(self) -> dict[str, Any]:
@@ -176,9 +178,7 @@ class EMACallback(TrainerCallback):
         Raises:
             StateError: there is none yet.
         """
-        if self._ema_model is None and self._loaded is not None:
-            return dict(self._loaded)
-        return self.ema_model.state_dict()
+        return self._run.state()
 
     def load_ema_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of :meth:`get_ema_state`, or apply it to a model.
@@ -191,12 +191,8 @@ class EMACallback(TrainerCallback):
             CheckpointError: the state is damaged or does not fit the model. Nothing has changed.
             StateError: averages are swapped in.
         """
-        if self._ema_model is not None:
-            self._ema_model.load_state_dict(state)
-        else:
-            State.from_dict(state)
-            self._loaded = state
-        self._go_on = True
+        self._evaluation.end()
+        self._run.load(state)
 
     def save_pretrained(self, model: nn.Module, folder: str | Path, **options: Any) -> None:
         """Write a complete model with averaged weights that ``from_pretrained(folder)`` loads.
@@ -211,7 +207,8 @@ class EMACallback(TrainerCallback):
             ModelError: the average does not fit ``model``.
             StateError: there is no average.
         """
-        save_pretrained(self._average_for(model), model, folder, **options)
+        with self._evaluation.suspended():  # it would end where the weights are read
+            save_pretrained(self._run.fit(model), model, folder, **options)
 
     def attach(self, trainer: Trainer) -> EMACallback:
         """Serve this Trainer beyond what events allow; adds itself to its callbacks if need be.
@@ -232,6 +229,7 @@ class EMACallback(TrainerCallback):
         """
         if self._attachment is not None:
             raise StateError("the callback is attached to a Trainer already: detach it first")
+        self._evaluation.end()
         self._attachment = Attachment(self, trainer)
         return self
 
@@ -247,15 +245,18 @@ class EMACallback(TrainerCallback):
         self._attachment = None
 
     def log_values(self) -> dict[str, float]:
-        """Decay of the last update, updates so far and relative distance to the live weights."""
-        if self._ema_model is None:
+        """Decay of the last update, updates so far and relative distance to the live weights.
+
+        While averages are swapped in there is no distance.
+        """
+        if not self._run.exists:
             return {}
+        average = self.ema_model
         prefix = "ema" if self.name is None else f"ema_{self.name}"
-        return {
-            f"{prefix}_decay": self._ema_model.decay,
-            f"{prefix}_updates": self._ema_model.count,
-            f"{prefix}_distance": self._ema_model.relative_distance(),
-        }
+        values = {f"{prefix}_decay": average.decay, f"{prefix}_updates": average.count}
+        with suppress(StateError):
+            values[f"{prefix}_distance"] = average.relative_distance()
+        return values
 
     def on_train_begin(
         self,
@@ -268,63 +269,20 @@ class EMACallback(TrainerCallback):
         """Start the average, or go on with the one that was saved or loaded."""
         if model is None:
             return
+        claim(state, file_name(self.name), evaluates=self.eval_with_ema)
         self._evaluation.end()
-        self._scale = None
-        go_on, self._go_on = self._go_on, False
-        if self._ema_model is not None and self._ema_model.model is not model:
-            if go_on:
-                self._loaded = self._ema_model.state_dict()
-            self._ema_model = None
-        if self._loaded is not None:
-            self._average_for(model)
-        elif self._ema_model is None:
-            self._ema_model = EMAModel(model, **self._options)
-        elif not go_on:
-            self._ema_model.reset()
+        self._skipped.forget()
+        smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
+        self._batch_size = state.train_batch_size
+        go_on = self._run.begin(
+            model,
+            again=args.auto_find_batch_size and smaller,
+            may_begin_again=args.auto_find_batch_size,
+        )
         if state.global_step > 0 and not go_on:
             self._resume(args, state)
         self._warn_if_too_slow(state.max_steps)
         if args.eval_on_start:
-            self._begin_evaluation()
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Remember the scale of the gradients, if there is one."""
-        scaler = getattr(optimizer, "scaler", None)
-        if scaler is not None and self._scale is None:
-            self._scale = scaler.get_scale()
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Update after an optimizer step, unless the gradient scaler skipped it."""
-        if not self._was_skipped(optimizer):
-            self.ema_model.update()
-
-        if control.should_evaluate:
-            self._begin_evaluation()
-
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """See to the evaluation that follows, if one does."""
-        self._evaluation.end()
-        if control.should_evaluate:
             self._begin_evaluation()
 
     def on_step_begin(
@@ -337,6 +295,41 @@ class EMACallback(TrainerCallback):
         """Train with the live weights."""
         self._evaluation.end()
 
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the scale of the gradients, if there is one."""
+        self._skipped.before(optimizer)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Update after an optimizer step, unless the gradient scaler skipped it."""
+        if not self._skipped.skipped(optimizer):
+            self.ema_model.update()
+        self._expect(args, state, control)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """See to the evaluation and the save that follow, if they do."""
+        self._evaluation.end()
+        self._expect(args, state, control)
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -346,17 +339,8 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Put the average into the checkpoint, as its last file."""
         self._evaluation.end()
-        if not args.should_save:  # every process holds the same average, one writes it
-            return
-        file = checkpoint_folder(args, state) / file_name(self.name)
-        other = _written_by.get(file)
-        if other is not None and other is not self and file.exists():
-            raise StateError(
-                f"another EMACallback has written {file}: give one of them a name,"
-                " EMACallback(..., name='slow')"
-            )
-        self.ema_model.save(file)
-        _written_by[file] = self
+        if args.should_save:  # every process holds the same average, one writes it
+            self.ema_model.save(checkpoint_folder(args, state) / file_name(self.name))
 
     def on_train_end(
         self,
@@ -368,79 +352,83 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Keep the best average where the best model is kept, and write the averaged model."""
         self._evaluation.end()
+        self._batch_size = None
         average = self.ema_model
         if average.step > 0 and average.count == 0:
             warnings.warn(
                 f"no update was made in {average.step} steps with update_after_step="
-                f"{self._settings.update_after_step} and update_every="
-                f"{self._settings.update_every}: the average is no average",
+                f"{self._run.settings.update_after_step} and update_every="
+                f"{self._run.settings.update_every}: the average is no average",
                 EMAWarning,
                 stacklevel=2,
             )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and self.eval_with_ema and best is not None:
+            if dist.is_available() and dist.is_initialized():
+                dist.barrier()  # the main process may still be writing the average of this step
             self._load_from(Path(best), "the last average is kept")
         if self.save_ema_model and args.should_save and model is not None:
-            self.save_pretrained(model, output_folder(args) / "ema")
+            self.save_pretrained(model, model_folder(args, state, self.name))
+
+    def _expect(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Prepare what the Trainer does next."""
+        may_save = control.should_save or (
+            control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        )
+        if may_save and args.should_save and not state.is_hyper_param_search:
+            discard(checkpoint_folder(args, state) / file_name(self.name))
+        if control.should_evaluate:
+            self._begin_evaluation()
 
     def _begin_evaluation(self) -> None:
         """For a Trainer that is attached the wrapped methods do it."""
-        if self.eval_with_ema and self._attachment is None:
+        attached = self._attachment is not None and self._attachment.trains
+        if self.eval_with_ema and not attached:
             self._evaluation.begin(self.ema_model)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Find the average of the checkpoint that training goes on from."""
-        attached = None if self._attachment is None else self._attachment.resumed_from
-        folder = attached or args.resume_from_checkpoint or checkpoint_folder(args, state)
-        self._load_from(
-            Path(folder),
+        otherwise = (
             f"training goes on from step {state.global_step} and the average starts anew from the"
-            " weights of that step. attach(trainer) finds it in any folder; load_ema_state before"
-            " train() goes on with a state that was saved",
+            " weights of that step"
         )
+        if self._attachment is not None and self._attachment.resumed_from is not None:
+            self._load_from(self._attachment.resumed_from, otherwise)
+            return
+        folder = Path(args.resume_from_checkpoint or checkpoint_folder(args, state))
+        otherwise += (
+            ". A callback is not told which checkpoint that is: attach(trainer) finds it in any"
+            " folder, and load_ema_state before train() goes on with a state that was saved"
+        )
+        if belongs_to(folder, state):
+            self._load_from(folder, otherwise)
+        else:
+            self._miss(f"{folder} is not the checkpoint that training goes on from: {otherwise}")
 
     def _load_from(self, folder: Path, otherwise: str) -> None:
         file = folder / file_name(self.name)
-        if file.exists():
+        if is_there(file):
             self.ema_model.load(file)
-            return
-        message = f"there is no average in {folder} ({file.name}): {otherwise}"
+        else:
+            self._miss(f"there is no average in {folder} ({file.name}): {otherwise}")
+
+    def _miss(self, message: str) -> None:
         if self._missing_is_error:
             raise CheckpointError(message)
-        warnings.warn(message, EMAWarning, stacklevel=3)
-
-    def _was_skipped(self, optimizer: Any) -> bool:
-        """Whether the gradient scaler found an overflow.
-
-        Accelerate says so only of optimizers that the scaler does not call then; a fused one, the
-        default of the Trainer, is always called and skips by itself. The scale tells in any case:
-        it drops.
-        """
-        scaler = getattr(optimizer, "scaler", None)
-        if scaler is None:
-            return False
-        before, self._scale = self._scale, scaler.get_scale()
-        return bool(optimizer.step_was_skipped) or (before is not None and self._scale < before)
-
-    def _average_for(self, model: nn.Module | None) -> EMAModel[nn.Module]:
-        """The average, which a loaded state gets with the first model that it fits."""
-        if self._ema_model is None and self._loaded is not None and model is not None:
-            average = EMAModel(model, **self._options)
-            average.load_state_dict(self._loaded)
-            self._ema_model, self._loaded = average, None
-        return self.ema_model
+        warnings.warn(message, EMAWarning, stacklevel=4)
 
     def _warn_if_too_slow(self, max_steps: int) -> None:
-        steps = max_steps - self._settings.update_after_step
+        settings = self._run.settings
+        steps = max_steps - settings.update_after_step
         if steps < 1:
             return
-        about = describe_ema(
-            self._settings.schedule, steps, update_every=self._settings.update_every
-        )
+        about = describe_ema(settings.schedule, steps, update_every=settings.update_every)
         if about.initial_share > _TOO_MUCH_LEFT:
             warnings.warn(
                 f"after {max_steps} steps {about.initial_share:.0%} of the average will still be"
-                f" the initial weights: {self._settings.schedule} is slow for so short a run,"
+                f" the initial weights: {settings.schedule} is slow for so short a run,"
                 f" decay={about.recommended_decay:.4g} suits it",
                 EMAWarning,
                 stacklevel=2,

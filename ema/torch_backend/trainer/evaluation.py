@@ -3,15 +3,16 @@
 A callback is told that an evaluation will come, but not when the last of its data sets is done, and
 weights are saved without any event in between. So the averages leave the model at whatever comes
 first: the next event of training, a training-mode forward pass, or anything that reads or writes
-the weights through a state dict.
+the weights through a state dict, of the model or of a part of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ema.torch_backend.model import EMAModel
 
@@ -23,14 +24,11 @@ class EvaluationSwap:
 
     def __init__(self) -> None:
         self._average: EMAModel[nn.Module] | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._inside = ExitStack()
 
     def begin(self, average: EMAModel[nn.Module]) -> None:
         """Swap the averages in, and watch for the end."""
         self.end()
-        average.apply_ema()
-        self._average = average
-        model = average.model
 
         def over(*_: Any, **__: Any) -> None:
             self.end()
@@ -39,17 +37,30 @@ class EvaluationSwap:
             if module.training:
                 self.end()
 
-        self._hooks = [
-            model.register_state_dict_pre_hook(over),  # type: ignore[no-untyped-call]
-            model.register_load_state_dict_pre_hook(over),  # type: ignore[no-untyped-call]
-            model.register_forward_pre_hook(over_if_training),
-        ]
+        with ExitStack() as inside:
+            inside.enter_context(average.use_ema())
+            model = average.model
+            inside.callback(model.register_forward_pre_hook(over_if_training).remove)
+            for module in model.modules():
+                for register in (
+                    module.register_state_dict_pre_hook,
+                    module.register_load_state_dict_pre_hook,
+                ):
+                    inside.callback(register(over).remove)  # type: ignore[no-untyped-call]
+            self._inside, self._average = inside.pop_all(), average
 
     def end(self) -> None:
         """Put the live weights back, if they are not there."""
-        average, self._average = self._average, None
-        if average is not None:
-            average.restore_original()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._average = None
+        self._inside.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Live weights, and nobody watching, inside the block; then as it was before."""
+        average = self._average
+        self.end()
+        try:
+            yield
+        finally:
+            if average is not None:
+                self.begin(average)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ema.checkpoint import read_state
+from ema.checkpoint.places import index_of
 from ema.errors import CheckpointError
 
-__all__ = ["checkpoint_folder", "file_name", "last_complete_checkpoint", "output_folder"]
+__all__ = [
+    "belongs_to",
+    "checkpoint_folder",
+    "discard",
+    "file_name",
+    "is_there",
+    "last_complete_checkpoint",
+    "model_folder",
+]
 
 
 def file_name(name: str | None) -> str:
@@ -17,23 +28,56 @@ def file_name(name: str | None) -> str:
     return "ema.safetensors" if name is None else f"ema-{name}.safetensors"
 
 
-def output_folder(args: TrainingArguments) -> Path:
-    """The folder of the run."""
-    return Path(args.output_dir or "trainer_output")  # the Trainer's own default
+def model_folder(args: TrainingArguments, state: TrainerState, name: str | None) -> Path:
+    """Where the averaged model goes at the end of a run."""
+    trial = state.trial_name if state.is_hyper_param_search else None
+    return _output_folder(args) / (trial or "") / ("ema" if name is None else f"ema-{name}")
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint of the present step in the output folder of the run.
+    """The checkpoint of the present step, which may have been saved or not.
 
-    A hyperparameter search keeps one run folder a trial; the latest one is the present one.
+    A hyperparameter search keeps a folder for each trial, called by its ``hp_name`` or else by a
+    number that a callback is not told: then the latest one is the present one.
     """
     checkpoint = f"checkpoint-{state.global_step}"
-    folder = output_folder(args)
+    folder = _output_folder(args)
     if state.is_hyper_param_search:
+        if state.trial_name is not None:
+            return folder / state.trial_name / checkpoint
         trials = list(folder.glob(f"run-*/{checkpoint}"))
         if trials:
             return max(trials, key=lambda path: path.stat().st_mtime_ns)
     return folder / checkpoint
+
+
+def belongs_to(folder: Path, state: TrainerState) -> bool:
+    """Whether ``state`` was read from the checkpoint, and not from one of the same step elsewhere.
+
+    Two runs that have the same step, epoch, operations and log are not told apart.
+    """
+    try:
+        stored = json.loads((folder / TRAINER_STATE_NAME).read_text())
+        return all(
+            json.dumps(stored[key]) == json.dumps(getattr(state, key))  # NaN equals itself here
+            for key in ("global_step", "epoch", "total_flos", "log_history")
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def is_there(file: Path) -> bool:
+    """Whether there is an average, in one file or several."""
+    return file.exists() or index_of(file).exists()
+
+
+def discard(file: Path) -> None:
+    """Remove an average that another run has left: its checkpoint is about to be written over.
+
+    While that goes on, it must not look complete.
+    """
+    index_of(file).unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
 def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Path | None:
@@ -46,7 +90,7 @@ def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Pat
 
     Args:
         folder: ``output_dir`` of the run.
-        name: of the callback, where it has one.
+        name: of the callback, where it has one; of several, the one that stands last in the list.
 
     Returns:
         The folder of the checkpoint, or None where there is none.
@@ -57,9 +101,15 @@ def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Pat
         if (step := path.name.removeprefix("checkpoint-")).isdecimal()
     ]
     for _, path in sorted(found, reverse=True):
+        if not (path / TRAINER_STATE_NAME).exists():
+            continue
         try:
             read_state(path / file_name(name))
         except CheckpointError:
             continue
         return path
     return None
+
+
+def _output_folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or "trainer_output")  # the Trainer's own default

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 CONFIG = {
     "n_layer": 1,
@@ -17,6 +23,30 @@ CONFIG = {
     "eos_token_id": 0,
     "loss_type": "ForCausalLM",
 }
+
+
+class Recorder(TrainerCallback):
+    """The live weights after every optimizer step; it stands before what swaps."""
+
+    def __init__(self, model):
+        self.history = [{n: p.detach().clone() for n, p in model.named_parameters()}]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.history.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    def average(self, decay, step=None):
+        """The recursion over those up to this step."""
+        average = {name: value.clone() for name, value in self.history[0].items()}
+        for live in self.history[1 : None if step is None else step + 1]:
+            for name, value in live.items():
+                average[name].lerp_(value, 1 - decay)
+        return average
+
+
+@pytest.fixture
+def recorder() -> type[Recorder]:
+    """The class of the recording callback."""
+    return Recorder
 
 
 @pytest.fixture
@@ -49,7 +79,10 @@ def tokens() -> Callable[[int, int], list]:
     def make(count, seed=0):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(0, 32, (count, 8), generator=generator)
-        return [{"input_ids": row, "labels": row} for row in rows]
+        # nothing predicts the first token: the Trainer would count it as a target
+        labels = rows.clone()
+        labels[:, 0] = -100
+        return [{"input_ids": row, "labels": ls} for row, ls in zip(rows, labels, strict=True)]
 
     return make
 
@@ -58,7 +91,7 @@ def tokens() -> Callable[[int, int], list]:
 def make_trainer(tmp_path, tokens) -> Callable[..., Trainer]:
     """A real Trainer on random tokens, in a temporary folder."""
 
-    def make(model, callbacks=(), steps=6, kind=Trainer, eval_dataset=None, **options):
+    def make(model, callbacks=(), steps=6, kind=Trainer, rows=24, eval_dataset=None, **options):
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": steps,
@@ -74,7 +107,7 @@ def make_trainer(tmp_path, tokens) -> Callable[..., Trainer]:
         return kind(
             model=model,
             args=TrainingArguments(**{**defaults, **options}),
-            train_dataset=tokens(24),
+            train_dataset=tokens(rows),
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
         )
@@ -86,9 +119,11 @@ def make_trainer(tmp_path, tokens) -> Callable[..., Trainer]:
 def train(make_trainer) -> Callable[..., Trainer]:
     """Run one to its end."""
 
-    def run(model, callbacks, **options):
+    def run(model, callbacks, resume=None, attach=None, **options):
         trainer = make_trainer(model, callbacks, **options)
-        trainer.train()
+        if attach is not None:
+            attach.attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     return run

@@ -1,0 +1,104 @@
+"""The average of one run after the other: begun with training, or gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ema.errors import StateError
+from ema.torch_backend.model import EMAModel
+from ema.torch_backend.settings import Settings
+from ema.torch_backend.state import State
+
+__all__ = ["RunAverage"]
+
+
+class RunAverage:
+    """The average of the model that is trained, or a state that waits for its model.
+
+    Args:
+        **options: for ``EMAModel``.
+
+    Raises:
+        ArgumentError: one of them is out of range.
+        ArgumentTypeError: one of them has the wrong type.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.settings = Settings.of(**options)
+        self._options = options
+        self._ema_model: EMAModel[nn.Module] | None = None
+        self._loaded: Mapping[str, Any] | None = None  # a state that has not seen its model yet
+        self._go_on = False  # a state was loaded for the next train()
+        self._begun_with: Mapping[str, Any] | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether training has begun or a state was loaded."""
+        return self._ema_model is not None or self._loaded is not None
+
+    @property
+    def ema_model(self) -> EMAModel[nn.Module]:
+        """The average with its model.
+
+        Raises:
+            StateError: there is none.
+        """
+        if self._ema_model is None:
+            raise StateError("there is no average: train, or load a state and apply it to a model")
+        return self._ema_model
+
+    def fit(self, model: nn.Module | None) -> EMAModel[nn.Module]:
+        """The average, which a loaded state gets with the first model that it fits."""
+        if self._ema_model is None and self._loaded is not None and model is not None:
+            average = EMAModel(model, **self._options)
+            average.load_state_dict(self._loaded)
+            self._ema_model, self._loaded = average, None
+        return self.ema_model
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`EMAModel.state_dict`."""
+        if self._ema_model is None and self._loaded is not None:
+            return dict(self._loaded)
+        return self.ema_model.state_dict()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state`` when training begins, or keep it until there is a model."""
+        if self._ema_model is not None:
+            self._ema_model.load_state_dict(state)
+        else:
+            State.from_dict(state)
+            self._loaded = state
+        self._go_on = True
+
+    def begin(self, model: nn.Module, *, again: bool, may_begin_again: bool) -> bool:
+        """Start as a copy of the weights of ``model``, unless a state was loaded.
+
+        Args:
+            model: is trained from now on.
+            again: training begins once more within one ``train()``: so does a loaded state.
+            may_begin_again: whether that may come, so that a loaded state is kept for it.
+
+        Returns:
+            Whether it goes on with a state that was loaded.
+        """
+        if again and self._begun_with is not None:
+            self.load(self._begun_with)
+        self._begun_with = None
+        go_on = self._go_on or self._loaded is not None
+        if self._ema_model is not None and self._ema_model.model is not model:
+            if go_on:
+                self._loaded = self._ema_model.state_dict()
+            self._ema_model = None
+        if self._loaded is not None:
+            self.fit(model)
+        elif self._ema_model is None:
+            self._ema_model = EMAModel(model, **self._options)
+        elif not go_on:
+            self._ema_model.reset()
+        self._go_on = False
+        if go_on and may_begin_again:
+            self._begun_with = self.state()
+        return go_on
