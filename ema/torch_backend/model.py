@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ema.checkpoint import MAX_SHARD_SIZE
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform
-from ema.errors import EMAWarning, ModelError, StateError, difference
+from ema.errors import EMAWarning, StateError
 from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
 from ema.torch_backend.distance import relative_distance
+from ema.torch_backend.fit import targets
 from ema.torch_backend.names import unwrap
-from ema.torch_backend.selection import Rules, Selection, select
+from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap
@@ -312,7 +313,7 @@ class EMAModel(Generic[ModelT]):
             raise StateError("copy_to needs a model that no averages are swapped into")
         averages, found = self._look(name)
         values = {**averages, **found.others, **found.buffers}
-        theirs = self._fit(model, values, found)
+        theirs = targets(model, values, found)
         for key, value in values.items():
             theirs[key].detach().copy_(value.detach())
 
@@ -500,7 +501,7 @@ class EMAModel(Generic[ModelT]):
         averages, found = self._look(name)
         params = found.averaged
         if unwrap(target) is not unwrap(self._model):
-            params = self._fit(target, averages, found)
+            params = targets(target, averages, found)
             if not self._average.started:  # these are the live weights, which stay where they are
                 averages = {key: average.clone() for key, average in averages.items()}
         elif not self._average.started:
@@ -513,29 +514,3 @@ class EMAModel(Generic[ModelT]):
             swap.restore()
             if self._swap is swap:
                 self._swap = None
-
-    def _fit(
-        self, model: nn.Module, values: Mapping[str, Tensor], ours: Selection
-    ) -> dict[str, Tensor]:
-        """The tensors of another model that ``values`` can be written to.
-
-        Raises:
-            ModelError: the parameters of the two models or the shapes of these tensors differ.
-        """
-        found = select(model, Rules.of(None, None, "copy"), tracked=values)
-        theirs = {**found.averaged, **found.others, **found.buffers}
-        names = {*values, *ours.averaged, *ours.others}
-        mismatched = [
-            f"`{name}` has shape {tuple(theirs[name].shape)}, here it is {tuple(value.shape)}"
-            for name, value in values.items()
-            if name in theirs and name not in found.pending and theirs[name].shape != value.shape
-        ]
-        parameters = {*found.others, *found.averaged, *(found.ties.keys() - ours.ties.keys())}
-        text = difference(
-            [name for name in names if name not in theirs or name in found.pending],
-            [name for name in parameters if name not in names],
-            mismatched,
-        )
-        if text:
-            raise ModelError(f"the average does not fit this model: {text}")
-        return {name: theirs[name] for name in values}
