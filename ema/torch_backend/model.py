@@ -360,6 +360,7 @@ class EMAModel(Generic[ModelT]):
         self,
         path: str | os.PathLike[str],
         *,
+        name: str | None = None,
         metadata: Mapping[str, str] | None = None,
         max_shard_size: int = MAX_SHARD_SIZE,
     ) -> Path:
@@ -370,6 +371,7 @@ class EMAModel(Generic[ModelT]):
 
         Args:
             path: a file that ends in ``.safetensors``, or a folder, which is made.
+            name: which average, where there are several: one file each.
             metadata: notes of your own, strings by string; None: those of the file that was
                 loaded, if any.
             max_shard_size: bytes in one file; a larger state is split.
@@ -380,12 +382,12 @@ class EMAModel(Generic[ModelT]):
         Raises:
             CheckpointError: it cannot be written, with the file and the reason.
         """
-        averages, found = self._look()
+        averages, found = self._look(name)
         state = {
             "step": self._step,
             "count": self._count,
             "not_averaged": list(found.others),
-            **self._settings.timing(),
+            **self._settings.timing(name),
         }
         notes = self._file_metadata if metadata is None else metadata
         return files.save(path, averages, state, notes, max_shard_size)
@@ -394,6 +396,7 @@ class EMAModel(Generic[ModelT]):
         self,
         path: str | os.PathLike[str],
         *,
+        name: str | None = None,
         rename: Rename = None,
         transform: Transform = None,
     ) -> None:
@@ -401,6 +404,8 @@ class EMAModel(Generic[ModelT]):
 
         Args:
             path: the file, or the folder with ``ema.safetensors`` in it.
+            name: which average goes on from it, where there are several; the others stay as they
+                are, and the counters are those of the last file.
             rename: from a name in the file to that of the parameter, a function or a table;
                 None in place of a name leaves the tensor out.
             transform: ``transform(name, tensor)``, or a table from the parameter's name to a
@@ -417,12 +422,18 @@ class EMAModel(Generic[ModelT]):
                 ``update_every``.
         """
         self._refuse_while_swapped("load")
-        state, stored = files.load(path, self._settings.timing(), rename, transform)
+        self._settings.index(name)
+        ours = self._settings.timing(name)
+        state, stored = files.load(path, ours, rename, transform)
+        if name is not None:  # a state of all averages, of which this one is another
+            state["schedule"] = {**self._settings.timing()["schedule"], name: state["schedule"]}
+            given = {label: self._look(label)[0] for label in self._settings.names}
+            state["averages"] = {**given, name: state["averages"]}
         with errors_of(stored.place, "read"):
             self._go_on({"format_version": FORMAT_VERSION, **state})
         self._file_metadata = dict(stored.record.extra)
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
+    def export(self, path: str | os.PathLike[str], *, name: str | None = None) -> Path:
         """Write a complete plain ``safetensors`` state dict with the averaged weights in it.
 
         Names and dtypes are those of the (unwrapped) model's own ``state_dict()``, tied weights
@@ -431,6 +442,7 @@ class EMAModel(Generic[ModelT]):
 
         Args:
             path: the file.
+            name: which average, where there are several.
 
         Returns:
             The file.
@@ -441,7 +453,7 @@ class EMAModel(Generic[ModelT]):
         """
         # before the look: a hook of the model may end a swap here
         whole = unwrap(self._model).state_dict(keep_vars=True)
-        averages, found = self._look()
+        averages, found = self._look(name)
         return files.export(path, whole, averages, found)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:

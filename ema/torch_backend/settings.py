@@ -84,11 +84,11 @@ class Settings:
             raise ArgumentError(f"`name` must {rule}, got {name!r}")
         return list(self.schedules).index(name)
 
-    def timing(self) -> dict[str, Any]:
-        """When and how much is averaged, as plain values for a state."""
+    def timing(self, name: str | None = None) -> dict[str, Any]:
+        """When and how much is averaged, of one average or of all, as plain values for a state."""
         plain = {name: schedule.to_dict() for name, schedule in self.schedules.items()}
         return {
-            "schedule": plain.get(None, plain),
+            "schedule": plain.get(name, plain),
             "update_after_step": self.update_after_step,
             "update_every": self.update_every,
         }

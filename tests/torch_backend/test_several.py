@@ -148,3 +148,28 @@ def test_before_the_start_a_state_taken_in_a_block_is_whole(model):
     ema_model = EMAModel(model, 0.5, update_after_step=5)
     with ema_model.use_ema():
         assert ema_model.state_dict()["averages"].keys() == dict(model.named_parameters()).keys()
+
+
+def test_each_is_saved_in_a_file_of_its_own(model, another, step, assert_same, tmp_path):
+    ema_model = EMAModel(model, DECAYS)
+    for _ in range(3):
+        step(model)
+        ema_model.update()
+    loaded = EMAModel(another(), DECAYS)
+    single = EMAModel(another(), DECAYS["long"])
+    for name in DECAYS:
+        loaded.load(ema_model.save(tmp_path / f"{name}.safetensors", name=name), name=name)
+    single.load(tmp_path / "long.safetensors")
+    for name in DECAYS:
+        assert_same(loaded.averaged_parameters(name), ema_model.averaged_parameters(name))
+    assert_same(single.averaged_parameters(), ema_model.averaged_parameters("long"))
+    assert loaded.step == single.step == 3
+    with pytest.warns(ema.EMAWarning, match="made with"):
+        loaded.load(tmp_path / "long.safetensors", name="short")
+    other = nn.ModuleDict({"first": nn.Linear(4, 8)})
+    before = {k: v.clone() for k, v in ema_model.averaged_parameters("short").items()}
+    with pytest.raises(CheckpointError, match=r"not of the same tensors: unexpected"):
+        ema_model.load(EMAModel(other, 0.5).save(tmp_path / "other.safetensors"), name="short")
+    assert_same(ema_model.averaged_parameters("short"), before)
+    with pytest.raises(ArgumentError, match="`name` must be one of"):
+        ema_model.save(tmp_path / "all.safetensors")
