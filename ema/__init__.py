@@ -40,6 +40,7 @@ from ema.schedules import (
 )
 
 if TYPE_CHECKING:
+    from ema.converting.convert import convert as convert
     from ema.jax_backend import ParamsEMAState as ParamsEMAState
     from ema.jax_backend import get_params_ema as get_params_ema
     from ema.jax_backend import load_params_ema as load_params_ema
@@ -54,6 +55,7 @@ _BACKEND_OF = {
     "EMACallback": "ema.torch_backend",
     "EMAModel": "ema.torch_backend",
     "ParamsEMAState": "ema.jax_backend",
+    "convert": "ema.converting",
     "get_params_ema": "ema.jax_backend",
     "load_params_ema": "ema.jax_backend",
     "params_ema": "ema.jax_backend",

@@ -31,7 +31,7 @@ from ema.jax_backend.selection import is_hole, named_leaves
 from ema.jax_backend.transform import ParamsEMAState
 from ema.schedules import Schedule, as_schedule
 
-__all__ = ["load_params_ema", "save_params_ema"]
+__all__ = ["load_params_ema", "save_params_ema", "source_of"]
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -107,7 +107,7 @@ def save_params_ema(
             not_averaged=tuple(holes),
             extra=metadata or {},
         )
-        sources = {key: _source(key, leaf) for key, leaf in leaves.items()}
+        sources = {key: source_of(key, leaf) for key, leaf in leaves.items()}
     return write_state(path, record, sources, max_shard_size=max_shard_size)
 
 
@@ -251,7 +251,12 @@ def _counter(old: Any, value: int) -> Any:
     return _like(old, np.int32(min(value, _LARGEST)))
 
 
-def _source(name: str, leaf: Any) -> Source:
+def source_of(name: str, leaf: Any) -> Source:
+    """A leaf for the writer.
+
+    Raises:
+        CheckpointError: the format has no such dtype, or a part of it is in another process.
+    """
     dtype = jnp.dtype(leaf.dtype)
     if dtype not in _NAMES or not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(f"`{name}` is {leaf!r:.80}, of which the format knows nothing")

@@ -1,0 +1,223 @@
+"""``ema.convert``: read what another library has saved, write ``ema.safetensors``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ema import validate
+from ema.checkpoint import Record, Source, write_state
+from ema.checkpoint.places import FILE_NAME, errors_of, index_of, path_of
+from ema.checkpoint.renaming import Rename, renamed
+from ema.converting.found import Found
+from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing
+from ema.schedules import Schedule, as_schedule
+
+__all__ = ["BUFFERS", "Conversion", "convert"]
+
+BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
+"""Names of statistics in state dicts, which are no weights; other libraries copy or ignore them."""
+
+_AVERAGES = ("F64", "F32", "F16", "BF16", "C64", "C128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was read and written.
+
+    Attributes:
+        place: the file.
+        kind: what the source turned out to be.
+        record: what the file says now.
+        names: of the averages.
+        left_out: tensors of the source that are no averages: integers, and what was excluded.
+    """
+
+    place: Path
+    kind: str
+    record: Record
+    names: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def convert(
+    source: Any,
+    target: str | os.PathLike[str],
+    *,
+    names: Any = None,
+    exclude: str | Iterable[str] = BUFFERS,
+    rename: Rename = None,
+    name: str | None = None,
+    step: int | None = None,
+    count: int | None = None,
+    decay: float | Schedule | None = None,
+    update_after_step: int | None = None,
+    update_every: int | None = None,
+) -> Conversion:
+    """Write an average of another library as ``ema.safetensors``, for ``EMAModel.load`` and JAX.
+
+    Reads the state dicts of diffusers' ``EMAModel``, ema-pytorch, torch-ema, ``AveragedModel``, timm
+    (``state_dict_ema``), Lightning's ``WeightAveraging`` and of this library, in a file of
+    ``torch.save`` (``weights_only=True``, no object is made of it) or in memory; plain safetensors
+    files; folders of ``save_pretrained``; Orbax folders of an optimizer state with ``params_ema`` or
+    of an ``nnx.EMA``; an ``nnx.EMA`` itself.
+
+    Args:
+        source: a file, a folder, a state dict, or an ``nnx.EMA``.
+        target: a file that ends in ``.safetensors``, or a folder, which is made.
+        names: for diffusers and torch-ema, which save a list: the names of the parameters in
+            their order, or the model.
+        exclude: patterns of names that are no averages.
+        rename: from a name in the source to that of the parameter, a function or a table; None
+            in place of a name leaves the tensor out.
+        name: which average of an Orbax folder, where there are several.
+        step: steps so far, where the source does not tell, or in place of what it tells.
+        count: updates so far, likewise; by default those that ``step`` and the next two give.
+        decay: a number or a schedule, likewise.
+        update_after_step: likewise.
+        update_every: likewise.
+
+    Returns:
+        What was found and written.
+
+    Raises:
+        ArgumentError: the source has no names, and ``names`` are not given or are too few or many.
+        CheckpointError: it cannot be read, or holds nothing that is known.
+
+    Warns:
+        EMAWarning: neither the source nor ``step`` tells how many steps there were.
+    """
+    from_path = isinstance(source, str | os.PathLike)
+    where = source if from_path else f"the {type(source).__name__}"
+    with errors_of(where, "read"):
+        found = _read_path(path_of(source), name) if from_path else _read_object(source, name)
+        tensors = _with_names(found, names)
+        patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        kept = {
+            key: tensor
+            for key, tensor in tensors.items()
+            if tensor.dtype in _AVERAGES and not any(fnmatchcase(key, p) for p in patterns)
+        }
+        if not kept:
+            raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
+        new_names = renamed([*kept, *found.not_averaged], rename)
+        record = _record(
+            found,
+            step=step,
+            count=count,
+            schedule=None if decay is None else as_schedule(decay),
+            after=update_after_step,
+            every=update_every,
+            not_averaged=tuple(new for new, old in new_names.items() if old not in kept),
+        )
+    written = {new: kept[old] for new, old in new_names.items() if old in kept}
+    place = write_state(target, record, written)
+    used = {*new_names.values()}
+    left_out = tuple(key for key in tensors if key not in used)
+    return Conversion(place, found.kind, record, tuple(written), left_out)
+
+
+def _read_path(path: Path, name: str | None) -> Found:
+    from ema.converting import plain_sources
+
+    if path.is_dir():
+        if (path / FILE_NAME).exists() or index_of(path / FILE_NAME).exists():
+            raise CheckpointError(f"it holds {FILE_NAME}, which needs no conversion")
+        if (path / "_METADATA").exists() or (path / "manifest.ocdbt").exists():
+            from ema.converting import jax_sources
+
+            return jax_sources.read_folder(path, name)
+        found = plain_sources.read_folder(path)
+        if found is None:
+            raise CheckpointError("the folder holds neither safetensors weights nor Orbax's files")
+        return found
+    with path.open("rb") as stream:
+        first = stream.read(9)
+    if first[8:] == b"{":
+        return plain_sources.read_safetensors(path)
+    from ema.converting import torch_sources
+
+    return torch_sources.read_pickle(path)
+
+
+def _read_object(source: Any, name: str | None) -> Found:
+    if isinstance(source, Mapping):
+        from ema.converting import torch_sources
+
+        return torch_sources.read_state(source)
+    nnx = sys.modules.get("flax.nnx")  # whose object it is, has imported it
+    if nnx is not None and isinstance(source, nnx.EMA):
+        from ema.converting import jax_sources
+
+        return jax_sources.read_nnx(source)
+    del name
+    raise ArgumentTypeError(
+        f"`source` must be a path, a state dict or an nnx.EMA, got {type(source).__name__}"
+    )
+
+
+def _with_names(found: Found, names: Any) -> dict[str, Source]:
+    if isinstance(found.tensors, dict):
+        if names is not None:
+            raise ArgumentError(f"`names` are not needed: {found.kind} has names of its own")
+        return found.tensors
+    if names is None:
+        raise ArgumentError(
+            f"`names` must be given: {found.kind} saves a list of {len(found.tensors)} tensors;"
+            " the names of the parameters in their order, or the model"
+        )
+    if hasattr(names, "named_parameters"):
+        names = [key for key, _ in names.named_parameters()]
+    names = list(names)
+    if len(names) != len(found.tensors) or len(set(names)) != len(names):
+        raise ArgumentError(
+            f"`names` must be {len(found.tensors)} different ones, got {len(names)}:"
+            f" {listing(names)}"
+        )
+    return dict(zip(names, found.tensors, strict=True))
+
+
+def _record(
+    found: Found,
+    *,
+    step: int | None,
+    count: int | None,
+    schedule: Schedule | None,
+    after: int | None,
+    every: int | None,
+    not_averaged: tuple[str, ...],
+) -> Record:
+    after = found.update_after_step if after is None else after
+    every = found.update_every if every is None else every
+    told = (found.step, found.count)
+    if step is None:
+        step = found.step
+    else:
+        validate.integer("step", step, minimum=0)
+        told = (None, None)
+    if step is None:
+        warnings.warn(
+            f"{found.kind} does not tell how many steps there were: the file says 0; pass step=",
+            EMAWarning,
+            stacklevel=4,
+        )
+        step = 0
+    if count is None:
+        count = told[1]
+    if count is None:
+        count = max(0, step - (after or 0)) // (every or 1)
+    return Record(
+        step=step,
+        count=count,
+        schedule=found.schedule if schedule is None else schedule,
+        update_after_step=after,
+        update_every=every,
+        not_averaged=not_averaged,
+        extra=found.metadata,
+    )

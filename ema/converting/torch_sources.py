@@ -1,0 +1,171 @@
+"""States that ``torch.save`` wrote: told apart by what they hold, never unpickled as objects."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema.checkpoint import Source
+from ema.converting.found import Found, diffusers_fields, whole
+from ema.errors import CheckpointError, EMAError
+from ema.schedules import ConstantDecay, RampWarmup, schedule_from_dict
+from ema.torch_backend.files import source_of
+from ema.torch_backend.state import State
+
+__all__ = ["read_pickle", "read_state"]
+
+
+def read_pickle(file: Path) -> Found:
+    """A file of ``torch.save``, with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: it is damaged, holds objects, or nothing that is known.
+    """
+    try:
+        # timm keeps its command line, a Namespace of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other pickle protocols
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"it cannot be read with weights_only=True: {reason}") from None
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged archive raises is not said anywhere
+        raise CheckpointError(f"it is no file of torch.save, or damaged: {error!r:.200}") from None
+    return read_state(state)
+
+
+def read_state(state: Any) -> Found:
+    """What a state is, by its keys.
+
+    Raises:
+        CheckpointError: it is none that is known.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"it holds a {type(state).__name__}, no state")
+    for keys, read in _READERS:
+        if keys <= state.keys():
+            return read(state)
+    if state and all(isinstance(value, Tensor) for value in state.values()):
+        return Found(kind="state_dict", tensors=_named(state))
+    raise CheckpointError(
+        f"it holds no average that is known, but {', '.join(sorted(map(repr, state)))[:300]}"
+    )
+
+
+def _ours(state: Mapping[str, Any]) -> Found:
+    checked = State.from_dict(state)
+    try:
+        schedule = schedule_from_dict(checked.schedule)
+    except EMAError as error:
+        raise CheckpointError(str(error)) from None
+    return Found(
+        kind="EMAModel.state_dict()",
+        tensors=_named(checked.averages[None]),
+        step=checked.step,
+        count=checked.count,
+        schedule=schedule,
+        update_after_step=checked.update_after_step,
+        update_every=checked.update_every,
+        not_averaged=tuple(checked.not_averaged),
+    )
+
+
+def _diffusers(state: Mapping[str, Any]) -> Found:
+    tensors = _listed(state["shadow_params"])
+    return Found(kind="diffusers EMAModel", tensors=tensors, **diffusers_fields(state))
+
+
+def _torch_ema(state: Mapping[str, Any]) -> Found:
+    """Without ``use_num_updates`` the decay is constant, and steps are not counted."""
+    tensors = _listed(state["shadow_params"])
+    schedule: RampWarmup | ConstantDecay
+    try:
+        if state["num_updates"] is None:
+            schedule = ConstantDecay(decay=state["decay"])
+            return Found(kind="torch-ema", tensors=tensors, schedule=schedule)
+        schedule = RampWarmup(decay=state["decay"])
+    except EMAError as error:
+        raise CheckpointError(f"this is no state of torch-ema: {error}") from None
+    step = whole("num_updates", state["num_updates"])
+    return Found(kind="torch-ema", tensors=tensors, schedule=schedule, step=step, count=step)
+
+
+def _ema_pytorch(state: Mapping[str, Any]) -> Found:
+    return Found(
+        kind="ema-pytorch",
+        tensors=_named(_below("ema_model.", state)),
+        step=whole("step", state["step"]),
+    )
+
+
+def _averaged_model(state: Mapping[str, Any]) -> Found:
+    """It counts the copy that it starts with, and so does ``UniformAverage``."""
+    step = whole("n_averaged", state["n_averaged"])
+    return Found(
+        kind="AveragedModel", tensors=_named(_below("module.", state)), step=step, count=step
+    )
+
+
+def _lightning(state: Mapping[str, Any]) -> Found:
+    averaging, tensors = state["averaging_state"], state["state_dict"]
+    if not isinstance(averaging, Mapping) or not isinstance(tensors, Mapping):
+        raise CheckpointError("`averaging_state` and `state_dict` must be dicts")
+    step = whole("n_averaged", averaging.get("n_averaged"))
+    return Found(kind="Lightning WeightAveraging", tensors=_named(tensors), step=step, count=step)
+
+
+def _timm(state: Mapping[str, Any]) -> Found:
+    tensors = state["state_dict_ema"]
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError("`state_dict_ema` must be a dict")
+    return Found(kind="timm state_dict_ema", tensors=_named(tensors))
+
+
+_READERS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], Found]], ...] = (
+    ({"format_version", "averages"}, _ours),
+    ({"shadow_params", "optimization_step"}, _diffusers),
+    ({"shadow_params", "num_updates"}, _torch_ema),
+    ({"initted", "step"}, _ema_pytorch),
+    ({"n_averaged"}, _averaged_model),
+    ({"averaging_state", "state_dict"}, _lightning),
+    ({"state_dict_ema"}, _timm),
+)
+
+
+def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    found = {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
+    if not found:
+        raise CheckpointError(f"no tensor is called {prefix}…")
+    return found
+
+
+def _named(tensors: Mapping[str, Any]) -> dict[str, Source]:
+    """Tensors by name; what is tied, the same memory under two names, under the first."""
+    sources: dict[str, Source] = {}
+    seen: set[object] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
+            raise CheckpointError(f"{name!r:.80} is {type(tensor).__name__}, no tensor")
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and memory in seen:
+            continue
+        seen.add(memory)
+        sources[name] = source_of(name, tensor)
+    return sources
+
+
+def _listed(tensors: Any) -> list[Source]:
+    if not isinstance(tensors, list | tuple) or not all(isinstance(t, Tensor) for t in tensors):
+        raise CheckpointError("`shadow_params` must be a list of tensors")
+    return [source_of(f"shadow_params[{i}]", tensor) for i, tensor in enumerate(tensors)]

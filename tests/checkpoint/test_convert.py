@@ -1,0 +1,389 @@
+"""What other libraries write today, read and written as ours; each by the real package."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import warnings
+
+import ema_pytorch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.torch
+import torch
+import torch_ema
+from diffusers import UNet1DModel
+from diffusers import training_utils as diffusers
+from flax import nnx
+from torch import nn
+from torch.optim import swa_utils
+
+import ema
+from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning
+from ema.checkpoint import read_state
+from ema.converting.convert import convert
+from ema.jax_backend import get_params_ema, params_ema
+
+
+def perturb(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@pytest.fixture
+def goes_on(tmp_path):
+    """Load the file into a new average of the model; names and values are those of the source."""
+
+    def check(model, expected, **options):
+        ours = EMAModel(model, **options)
+        ours.load(tmp_path / "ours")
+        averages = ours.averaged_parameters()
+        assert list(averages) == [name for name, _ in model.named_parameters()]
+        for average, value in zip(averages.values(), expected, strict=True):
+            assert torch.equal(average, value)
+        return ours
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule"),
+    [
+        ({"decay": 0.9}, ema.RampWarmup(decay=0.9)),
+        (
+            {"decay": 0.99, "use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75},
+            ema.InverseGammaWarmup(decay=0.99, inv_gamma=2.0, power=0.75),
+        ),
+        ({"decay": 0.9, "update_after_step": 3}, ema.RampWarmup(decay=0.9)),
+    ],
+)
+@pytest.mark.parametrize("names", ["model", "list"])
+def test_diffusers(tmp_path, model, goes_on, settings, schedule, names):
+    """The state dict has a list without names; the run goes on with diffusers' own decays."""
+    theirs = diffusers.EMAModel(model.parameters(), **settings)
+    for _ in range(7):
+        perturb(model)
+        theirs.step(model.parameters())
+    torch.save(theirs.state_dict(), tmp_path / "ema.pt")
+    with pytest.raises(ArgumentError, match="`names` must be given: diffusers EMAModel saves a"):
+        convert(tmp_path / "ema.pt", tmp_path / "ours")
+    with pytest.raises(ArgumentError, match="`names` must be 6 different ones, got 1: `w`"):
+        convert(tmp_path / "ema.pt", tmp_path / "ours", names=["w"])
+    given = model if names == "model" else [name for name, _ in model.named_parameters()]
+    result = convert(tmp_path / "ema.pt", tmp_path / "ours", names=given)
+    assert (result.kind, result.record.schedule) == ("diffusers EMAModel", schedule)
+    after = settings.get("update_after_step", 0) + 1
+    ours = goes_on(model, theirs.shadow_params, decay=schedule, update_after_step=after)
+    for _ in range(5):
+        perturb(model)
+        theirs.step(model.parameters())
+        ours.update()
+    for average, value in zip(
+        ours.averaged_parameters().values(), theirs.shadow_params, strict=True
+    ):
+        torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_save_pretrained(tmp_path):
+    torch.manual_seed(0)
+    model = UNet1DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock1D", "DownBlock1D"),
+        up_block_types=("UpBlock1D", "UpBlock1D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    theirs = diffusers.EMAModel(
+        model.parameters(), decay=0.9, model_cls=UNet1DModel, model_config=model.config
+    )
+    for _ in range(3):
+        perturb(model)
+        theirs.step(model.parameters())
+    theirs.save_pretrained(tmp_path / "pretrained")
+    result = convert(tmp_path / "pretrained", tmp_path / "ours")
+    assert result.kind == "save_pretrained"
+    assert (result.record.step, result.record.count) == (3, 2)
+    assert result.record.schedule == ema.RampWarmup(decay=0.9)
+    ours = EMAModel(model, ema.RampWarmup(decay=0.9), update_after_step=1)
+    ours.load(tmp_path / "ours")
+    names = [name for name, _ in model.named_parameters()]
+    for name, value in zip(names, theirs.shadow_params, strict=True):
+        assert torch.equal(ours.averaged_parameters()[name], value)
+
+
+def test_a_split_folder_of_transformers(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    model = BertModel(config)
+    model.save_pretrained(tmp_path / "pretrained", max_shard_size="4KB")
+    assert (tmp_path / "pretrained" / "model.safetensors.index.json").exists()
+    with pytest.warns(EMAWarning, match="does not tell how many steps"):
+        convert(tmp_path / "pretrained", tmp_path / "ours")
+    EMAModel(model).load(tmp_path / "ours")
+
+
+def test_ema_pytorch(tmp_path, model, goes_on):
+    theirs = ema_pytorch.EMA(model, beta=0.9, update_after_step=2, update_every=2)
+    for _ in range(9):
+        perturb(model)
+        theirs.update()
+    torch.save(theirs.state_dict(), tmp_path / "ema.pt")
+    result = convert(tmp_path / "ema.pt", tmp_path / "ours", update_after_step=2, update_every=2)
+    assert (result.kind, result.record.step, result.record.count) == ("ema-pytorch", 9, 3)
+    assert "1.running_mean" in result.left_out
+    goes_on(model, theirs.ema_model.parameters(), update_after_step=2, update_every=2)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_torch_ema(tmp_path, model, goes_on, counted):
+    theirs = torch_ema.ExponentialMovingAverage(model.parameters(), 0.9, use_num_updates=counted)
+    for _ in range(5):
+        perturb(model)
+        theirs.update()
+    torch.save(theirs.state_dict(), tmp_path / "ema.pt")
+    given = {} if counted else {"step": 5}
+    result = convert(tmp_path / "ema.pt", tmp_path / "ours", names=model, **given)
+    schedule = ema.RampWarmup(decay=0.9) if counted else ema.ConstantDecay(decay=0.9)
+    assert result.record.schedule == schedule
+    ours = goes_on(model, theirs.shadow_params, decay=schedule)
+    assert (ours.step, ours.count) == (5, 5)
+    perturb(model)
+    theirs.update()
+    ours.update()
+    for average, value in zip(
+        ours.averaged_parameters().values(), theirs.shadow_params, strict=True
+    ):
+        torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_model(tmp_path, model, goes_on):
+    """Stochastic weight averaging goes on as ``UniformAverage``, with the same mean."""
+    theirs = swa_utils.AveragedModel(model)
+    for _ in range(4):
+        perturb(model)
+        theirs.update_parameters(model)
+    torch.save(theirs.state_dict(), tmp_path / "ema.pt")
+    result = convert(tmp_path / "ema.pt", tmp_path / "ours", decay=ema.UniformAverage())
+    assert (result.kind, result.record.count) == ("AveragedModel", 4)
+    ours = goes_on(model, theirs.module.parameters(), decay=ema.UniformAverage())
+    perturb(model)
+    theirs.update_parameters(model)
+    ours.update()
+    for average, value in zip(
+        ours.averaged_parameters().values(), theirs.module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, value)
+
+
+def test_timm(tmp_path, model, goes_on):
+    """As timm's CheckpointSaver writes it, with the command line as an object in it."""
+    averages = {name: value + 1 for name, value in model.state_dict().items()}
+    checkpoint = {
+        "epoch": 3,
+        "arch": "resnet50",
+        "state_dict": model.state_dict(),
+        "optimizer": {"state": {}, "param_groups": []},
+        "version": 2,
+        "args": argparse.Namespace(model="resnet50", lr=0.1),
+        "state_dict_ema": averages,
+        "metric": 71.5,
+    }
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    result = convert(tmp_path / "last.pth.tar", tmp_path / "ours", step=300)
+    assert (result.kind, result.record.step) == ("timm state_dict_ema", 300)
+    goes_on(model, [averages[name] for name, _ in model.named_parameters()])
+
+
+def test_lightning(tmp_path, model, goes_on):
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch):
+            return self.net(batch).pow(2).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = EMAWeightAveraging(decay=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's own, on workers and loggers
+        trainer = pl.Trainer(
+            max_steps=4,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+        )
+        module = Module()
+        saved = {}
+
+        class Save(pl.Callback):
+            def on_train_batch_end(self, trainer, module, *args):
+                if trainer.global_step == 4:
+                    trainer.save_checkpoint(tmp_path / "last.ckpt")
+                    average = callback._average_model.module
+                    saved.update({n: p.detach().clone() for n, p in average.named_parameters()})
+
+        trainer.callbacks.append(Save())
+        trainer.fit(module, torch.utils.data.DataLoader(torch.randn(32, 3), batch_size=8))
+    result = convert(
+        tmp_path / "last.ckpt", tmp_path / "ours", rename=lambda name: name.removeprefix("net.")
+    )
+    assert result.kind == "Lightning WeightAveraging"
+    assert result.record.step > 0
+    goes_on(model, saved.values())
+
+
+def test_plain_safetensors(tmp_path, model, goes_on):
+    """NeMo's and Kohya's: the weights, half as wide, and notes of their own, which are kept."""
+    averages = {name: value.bfloat16() for name, value in model.named_parameters()}
+    notes = {"format": "pt", "ss_training_comment": "ema", "step": "12"}
+    safetensors.torch.save_file(averages, tmp_path / "ema-000012.safetensors", metadata=notes)
+    result = convert(tmp_path / "ema-000012.safetensors", tmp_path / "ours", step=12)
+    assert result.record.extra == {"ss_training_comment": "ema"}
+    goes_on(model, [value.float() for value in averages.values()])
+
+
+def test_our_own_state_dict(tmp_path, model, goes_on):
+    theirs = EMAModel(model, 0.9)
+    for _ in range(3):
+        perturb(model)
+        theirs.update()
+    torch.save(theirs.state_dict(), tmp_path / "ema_weights.pt")
+    convert(tmp_path / "ema_weights.pt", tmp_path / "ours")
+    expected = theirs.averaged_parameters().values()
+    assert goes_on(model, expected, decay=0.9).step == 3
+    result = ema.convert(theirs.state_dict(), tmp_path / "ours")
+    assert result.record.schedule == ema.ConstantDecay(decay=0.9)
+
+
+@pytest.fixture
+def chain():
+    tx = optax.chain(
+        optax.adam(0.1), params_ema({"short": 0.5, "long": ema.HalfLife(steps=9)}, update_every=2)
+    )
+    params = {"layers": [{"kernel": jnp.ones((2, 3))}, {"kernel": jnp.ones(4)}], "n": jnp.arange(2)}
+    state = tx.init(params)
+    grads = jax.tree.map(lambda p: jnp.ones_like(p, jnp.float32), params)
+    for _ in range(5):
+        _, state = tx.update(grads, state, params)
+    return state, params
+
+
+def test_an_orbax_folder_of_a_chain(tmp_path, chain):
+    state, params = chain
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", state)
+    with pytest.raises(ArgumentError, match="`name` must choose one of the averages long, short"):
+        convert(tmp_path / "orbax", tmp_path / "ours")
+    result = convert(tmp_path / "orbax", tmp_path / "ours", name="long", update_every=2)
+    assert (result.kind, result.record.step, result.record.count) == ("params_ema in Orbax", 5, 2)
+    assert result.record.not_averaged == ("n",)
+    stored = read_state(tmp_path / "ours")
+    assert list(stored.tensors) == ["layers.0.kernel", "layers.1.kernel"]
+    averages = get_params_ema(state, params, name="long")["layers"]
+    for i, leaf in enumerate(averages):
+        found = np.frombuffer(stored.tensors[f"layers.{i}.kernel"].bytes(), np.float32)
+        np.testing.assert_array_equal(found, np.ravel(leaf["kernel"]))
+
+
+@pytest.mark.parametrize("form", ["object", "state", "pure"])
+def test_nnx_ema(tmp_path, form):
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+    theirs = nnx.EMA(model, decay=0.9, only=nnx.Param)
+    theirs.update(model)
+    source = theirs
+    if form != "object":
+        state = nnx.state(theirs)
+        source = tmp_path / "orbax"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(source, nnx.to_pure_dict(state) if form == "pure" else state)
+    convert(source, tmp_path / "ours", step=1, decay=0.9)
+    stored = read_state(tmp_path / "ours")
+    names = ["layers.0.bias", "layers.0.kernel", "layers.1.bias", "layers.1.kernel"]
+    assert list(stored.tensors) == names
+    found = np.frombuffer(stored.tensors["layers.0.kernel"].bytes(), np.float32)
+    kernel = theirs.apply_to(model).layers[0].kernel
+    np.testing.assert_array_equal(found, np.ravel(kernel[...]))
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_a_pickle_runs_nothing(tmp_path, capsys):
+    torch.save({"state_dict_ema": Malicious()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps({"state_dict_ema": Malicious()}))
+    for file in ("a.pt", "b.pt"):
+        with pytest.raises(CheckpointError, match=rf"{file}: it cannot be read with weights_only"):
+            convert(tmp_path / file, tmp_path / "ours")
+    assert "executed" not in capsys.readouterr().out
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"model": {}, "optimizer": {}}, "no average that is known, but 'model', 'optimizer'"),
+        ([1, 2], "it holds a list, no state"),
+        ({"shadow_params": 3, "num_updates": 1, "decay": 0.9}, "`shadow_params` must be a list"),
+        ({"n_averaged": torch.tensor(1)}, "no tensor is called module"),
+        ({"n_averaged": "x", "module.w": torch.ones(1)}, "`n_averaged` must be a count, got 'x'"),
+        ({"w": torch.arange(3)}, "none of its 1 tensors is an average"),
+        ({"state_dict_ema": {"w": 3}}, "'w' is int, no tensor"),
+        (
+            {
+                "shadow_params": [torch.ones(1)],
+                "optimization_step": 1,
+                "decay": 2.0,
+                "min_decay": 0,
+            },
+            "this is no state of diffusers' EMAModel",
+        ),
+    ],
+)
+def test_what_is_not_known_is_said(tmp_path, state, message):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "x.pt", tmp_path / "ours", step=1)
+
+
+def test_sources_that_cannot_be_read(tmp_path, model):
+    (tmp_path / "noise.pt").write_bytes(b"PK\3\4" + b"x" * 100)
+    (tmp_path / "empty").mkdir()
+    for name in ("noise.pt", "empty", "none"):
+        with pytest.raises(CheckpointError, match=name):
+            convert(tmp_path / name, tmp_path / "ours")
+    with pytest.raises(ArgumentTypeError, match=r"`source` must be a path, .* got Sequential"):
+        convert(model, tmp_path / "ours")
+    EMAModel(model).save(tmp_path / "already")
+    with pytest.raises(CheckpointError, match="needs no conversion"):
+        convert(tmp_path / "already", tmp_path / "ours")
