@@ -1,4 +1,4 @@
-"""The ``ema`` command: ``info``, ``selftest`` and ``demo``.
+"""The ``ema`` command: ``info``, ``selftest``, ``demo``, ``inspect`` and ``convert``.
 
 typer and rich come with the extra ``cli``, so this module imports them when it is called and not
 when it is imported; ``ema info`` imports neither torch nor jax.
@@ -10,6 +10,7 @@ when it is imported; ``ema info`` imports neither torch nor jax.
 import ast
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import ema
 from ema import validate
 from ema.decay import compute_optimal_decay
-from ema.errors import ArgumentError, EMAError, MissingExtraError
+from ema.errors import ArgumentError, EMAError, EMAWarning, MissingExtraError, listing
 from ema.extras import require
 from ema.info import describe_ema
 from ema.schedules import HalfLife, PowerFunction, Schedule, schedule_from_dict
@@ -92,6 +93,59 @@ def build_app() -> "typer.Typer":
         with _errors_in_one_line():
             chosen = _choose(decay, half_life, schedule, steps, update_every)
             typer.echo(describe_ema(chosen, steps, update_every=update_every))
+
+    @app.command()
+    def inspect(
+        file: Annotated[Path, typer.Argument(help="ema.safetensors, or the folder with it.")],
+    ) -> None:
+        """Show what a saved average is and how far, and check every tensor."""
+        from ema.checkpoint.description import describe_file
+
+        with _errors_in_one_line():
+            description = describe_file(file)
+        typer.echo(description)
+        raise typer.Exit(1 if description.damaged else 0)
+
+    @app.command()
+    def convert(
+        source: Annotated[Path, typer.Argument(help="A file or folder of another library.")],
+        target: Annotated[Path, typer.Argument(help="File ending in .safetensors, or a folder.")],
+        *,
+        names: Annotated[
+            Path | None,
+            typer.Option(help="Text file with the names of the parameters, one a line, in order."),
+        ] = None,
+        name: Annotated[str | None, typer.Option(help="Which of several averages.")] = None,
+        step: Annotated[int | None, typer.Option(help="Steps so far.")] = None,
+        count: Annotated[int | None, typer.Option(help="Updates so far.")] = None,
+        schedule: Annotated[str | None, typer.Option(help="As in ema info.")] = None,
+        update_after_step: Annotated[int | None, typer.Option(help="As it was set.")] = None,
+        update_every: Annotated[int | None, typer.Option(help="As it was set.")] = None,
+    ) -> None:
+        """Write an average of diffusers, ema-pytorch, torch-ema, timm, … as ema.safetensors."""
+        from ema.checkpoint.places import errors_of
+        from ema.converting import convert as run
+
+        with _errors_in_one_line(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", EMAWarning)
+            with errors_of(names or "", "read"):
+                listed = None if names is None else names.read_text("utf-8").split()
+            result = run(
+                source,
+                target,
+                names=listed,
+                name=name,
+                step=step,
+                count=count,
+                decay=None if schedule is None else parse_schedule(schedule),
+                update_after_step=update_after_step,
+                update_every=update_every,
+            )
+        for warning in caught:
+            typer.secho(f"ema: {warning.message}", fg=typer.colors.YELLOW, err=True)
+        typer.echo(f"{result.place}: {len(result.names)} averages of {result.kind}")
+        if result.left_out:
+            typer.echo(f"left out: {listing(result.left_out)}")
 
     @app.command()
     def selftest() -> None:

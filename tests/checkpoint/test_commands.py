@@ -1,0 +1,82 @@
+"""``ema inspect`` and ``ema convert``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch_ema import ExponentialMovingAverage
+from typer.testing import CliRunner
+
+from ema.checkpoint import read_state, write_state
+from ema.cli import build_app
+
+
+def run(*arguments):
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("limit", [10**9, 130])
+def test_inspect_tells_what_a_file_is(tmp_path, arrays, record, sources_of, limit):
+    write_state(tmp_path, record, sources_of(arrays), max_shard_size=limit)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "Step: 12" in lines
+    assert "Updates: 4" in lines
+    assert "Schedule: HalfLife(steps=1000.0)" in lines
+    assert "Not averaged: 1 parameters" in lines
+    assert "Digests: all right" in lines
+    assert "note: ä second run" in lines
+    assert "layers.0.weight F32 (4, 8) 128 B" in lines
+    assert "wide C128 (3,) 48 B" in lines
+
+
+def test_inspect_tells_which_tensor_is_damaged(tmp_path, arrays, record, sources_of):
+    file = write_state(tmp_path, record, sources_of(arrays))
+    tensor = read_state(file).tensors["layers.1.weight"]
+    data = bytearray(file.read_bytes())
+    data[tensor.file.header.start + tensor.entry.begin + 5] ^= 1
+    file.write_bytes(data)
+    result = run("inspect", file)
+    assert result.exit_code == 1
+    assert "1 DAMAGED" in result.output
+    (line,) = [line for line in result.output.splitlines() if line.endswith("  DAMAGED")]
+    assert line.split()[0] == "layers.1.weight"
+
+
+def test_inspect_refuses_in_one_line(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"12345")
+    result = run("inspect", tmp_path / "x.safetensors")
+    assert result.exit_code == 2
+    assert result.output.strip().endswith(
+        "x.safetensors: 5 bytes are too short for a safetensors file"
+    )
+
+
+def test_convert_writes_our_file(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    average = ExponentialMovingAverage(model.parameters(), 0.9, use_num_updates=False)
+    torch.save(average.state_dict(), tmp_path / "ema.pt")
+    (tmp_path / "names.txt").write_text("weight\nbias\n")
+    result = run("convert", tmp_path / "ema.pt", tmp_path / "ours")
+    assert result.exit_code == 2
+    assert "`names` must be given" in result.output
+    arguments = (
+        "convert",
+        tmp_path / "ema.pt",
+        tmp_path / "ours",
+        "--names",
+        tmp_path / "names.txt",
+    )
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert "does not tell how many steps" in result.output
+    result = run(*arguments, "--step", "7", "--schedule", "HalfLife(steps=9)")
+    assert result.exit_code == 0
+    assert "does not tell" not in result.output
+    assert "2 averages of torch-ema" in result.output
+    record = read_state(tmp_path / "ours").record
+    assert (record.step, record.schedule.steps) == (7, 9.0)
+    result = run("convert", tmp_path / "ema.pt", tmp_path / "ours", "--names", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "none: cannot be read" in result.output
