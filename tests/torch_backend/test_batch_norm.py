@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 import ema
 from ema.torch_backend import EMAModel
-from ema.torch_backend.batch_norm import recalibrate_batch_norm
+from ema.torch_backend.batch_norm import _Pool, recalibrate_batch_norm
 
 
 class Network(nn.Module):
@@ -139,3 +141,35 @@ def test_half_precision_values_are_added_up_in_double():
     x = (torch.randn(64, 2) * 300).half()
     recalibrate_batch_norm(model, [x], forward=lambda m, b: m[0](b.float()))
     torch.testing.assert_close(model[0].running_var, x.double().var(0).float())
+
+
+def _rank(rank, folder):
+    """What a SyncBatchNorm layer does on one of two ranks; its forward would need a GPU."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    values = torch.arange(10.0)[:, None] ** 2
+    pool = _Pool()
+    for part in ((values[:3], values[3:4]), (values[4:],))[rank]:
+        pool(None, (part,))
+    result = pool.result("norm", nn.SyncBatchNorm(1))
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_synchronized_layers_put_the_ranks_together(tmp_path):
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)
+    ]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    values = torch.arange(10.0, dtype=torch.float64)[:, None] ** 2
+    for rank in (0, 1):
+        mean, var = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(mean, values.mean(0))
+        torch.testing.assert_close(var, values.var(0))
+
+
+if __name__ == "__main__":
+    _rank(int(sys.argv[1]), sys.argv[2])
