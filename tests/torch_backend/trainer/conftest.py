@@ -28,8 +28,12 @@ CONFIG = {
 class Recorder(TrainerCallback):
     """The live weights after every optimizer step; it stands before what swaps."""
 
-    def __init__(self, model):
-        self.history = [{n: p.detach().clone() for n, p in model.named_parameters()}]
+    def __init__(self, model=None):
+        self.history = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.history = []
+        self.on_step_end(args, state, control, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.history.append({n: p.detach().clone() for n, p in model.named_parameters()})
