@@ -1,0 +1,58 @@
+"""Two processes under torchrun: the same average in each, written by one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("ddp_program.py")
+
+
+@pytest.fixture
+def ranks(config, tmp_path):
+    """What the two processes have found."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(PROGRAM), json.dumps(config), str(tmp_path)),
+    ]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # torchrun and both of its processes
+            raise
+    assert process.returncode == 0, output
+    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_every_process_holds_the_same_average_and_one_writes_it(ranks, assert_same):
+    """That of the best step by hand; resumed from elsewhere, attached, it is the same again."""
+    one, two = ranks
+    assert_same(one["state"]["averages"], two["state"]["averages"])
+    assert_same(one["weights"], two["weights"])
+    assert one["by_hand"]
+    assert two["by_hand"]
+    assert one["state"]["step"] == two["state"]["step"] == int(one["best"].rpartition("-")[2])
+    assert list(one["metrics"]) == [2, 4, 6, 8]
+    assert one["metrics"] == two["metrics"]
+
+    names = [Path(path).parent.name for path in one["saves"]]
+    assert names == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 6, 8)]
+    assert two["saves"] == []
+
+    for rank in ranks:
+        assert_same(rank["resumed_state"]["averages"], rank["state"]["averages"])
+        assert_same(rank["resumed_weights"], rank["weights"])
+        assert rank["resumed_metrics"] == rank["metrics"]
