@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.cases import gpt2, jax_step, many_small, swap
+from benchmarks.cases import files, gpt2, jax_step, many_small, swap
 from benchmarks.measure import Case
 
 __all__ = ["CASES"]
@@ -18,4 +18,6 @@ CASES: Mapping[str, Callable[..., Case]] = {
     "gpt2": gpt2.build,
     "swap": swap.build,
     "jax-step": jax_step.build,
+    "save": files.build_save,
+    "load": files.build_load,
 }

@@ -236,13 +236,13 @@ def _like(old: Any, value: Any) -> Any:
     """``value`` in memory of its own, in the place of ``old``, which may be in an nnx Variable."""
 
     def put(leaf: Any) -> Any:
-        # on the CPU JAX may use this memory as it is, and the file's it must not
-        own = np.array(value, dtype=leaf.dtype, copy=True, order="C")
+        array = np.asarray(value).astype(leaf.dtype, copy=False)
         if isinstance(leaf, np.ndarray):
-            return own
+            return np.array(array, order="C")
         # an abstract leaf (jax.eval_shape) may have a sharding on a mesh without devices
         sharding = leaf.sharding if getattr(leaf, "committed", False) else None
-        return jax.device_put(own, sharding)
+        # not an alias: the memory is the file's; and waited for: no second one in the queue
+        return jax.device_put(array, sharding, may_alias=False).block_until_ready()
 
     return jax.tree.map(put, old)
 

@@ -1,0 +1,84 @@
+"""Save to and load from ``ema.safetensors``, against the disk alone.
+
+The limit of a save is to write the same bytes at once and wait for the disk; that of a load to read
+them at once and digest them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import xxhash
+
+from benchmarks.measure import Case, Contender
+from benchmarks.models import gpt2, size
+from ema.torch_backend import EMAModel
+
+__all__ = ["build_load", "build_save"]
+
+
+def build_save(*, quick: bool) -> Case:
+    model = gpt2(quick=quick)
+    average, folder = EMAModel(model), _folder()
+    content = memoryview(average.save(folder / "first").read_bytes())
+
+    def safely() -> None:
+        average.save(folder / "ours")
+
+    def pickled() -> None:
+        torch.save(average.state_dict(), folder / "state.pt")
+
+    def write() -> None:
+        (folder / "raw").unlink(missing_ok=True)  # a save writes a new file each time too
+        with (folder / "raw").open("wb", buffering=0) as stream:
+            rest = content
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+
+    return Case(
+        title=f"save: GPT-2, {size(model)}",
+        contenders=[
+            Contender(name="ema", call=safely, kind="ours"),
+            Contender(name="torch.save, not flushed", call=pickled),
+            Contender(name="write and fsync", call=write, kind="limit"),
+        ],
+        references=["write and fsync"],
+    )
+
+
+def build_load(*, quick: bool) -> Case:
+    model = gpt2(quick=quick)
+    average, folder = EMAModel(model), _folder()
+    file = average.save(folder)
+    torch.save(average.state_dict(), folder / "state.pt")
+
+    def load() -> None:
+        average.load(folder)
+
+    def unpickle() -> None:
+        average.load_state_dict(torch.load(folder / "state.pt"))
+
+    def read() -> None:
+        xxhash.xxh3_128_hexdigest(file.read_bytes())
+
+    return Case(
+        title=f"load: GPT-2, {size(model)}",
+        contenders=[
+            Contender(name="ema", call=load, kind="ours"),
+            Contender(name="torch.load, no digest", call=unpickle),
+            Contender(name="read and digest", call=read, kind="limit"),
+        ],
+        references=["read and digest"],
+    )
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="ema-bench-", dir="."))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
