@@ -104,6 +104,11 @@ class EMACallback(TrainerCallback):
         ):
             if not isinstance(value, bool):
                 raise ArgumentTypeError(f"`{argument}` must be True or False, got {value!r}")
+        if isinstance(decay, Mapping):
+            raise ArgumentTypeError(
+                "`decay` must be a number or a schedule: for several averages take several"
+                " callbacks, each with a name"
+            )
         if on_missing_average not in ("warn", "error"):
             raise ArgumentError(
                 f"`on_missing_average` must be 'warn' or 'error', got {on_missing_average!r}"

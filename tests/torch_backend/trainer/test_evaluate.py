@@ -166,16 +166,31 @@ def test_the_first_evaluation_of_all(gpt2, train, tokens, by_hand, recorder, att
     assert len(record.history) == 7
 
 
-@pytest.mark.parametrize("save", ["steps", "best"])
+STOPPING = {
+    "steps": {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4},
+    "best": {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"},
+    "epochs": {"eval_strategy": "epoch", "save_strategy": "best", "rows": 4},  # two steps in each
+}
+
+
+@pytest.mark.parametrize("saving", STOPPING.values(), ids=STOPPING)
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
 def test_early_stop_on_a_step_that_only_evaluates(
-    gpt2, train, tokens, recorder, assert_equal, attached, save
+    gpt2, train, tokens, recorder, assert_equal, attached, saving
 ):
-    """The best model is loaded into the live weights, with no event after the last evaluation."""
+    """The best model is loaded into the live weights; by epochs no event comes before that."""
     scores = iter([1.0, 3.0, 2.0, 1.0])
-    record, callback = recorder(gpt2), EMACallback(DECAY, eval_with_ema=True)
-    trainer = make_early(
-        train, gpt2, [record, callback], callback if attached else None, tokens, scores, save
+    record, callback = recorder(), EMACallback(DECAY, eval_with_ema=True)
+    trainer = train(
+        gpt2,
+        [record, callback, EarlyStoppingCallback(early_stopping_patience=2)],
+        kind=partial(Trainer, compute_metrics=lambda _: {"score": next(scores)}),
+        attach=callback if attached else None,
+        steps=20,
+        eval_dataset=tokens(8, seed=1),
+        metric_for_best_model="score",
+        **saving,
+        **BEST,
     )
     assert trainer.state.global_step == 8
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
@@ -183,24 +198,6 @@ def test_early_stop_on_a_step_that_only_evaluates(
     average = record.average(DECAY, 4)
     ours = callback.ema_model.averaged_parameters()
     assert all(torch.equal(ours[name], average[name]) for name in average)
-
-
-def make_early(train, model, callbacks, attach, tokens, scores, save):
-    """With these metrics, and a stop after two that are no better."""
-    return train(
-        model,
-        [*callbacks, EarlyStoppingCallback(early_stopping_patience=2)],
-        kind=partial(Trainer, compute_metrics=lambda _: {"score": next(scores)}),
-        attach=attach,
-        steps=20,
-        eval_dataset=tokens(8, seed=1),
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy=save,
-        save_steps=4,
-        metric_for_best_model="score",
-        **BEST,
-    )
 
 
 class Failing(Trainer):
