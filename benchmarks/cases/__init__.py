@@ -18,6 +18,7 @@ CASES: Mapping[str, Callable[..., Case]] = {
     "gpt2": gpt2.build,
     "swap": swap.build,
     "jax-step": jax_step.build,
+    "jax-step-sgd": jax_step.build_sgd,
     "save": files.build_save,
     "load": files.build_load,
 }

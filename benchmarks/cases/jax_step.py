@@ -14,12 +14,20 @@ from benchmarks.measure import Case, Contender
 from benchmarks.peers import DECAY
 from ema.jax_backend import params_ema
 
-__all__ = ["build"]
+__all__ = ["build", "build_sgd"]
 
 LEAVES = 12
 
 
 def build(*, quick: bool) -> Case:
+    return _build("adamw", optax.adamw(1e-3), quick=quick)
+
+
+def build_sgd(*, quick: bool) -> Case:
+    return _build("sgd", optax.sgd(1e-3), quick=quick)
+
+
+def _build(title: str, optimizer: optax.GradientTransformation, *, quick: bool) -> Case:
     shape = (512, 1024) if quick else (2048, 2048)
     keys = jax.random.split(jax.random.key(0), LEAVES)
     grads = [1e-3 * jax.random.normal(key, shape) for key in keys]
@@ -28,24 +36,33 @@ def build(*, quick: bool) -> Case:
         return [jnp.copy(leaf) for leaf in grads]
 
     return Case(
-        title=f"adamw step in JAX, donated: {LEAVES * shape[0] * shape[1] / 1e6:.3g} M float32"
+        title=f"{title} step in JAX, donated: {LEAVES * shape[0] * shape[1] / 1e6:.3g} M float32"
         f" in {LEAVES} leaves",
         contenders=[
-            _contender("ema in the chain", _chained(params_ema(DECAY)), grads, fresh(), "ours"),
-            _contender("incremental_update", _with_incremental_update, grads, fresh(), "peer"),
-            _contender("nnx.EMA", _with_nnx, grads, fresh(), "peer"),
-            _contender("no average", _chained(optax.identity()), grads, fresh(), "limit"),
+            _contender(name, make, grads, fresh(), kind)
+            for name, make, kind in (
+                ("ema in the chain", _chained(optimizer, params_ema(DECAY)), "ours"),
+                ("incremental_update", _with_incremental_update(optimizer, donate=False), "peer"),
+                (
+                    "incremental_update, donated",
+                    _with_incremental_update(optimizer, donate=True),
+                    "peer",
+                ),
+                ("nnx.EMA", _with_nnx(optimizer), "peer"),
+                ("no average", _chained(optimizer, optax.identity()), "limit"),
+            )
         ],
         references=["no average"],
     )
 
 
 Step = Callable[[Any, Any], Any]
+Make = Callable[[list[jax.Array]], tuple[Any, Step]]
 
 
 def _contender(
     name: str,
-    make: Callable[[list[jax.Array]], tuple[Any, Step]],
+    make: Make,
     grads: list[jax.Array],
     params: list[jax.Array],
     kind: str,
@@ -60,9 +77,9 @@ def _contender(
     return Contender(name=name, call=call, finish=lambda: jax.block_until_ready(state), kind=kind)
 
 
-def _chained(link: optax.GradientTransformation) -> Callable[[list[jax.Array]], tuple[Any, Step]]:
-    """Adamw with one more link; the state is (params, optimizer state)."""
-    tx = optax.chain(optax.adamw(1e-3), link)
+def _chained(optimizer: optax.GradientTransformation, link: optax.GradientTransformation) -> Make:
+    """The optimizer with one more link; the state is (params, optimizer state)."""
+    tx = optax.chain(optimizer, link)
 
     def step(state: Any, grads: list[jax.Array]) -> Any:
         params, opt_state = state
@@ -72,38 +89,44 @@ def _chained(link: optax.GradientTransformation) -> Callable[[list[jax.Array]], 
     return lambda params: ((params, tx.init(params)), jax.jit(step, donate_argnums=0))
 
 
-def _with_incremental_update(params: list[jax.Array]) -> tuple[Any, Step]:
+def _with_incremental_update(optimizer: optax.GradientTransformation, *, donate: bool) -> Make:
     """The step, then the average in a second jitted call."""
-    state, step = _chained(optax.identity())(params)
-    average = [jnp.copy(leaf) for leaf in params]
     update = jax.jit(
         lambda average, params: optax.incremental_update(params, average, 1 - DECAY),
-        donate_argnums=0,
+        donate_argnums=(0,) if donate else (),
     )
 
-    def both(state: Any, grads: list[jax.Array]) -> Any:
-        inner, average = state
-        inner = step(inner, grads)
-        return inner, update(average, inner[0])
+    def make(params: list[jax.Array]) -> tuple[Any, Step]:
+        state, step = _chained(optimizer, optax.identity())(params)
 
-    return (state, average), both
+        def both(state: Any, grads: list[jax.Array]) -> Any:
+            inner, average = state
+            inner = step(inner, grads)
+            return inner, update(average, inner[0])
+
+        return (state, [jnp.copy(leaf) for leaf in params]), both
+
+    return make
 
 
-def _with_nnx(params: list[jax.Array]) -> tuple[Any, Step]:
+def _with_nnx(optax_optimizer: optax.GradientTransformation) -> Make:
     """An ``nnx.Optimizer`` step and ``nnx.EMA`` in one ``nnx.jit``, as its documentation has it."""
-    model = nnx.List([nnx.Param(leaf) for leaf in params])
-    optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
-    average = nnx.EMA(model, decay=DECAY)
-
-    structure = jax.tree.structure(nnx.state(model, nnx.Param))
 
     @nnx.jit(donate_argnums=(0, 1, 2))
-    def train(model: Any, optimizer: Any, average: Any, grads: list[jax.Array]) -> None:
-        optimizer.update(model, structure.unflatten(grads))
+    def train(model: Any, optimizer: Any, average: Any, grads: Any) -> None:
+        optimizer.update(model, grads)
         average.update(model)
 
-    def step(state: Any, grads: list[jax.Array]) -> Any:
-        train(*state, grads)
-        return state
+    def make(params: list[jax.Array]) -> tuple[Any, Step]:
+        model = nnx.List([nnx.Param(leaf) for leaf in params])
+        optimizer = nnx.Optimizer(model, optax_optimizer, wrt=nnx.Param)
+        average = nnx.EMA(model, decay=DECAY)
+        structure = jax.tree.structure(nnx.state(model, nnx.Param))
 
-    return (model, optimizer, average), step
+        def step(state: Any, grads: list[jax.Array]) -> Any:
+            train(*state, structure.unflatten(grads))
+            return state
+
+        return (model, optimizer, average), step
+
+    return make

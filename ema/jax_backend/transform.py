@@ -170,6 +170,8 @@ def params_ema(
         def weight(schedule: Schedule, dtype: str) -> jax.Array:
             # Before the first update the count is 0, where schedules divide by it.
             scheduled = update_weight(schedule, jnp.maximum(count, 1), every, dtype)
+            if isinstance(after, int) and after == 0:  # a plain decay stays a constant for XLA
+                return scheduled
             return jnp.where(elapsed > 0, scheduled, jnp.ones([], dtype))
 
         dtypes = sorted({_real(old) for old in olds[0]})
