@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from ema import EMAModel
@@ -40,6 +41,15 @@ def test_interrupted_and_resumed_is_the_same(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.fixture
+def _new_accelerate():
+    """Accelerate keeps its settings for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_new_accelerate")
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_a_prepared_model_with_gradient_accumulation(tmp_path, mixed_precision):
     """Only real steps count; save_state and load_state bring the average back."""

@@ -13,12 +13,12 @@ PAGE = Path(__file__).parents[3] / "docs" / "trainer.md"
 
 @pytest.mark.filterwarnings("ignore:.* will still be the initial weights")  # in so few steps
 def test_the_blocks_of_the_page_run(new_gpt2, tokens, tmp_path, monkeypatch):
-    """In a folder of their own, with checkpoints every twenty steps."""
+    """In a folder of their own, with checkpoints every ten steps."""
     monkeypatch.chdir(tmp_path)
     options = {
-        "max_steps": 80,
+        "max_steps": 40,
         "save_strategy": "steps",
-        "save_steps": 20,
+        "save_steps": 10,
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
@@ -40,15 +40,15 @@ def test_the_blocks_of_the_page_run(new_gpt2, tokens, tmp_path, monkeypatch):
     assert len(blocks) == 9
     for block in blocks:
         if "resume_from_checkpoint=True" in block:
-            shutil.rmtree("run/checkpoint-80")
+            shutil.rmtree("run/checkpoint-40")
         if "elsewhere" in block:
-            shutil.copytree("run/checkpoint-40", "elsewhere/checkpoint-40")
+            shutil.copytree("run/checkpoint-20", "elsewhere/checkpoint-20")
         if "import last_complete" in block:
-            Path("run/checkpoint-80/ema.safetensors").unlink()
+            Path("run/checkpoint-40/ema.safetensors").unlink()
         exec(block, names)
         if "train()" in block or "resume_from" in block:
-            assert names["trainer"].state.global_step == 80
+            assert names["trainer"].state.global_step == 40
     assert names["averaged_loss"] < 4
-    assert names["ema_callback"].ema_model.count == 80
-    assert names["slow"].ema_model.count == 80
+    assert names["ema_callback"].ema_model.count == 40
+    assert names["slow"].ema_model.count == 40
     assert names["averaged"].config.n_embd == 16

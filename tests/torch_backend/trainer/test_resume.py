@@ -59,8 +59,14 @@ CALLBACKS = {
 }
 
 
-@pytest.mark.parametrize("options", CALLBACKS.values(), ids=CALLBACKS)
-@pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
+@pytest.mark.parametrize(
+    ("options", "attached"),
+    [
+        *((options, False) for options in CALLBACKS.values()),
+        *((CALLBACKS[name], True) for name in ("plain", "not-begun")),
+    ],
+    ids=[*CALLBACKS, "plain-attached", "not-begun-attached"],
+)
 def test_resumed_equals_uninterrupted(
     interrupted, new_gpt2, train, assert_same_run, options, attached
 ):
