@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -159,9 +160,7 @@ def load_params_ema(
         olds, structure = jax.tree.flatten(average, is_leaf=is_hole)
         average = structure.unflatten(
             [
-                old
-                if is_hole(old)
-                else _like(old, transformed(key, _array(tensors[key]), transform))
+                old if is_hole(old) else _read(old, key, tensors[key], transform)
                 for key, old in zip(keys, olds, strict=True)
             ]
         )
@@ -232,23 +231,39 @@ def _array(tensor: StoredTensor) -> np.ndarray[Any, Any]:
     return np.frombuffer(tensor.bytes(), DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _like(old: Any, value: Any) -> Any:
-    """``value`` in memory of its own, in the place of ``old``, which may be in an nnx Variable."""
+def _read(old: Any, key: str, tensor: StoredTensor, transform: Transform) -> Any:
+    """A tensor of the file in the place of the leaf ``old``, in memory of its own."""
+    value = transformed(key, _array(tensor), transform)
+    dtype = jax.tree.leaves(old)[0].dtype  # that of an nnx Variable is of what it holds
+    own = _aligned(value.shape, dtype)
+    np.copyto(own, value, casting="unsafe")
+    return _like(old, own)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Memory that JAX on the CPU can take over without a copy: it begins at a multiple of 64."""
+    size = np.dtype(dtype).itemsize * math.prod(shape)
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array: np.ndarray[Any, Any] = memory[start : start + size].view(dtype).reshape(shape)
+    return array
+
+
+def _like(old: Any, own: Any) -> Any:
+    """``own``, which JAX may keep as it is, in the place of ``old``, also in an nnx Variable."""
 
     def put(leaf: Any) -> Any:
-        array = np.asarray(value).astype(leaf.dtype, copy=False)
         if isinstance(leaf, np.ndarray):
-            return np.array(array, order="C")
+            return own
         # an abstract leaf (jax.eval_shape) may have a sharding on a mesh without devices
         sharding = leaf.sharding if getattr(leaf, "committed", False) else None
-        # not an alias: the memory is the file's; and waited for: no second one in the queue
-        return jax.device_put(array, sharding, may_alias=False).block_until_ready()
+        return jax.device_put(own, sharding).block_until_ready()  # none waits in a queue
 
     return jax.tree.map(put, old)
 
 
 def _counter(old: Any, value: int) -> Any:
-    return _like(old, np.int32(min(value, _LARGEST)))
+    return _like(old, np.array(min(value, _LARGEST), np.int32))
 
 
 def source_of(name: str, leaf: Any) -> Source:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ema import CheckpointError, EMAModel
 from ema.checkpoint import read_state, write_state
+from ema.converting.convert import convert
 
 NUMBERS = [-1, 0, 1, 2, 7, 2**31, 2**53, 2**63, 2**64 - 1, 10**400, 0.5, 1e308, True]
 VALUES = [*NUMBERS, None, "", "F32", "\ud800", [], {}, [[]], "[" * 3000, "x" * 100]
@@ -324,3 +325,25 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     for path in (tmp_path / "none", tmp_path, "a\0b"):
         with pytest.raises(CheckpointError, match=r"cannot be read|can be called so"):
             read_state(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((0, 8), (12, 20), "`b` begins at byte 12 of the data where 8 is due"),
+        ((0, 8), (4, 12), "`b` begins at byte 4 of the data where 8 is due"),
+        ((0, 8), (0, 8), "`b` begins at byte 0 of the data where 8 is due"),
+        ((4, 12), (12, 20), "`a` begins at byte 4 of the data where 0 is due"),
+        ((0, 8), (8, 16), "the tensors take 16 bytes, the file has 20 for them"),
+    ],
+)
+def test_tensors_fill_the_data_without_gap_or_overlap(tmp_path, first, second, message):
+    """Also in files of others, which have no digests."""
+    header = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": list(offsets)}
+        for name, offsets in (("a", first), ("b", second))
+    }
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(pack(header, bytes(20)))
+    with pytest.raises(CheckpointError, match=message):
+        convert(file, tmp_path / "ours", step=1)

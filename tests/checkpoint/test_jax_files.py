@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,13 +157,35 @@ def test_dtypes_and_sharding_are_those_of_the_state(tmp_path):
     assert load_params_ema(tmp_path, shapes).params_ema["w"].tolist() == [0, 1, 2, 3]
 
 
-def test_a_loaded_average_has_memory_of_its_own(tmp_path, params):
+def test_a_loaded_average_has_memory_of_its_own(tmp_path, edit):
+    """Also where the file is aligned in the way that lets JAX use memory as it is."""
     tx = params_ema(0.9)
-    state = tx.init(params)
+    state = tx.init({"w": jnp.arange(1024.0)})
     file = save_params_ema(tmp_path, state)
+
+    def align(header):
+        text = json.dumps(header).encode()
+        return text + b" " * (-(8 + len(text)) % 64)
+
+    edit(file, align)
     loaded = load_params_ema(file, jax.tree.map(jnp.zeros_like, state))
     file.write_bytes(b"\0" * file.stat().st_size)
     assert_same(loaded, state)
+
+
+def test_a_loaded_state_can_be_donated(tmp_path):
+    tx = params_ema(0.5)
+    state = tx.init({"w": jnp.arange(1 << 16, dtype=jnp.float32)})
+    loaded = load_params_ema(save_params_ema(tmp_path, state), state)
+    zeros = {"w": jnp.zeros(1 << 16)}
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return tx.update(zeros, state, zeros)[1]
+
+    stepped = step(loaded)
+    assert loaded.params_ema["w"].is_deleted()
+    np.testing.assert_array_equal(stepped.params_ema["w"], np.arange(1 << 16) / 2)
 
 
 def test_a_count_past_int32_stays_at_its_largest_value(tmp_path):
