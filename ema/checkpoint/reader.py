@@ -140,6 +140,7 @@ def read_state(path: str | os.PathLike[str]) -> StoredState:
 
     Example:
         >>> import numpy as np, tempfile
+        >>> from ema.checkpoint import Record, Source, write_state
         >>> folder = tempfile.mkdtemp()
         >>> w = np.arange(3.0, dtype=np.float32)
         >>> _ = write_state(folder, Record(step=5, count=5), {"w": Source("F32", (3,), w.tobytes)})

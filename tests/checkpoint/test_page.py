@@ -1,7 +1,8 @@
-"""The code blocks of the page on files run, one after the other."""
+"""The code blocks of the page on files run, and the examples in the docstrings."""
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import safetensors.torch
 import torch
 import torch_ema
 
+import ema.checkpoint.reader
+import ema.jax_backend.files
 from ema.checkpoint import read_state
 from ema.checkpoint.record import OWN_KEYS
 
@@ -44,3 +47,9 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
 def test_the_page_lists_every_key_of_the_format():
     table = PAGE.read_text().partition("## The format")[2]
     assert [key for key in OWN_KEYS if f"`{key}`" not in table] == []
+
+
+def test_the_examples_in_the_docstrings_print_what_they_show():
+    for module in (ema.checkpoint.reader, ema.jax_backend.files):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted > 3) == (0, True)

@@ -18,6 +18,7 @@ NEUTRAL = (
     "ema",
     "ema.checkpoint",
     "ema.cli",
+    "ema.converting",
     "ema.decay",
     "ema.errors",
     "ema.extras",
