@@ -22,7 +22,7 @@ __all__ = ["read_folder", "read_nnx"]
 def read_folder(folder: Path, name: str | None) -> Found:
     """An Orbax checkpoint that holds the state of ``params_ema`` somewhere, or an ``nnx.EMA``."""
     require("orbax.checkpoint", "jax")
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+    import orbax.checkpoint as ocp
 
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
