@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -46,11 +47,20 @@ def test_the_scale_is_logarithmic_where_values_span_a_lot(changes, log, scale):
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_it_is_saved_in_the_format_of_the_suffix(tmp_path, suffix):
-    """Into a folder that need not be there; matplotlib's global state is not touched."""
+    """Into a folder that need not be there."""
     path = tmp_path / "a" / "b" / f"picture.{suffix}"
     assert save(plot_live_and_averaged([curve()]), path) == path
     assert path.stat().st_size > 3000
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_the_global_state_of_matplotlib_is_not_touched():
+    """In a process of its own, where nothing else has loaded pyplot."""
+    program = (
+        "import sys, ema.plotting as p\n"
+        "p.plot_live_and_averaged([p.Curve(title='t', steps=[0, 1], live=[2, 1], averaged=[2, 1])])\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
