@@ -38,6 +38,8 @@ OWN_KEYS = (
     "not_averaged",
     "complex128",
     "parts",
+    "skipped",
+    "seed",
     "digests",
     "header_digest",
 )
@@ -57,8 +59,12 @@ class Record:
         update_after_step: likewise.
         update_every: likewise.
         not_averaged: names of the model's other parameters.
+        skipped: updates that were due and not made, since the live weights were not finite; None
+            where nobody looked.
+        seed: of stochastic rounding; None where nothing was rounded so.
         parts: for each tensor that is not simply the average of its own name: the label of the
-            average, the part of it (``"average"``, ``"remainder"``) and the canonical name.
+            average (empty: the only one), the part of it (``"average"``, ``"remainder"``) and the
+            canonical name.
         extra: further metadata, string by string.
         library_version: of the library that wrote the file.
     """
@@ -69,23 +75,27 @@ class Record:
     update_after_step: int | None = None
     update_every: int | None = None
     not_averaged: tuple[str, ...] = ()
+    skipped: int | None = None
+    seed: int | None = None
     parts: Mapping[str, tuple[str, str, str]] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
     library_version: str = dataclasses.field(default_factory=lambda: ema.__version__)
 
     def __post_init__(self) -> None:
-        for name, minimum, needed in (
-            ("step", 0, True),
-            ("count", 0, True),
-            ("update_after_step", 0, False),
-            ("update_every", 1, False),
+        for name, minimum, bits, needed in (
+            ("step", 0, 63, True),
+            ("count", 0, 63, True),
+            ("update_after_step", 0, 63, False),
+            ("update_every", 1, 63, False),
+            ("skipped", 0, 63, False),
+            ("seed", 0, 64, False),
         ):
             value = getattr(self, name)
             if value is None and not needed:
                 continue
-            if type(value) is not int or not minimum <= value < 1 << 63:
+            if type(value) is not int or not minimum <= value < 1 << bits:
                 raise CheckpointError(
-                    f"`{name}` must be an integer in [{minimum}, 2**63), got {value!r:.80}"
+                    f"`{name}` must be an integer in [{minimum}, 2**{bits}), got {value!r:.80}"
                 )
         if self.count > self.step:
             raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
@@ -110,6 +120,9 @@ def record_to(record: Record) -> dict[str, str]:
         "update_every": to_json(record.update_every),
         "not_averaged": to_json(sorted(record.not_averaged)),
     }
+    for name in ("skipped", "seed"):
+        if (value := getattr(record, name)) is not None:
+            own[name] = str(value)
     if record.parts:
         own["parts"] = to_json({key: list(part) for key, part in record.parts.items()})
     return {**own, **dict(sorted(record.extra.items()))}
@@ -145,6 +158,8 @@ def record_from(metadata: Mapping[str, str]) -> Record:
         update_after_step=field("update_after_step", _optional_integer),
         update_every=field("update_every", _optional_integer),
         not_averaged=field("not_averaged", names_from_json),
+        skipped=field("skipped", _integer) if "skipped" in metadata else None,
+        seed=field("seed", _integer) if "seed" in metadata else None,
         parts=field("parts", _parts) if "parts" in metadata else {},
         extra={key: text for key, text in metadata.items() if key not in OWN_KEYS},
         library_version=field("library_version", lambda _, text: text),
@@ -162,7 +177,7 @@ def _from_json(name: str, text: str) -> Any:
 
 
 def _integer(name: str, text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text):
+    if not re.fullmatch(r"[0-9]{1,20}", text):
         raise CheckpointError(f"`{name}` must be a number, got {text!r:.80}")
     return int(text)
 
