@@ -72,7 +72,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that is here, all of a plain one: an alias, detached."""
-    here: Tensor = tensor._local_tensor if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor.detach()
+    sharded: Any = tensor
+    here: Tensor = sharded._local_tensor
     return here.detach()
 
 
