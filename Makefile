@@ -43,6 +43,8 @@ bench: .venv/.dev ## ours, the peers and the limit of this machine, in turn in o
 .venv/.dev: .venv/.demo
 	@echo "installing what the tests and the benchmarks need"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	@# alone: it requires torchvision, which would bring a torch of its own
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	@touch $@
 
 clean: ## remove .venv and caches

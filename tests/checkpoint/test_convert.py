@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import ema
+from benchmarks.timm_alone import timm_utils
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning
 from ema.checkpoint import read_state
 from ema.converting.convert import convert
@@ -195,23 +196,48 @@ def test_averaged_model(tmp_path, model, goes_on):
         torch.testing.assert_close(average, value)
 
 
-def test_timm(tmp_path, model, goes_on):
-    """As timm's CheckpointSaver writes it, with the command line as an object in it."""
-    averages = {name: value + 1 for name, value in model.state_dict().items()}
-    checkpoint = {
-        "epoch": 3,
-        "arch": "resnet50",
-        "state_dict": model.state_dict(),
-        "optimizer": {"state": {}, "param_groups": []},
-        "version": 2,
-        "args": argparse.Namespace(model="resnet50", lr=0.1),
-        "state_dict_ema": averages,
-        "metric": 71.5,
-    }
-    torch.save(checkpoint, tmp_path / "last.pth.tar")
-    result = convert(tmp_path / "last.pth.tar", tmp_path / "ours", step=300)
-    assert (result.kind, result.record.step) == ("timm state_dict_ema", 300)
-    goes_on(model, [averages[name] for name, _ in model.named_parameters()])
+def timm_checkpoint(folder, model, average):
+    """What timm's own saver writes, with the command line as an object in it."""
+    timm = timm_utils()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(4):
+        model(torch.randn(5, 3, dtype=next(model.parameters()).dtype)).sum().backward()
+        optimizer.step()
+        average.update(model)
+    saver = timm.CheckpointSaver(
+        model,
+        optimizer,
+        args=argparse.Namespace(model="resnet50", lr=0.1, opt="adamw"),
+        model_ema=average,
+        checkpoint_dir=str(folder),
+    )
+    saver.save_checkpoint(epoch=3, metric=71.5)
+    return folder / "model_best.pth.tar"
+
+
+@pytest.mark.parametrize("version", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
+def test_timm(tmp_path, model, goes_on, version):
+    """Each of timm's averages, in a file of its saver, comes out with all its bits."""
+    average = getattr(timm_utils(), version)(model, decay=0.9)
+    file = timm_checkpoint(tmp_path, model, average)
+    result = convert(file, tmp_path / "ours", step=4)
+    assert (result.kind, result.record.step) == ("timm state_dict_ema", 4)
+    averaged = average.ema if version == "ModelEma" else average.module
+    assert not torch.equal(averaged[0].weight, model[0].weight)
+    goes_on(model, averaged.parameters())
+
+
+def test_timm_with_stochastic_rounding(tmp_path, model):
+    """An average that timm keeps in bfloat16 stays bfloat16, with the same bits."""
+    model.bfloat16()
+    average = timm_utils().ModelEmaV3(model, decay=0.9)
+    result = convert(timm_checkpoint(tmp_path, model, average), tmp_path / "ours", step=4)
+    written = safetensors.torch.load_file(result.place)
+    averaged = dict(average.module.named_parameters())
+    assert written.keys() == averaged.keys()
+    for name, value in averaged.items():
+        assert written[name].dtype == torch.bfloat16
+        assert torch.equal(written[name], value)
 
 
 def test_lightning(tmp_path, model, goes_on):

@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch_ema import ExponentialMovingAverage
 
+from benchmarks.timm_alone import timm_utils
+
 
 def to_jax(model):
     """The live parameters as JAX arrays of their own memory."""
@@ -66,6 +68,21 @@ class FromTorchEMA:
 
     def averages(self):
         return self.peer.shadow_params
+
+
+class FromTimm:
+    """``ModelEmaV3``; with ``counted`` it is told the step, as timm's training script does."""
+
+    def __init__(self, model, *, counted=False, **settings):
+        self.model, self.counted, self.step = model, counted, 0
+        self.peer = timm_utils().ModelEmaV3(model, **settings)
+
+    def update(self):
+        self.step += 1
+        self.peer.update(self.model, step=self.step if self.counted else None)
+
+    def averages(self):
+        return list(self.peer.module.parameters())
 
 
 class FromNnx:
@@ -132,6 +149,7 @@ PEERS = {
     "diffusers": FromDiffusers,
     "ema-pytorch": FromEMAPytorch,
     "torch-ema": FromTorchEMA,
+    "timm": FromTimm,
     "nnx.EMA": FromNnx,
     "incremental_update": FromIncrementalUpdate,
     "optax.ema": FromOptaxEMA,

@@ -28,6 +28,7 @@ TORCH_PEERS = {
         1,
     ),
     "torch-ema": ({"decay": DECAY, "use_num_updates": False}, 0),
+    "timm": ({"decay": DECAY}, 0),
 }
 
 
@@ -133,6 +134,7 @@ def test_the_form_of_two_products_is_biased(sequence, error_of_ours, run):
             {"beta": 0.999, "min_value": 0.999, "update_after_step": 0, "update_every": 1},
         ),
         ("torch-ema", {"decay": 0.999, "use_num_updates": False}),
+        ("timm", {"decay": 0.999, "stochastic_rounding": False}),
         ("nnx.EMA", {"decay": 0.999}),
         ("incremental_update", {"step_size": 0.001}),
     ],
@@ -150,6 +152,19 @@ def test_bfloat16_averages_of_the_peers_never_move(make_peer, name, settings):
     (average,) = ours.averaged_parameters().values()
     expected = 1.1015625 - 0.1015625 * 0.999**STALLED_UPDATES  # bfloat16(1.1)
     assert distance(average, np.full(8, expected)) <= 1e-6
+
+
+def test_bfloat16_averages_of_timm_move_in_the_mean(make_peer):
+    """By default it rounds at random: its mean follows, and each element is a bfloat16 away."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))])
+    peer = make_peer("timm", model, decay=0.999)
+    model[0].data.fill_(1.1)
+    for _ in range(STALLED_UPDATES):
+        peer.update()
+    average = as_float(peer.averages()[0])
+    expected = 1.1015625 - 0.1015625 * 0.999**STALLED_UPDATES
+    assert abs(average.mean() - expected) <= 1e-3
+    assert np.abs(average - expected).max() >= 2**-8
 
 
 def as_float(array):

@@ -128,6 +128,31 @@ ROWS = {
         {"decay": 0.99},
         1,
     ),
+    "timm": ("timm", {"decay": 0.99}, {"decay": 0.99}, 1),
+    "timm, counted": (
+        "timm",
+        {"counted": True, "decay": 0.99, "update_after_step": 20},
+        {"decay": 0.99, "update_after_step": 21},
+        1,
+    ),
+    "timm, warmup with everything": (
+        "timm",
+        {
+            "counted": True,
+            "decay": 0.95,
+            "use_warmup": True,
+            "warmup_gamma": 10.0,
+            "warmup_power": 0.75,
+            "min_decay": 0.5,
+            "update_after_step": 20,
+            "foreach": False,
+        },
+        {
+            "decay": InverseGammaWarmup(decay=0.95, inv_gamma=10.0, power=0.75, min_decay=0.5),
+            "update_after_step": 21,
+        },
+        1,
+    ),
     "nnx.EMA": ("nnx.EMA", {"decay": 0.99}, {"decay": 0.99}, 1),
     "incremental_update": ("incremental_update", {"step_size": 0.01}, {"decay": 0.99}, 1),
     "optax.ema": (
