@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ema.errors import ModelError, difference
+from ema.rounding import stream_of
+from ema.torch_backend.guard import Guard
 from ema.torch_backend.memory import allocate, is_dense
-from ema.torch_backend.selection import Rules, Selection, select
-from ema.torch_backend.update import Update
+from ema.torch_backend.selection import Selection, select
+from ema.torch_backend.settings import Settings
+from ema.torch_backend.sharding import place_of
+from ema.torch_backend.sweep import Entry, Sweep
 from ema.torch_backend.watch import Watch
 
 __all__ = ["Average"]
@@ -20,11 +24,21 @@ __all__ = ["Average"]
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-    """Averages, the live tensors that they belong to, and what is prepared for the two."""
+    """Averages, the live tensors that they belong to, and what is prepared for the two.
 
-    averages: dict[str, tuple[Tensor, ...]]
+    Attributes:
+        slots: canonical name to the averages of a tensor and, where they are compensated, as many
+            remainders after them.
+        selection: the tensors.
+        sweep: an update.
+        guard: a look for what is not finite.
+        watch: whether the tensors are still these.
+    """
+
+    slots: dict[str, tuple[Tensor, ...]]
     selection: Selection
-    update: Update
+    sweep: Sweep
+    guard: Guard
     watch: Watch
 
 
@@ -32,32 +46,21 @@ class Average:
     """Averages for each selected tensor of ``model``, one or several, or none yet.
 
     Args:
-        number: averages of each tensor.
         model: the module; it is looked through again whenever it has changed.
-        rules: what is averaged.
-        dtype: of all averages; None: float32 or wider. A complex tensor has a complex average.
-        device: of all averages; None: that of each tensor.
+        settings: what is averaged, how many averages there are of it, and of which kind.
 
     Raises:
         ModelError: there is nothing to average, or something that cannot be.
     """
 
-    def __init__(
-        self,
-        number: int,
-        model: nn.Module,
-        rules: Rules,
-        dtype: torch.dtype | None,
-        device: torch.device | None,
-    ) -> None:
-        self._number = number
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self._number = len(settings.schedules)
+        self._slots = (2 if settings.precision.compensated else 1) * self._number
         self._model = model
-        self._rules = rules
-        self._dtype = dtype
-        self._device = device
+        self._settings = settings
         self._bound: _Bound | None = None
         self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
-        found = select(model, rules)
+        found = select(model, settings.rules)
         if not (found.averaged or found.pending):
             raise ModelError(
                 f"the model has nothing to average: of its {len(found.others)} parameters none"
@@ -69,8 +72,8 @@ class Average:
         values = self._copied
         if self._bound is not None:
             values = [
-                {name: several[index].clone() for name, several in self._bound.averages.items()}
-                for index in range(self._number)
+                {name: several[index].clone() for name, several in self._bound.slots.items()}
+                for index in range(self._slots)
             ]
         return {**self.__dict__, "_bound": None, "_copied": values}
 
@@ -81,7 +84,7 @@ class Average:
 
     def start(self) -> None:
         """Start, or start again, as a copy of the live tensors."""
-        self._bind(select(self._model, self._rules), {})
+        self._bind(select(self._model, self._settings.rules), {})
 
     def forget(self) -> None:
         """Hold nothing: the averages equal the live tensors again."""
@@ -102,37 +105,50 @@ class Average:
         if self._copied is not None:
             self.assign(self._copied)
         if self._bound is None:
-            found = select(self._model, self._rules)
+            found = select(self._model, self._settings.rules)
             same = {n: t.detach().to(*self._kind(t, None)) for n, t in found.averaged.items()}
             return {name: (tensor,) * self._number for name, tensor in same.items()}, found
         if self._bound.watch.changed():
-            found = select(self._model, self._rules, self._bound.averages)
+            found = select(self._model, self._settings.rules, self._bound.slots)
             if not join:
-                found = _only(self._bound.averages, found)
-            self._bind(found, self._bound.averages)
-        return self._bound.averages, self._bound.selection
+                found = _only(self._bound.slots, found)
+            self._bind(found, self._bound.slots)
+        return self._bound.slots, self._bound.selection
 
     def held(self) -> dict[str, tuple[Tensor, ...]]:
         """The averages without a look at the model."""
-        return {} if self._bound is None else self._bound.averages
+        return {} if self._bound is None else self._bound.slots
 
-    def update(self, weights: Sequence[float]) -> None:
-        """Move the averages towards their tensor by these weights; after ``follow(join=True)``."""
+    def remainders(self, index: int) -> dict[str, Tensor]:
+        """Those of one average; none where it is not compensated or has not started."""
+        slot = self._number + index
+        return {name: several[slot] for name, several in self.held().items() if slot < len(several)}
+
+    def nonfinite(self) -> list[str]:
+        """Names of the averaged tensors that hold NaN or Inf now; after ``follow(join=True)``."""
+        return [] if self._bound is None else self._bound.guard.nonfinite()
+
+    def update(self, weights: Sequence[float], count: int) -> None:
+        """Make update number ``count`` with these weights; after ``follow(join=True)``."""
         if self._bound is not None:
-            self._bound.update(weights)
+            self._bound.sweep(weights, count)
 
     def assign(self, values: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over these values, which fit the model; nothing else is averaged from now on.
 
         A parameter that requires grad and is not among them joins at the next update.
+
+        Args:
+            values: by name, of each average and then of each remainder, which is 0 where it is
+                not given.
         """
         names = values[0]
-        found = _only(names, select(self._model, self._rules, names))
-        old = {} if self._bound is None else self._bound.averages
+        found = _only(names, select(self._model, self._settings.rules, names))
+        old = {} if self._bound is None else self._bound.slots
         bound = self._bind(found, {name: old[name] for name in old if name in names})
-        for name, averages in bound.averages.items():
-            for average, given in zip(averages, values, strict=True):
-                average.copy_(given[name])
+        for name, slots in bound.slots.items():
+            for slot, given in zip(slots, values, strict=True):
+                slot.copy_(given[name]) if name in given else slot.zero_()
 
     def _bind(self, found: Selection, old: Mapping[str, tuple[Tensor, ...]]) -> _Bound:
         """Average what was found, going on from the ``old`` averages; what has none starts live."""
@@ -153,29 +169,44 @@ class Average:
             for name, tensor in live.items()
             if name not in old or not _suits(old[name][0], tensor, kinds[name])
         }
-        fresh = [allocate(renew, kinds) for _ in range(self._number)]
+        fresh = [allocate(renew, kinds) for _ in range(self._slots)]
         for index, tensors in enumerate(fresh):
-            for name, average in tensors.items():
-                average.copy_(old[name][index] if name in old else live[name].detach())
-        averages = {
+            for name, slot in tensors.items():
+                if name in old:
+                    slot.copy_(old[name][index])
+                elif index < self._number:
+                    slot.copy_(live[name].detach())
+                else:
+                    slot.zero_()
+        slots = {
             name: tuple(tensors[name] for tensors in fresh) if name in renew else old[name]
             for name in live
         }
+        entries = [self._entry(name, slots[name], tensor) for name, tensor in live.items()]
         with torch.inference_mode(mode=False):  # its buffers are used in any mode
-            update = Update(list(averages.values()), list(live.values()))
-        self._bound = _Bound(averages, found, update, Watch(found, self._rules))
+            sweep = Sweep(entries, self._number)
+        watch = Watch(found, self._settings.rules)
+        self._bound = _Bound(slots, found, sweep, Guard(live), watch)
         self._copied = None
         return self._bound
 
+    def _entry(self, name: str, slots: tuple[Tensor, ...], live: Tensor) -> Entry:
+        precision = self._settings.precision
+        stream = None
+        if slots[0].dtype == torch.bfloat16 and precision.stochastic_rounding:
+            stream = stream_of(name, precision.seed)
+        return Entry(slots, live, place_of(live), stream)
+
     def _kind(self, tensor: Tensor, old: Tensor | None) -> tuple[torch.device, torch.dtype]:
         """Device and dtype for the average of ``tensor``; one that exists never gets narrower."""
-        if self._dtype is None:
+        dtype = self._settings.dtype
+        if dtype is None:
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             if old is not None:
                 dtype = torch.promote_types(dtype, old.dtype)
-        else:
-            dtype = self._dtype.to_complex() if tensor.is_complex() else self._dtype
-        return self._device or tensor.device, dtype
+        elif tensor.is_complex():  # there is none of two bfloat16
+            dtype = torch.promote_types(dtype, torch.float32).to_complex()
+        return self._settings.device or tensor.device, dtype
 
 
 def _only(names: Container[str], found: Selection) -> Selection:

@@ -21,6 +21,7 @@ from ema.checkpoint import (
     write_state,
     write_tensors,
 )
+from ema.checkpoint.parts import joined, separated
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
@@ -59,16 +60,27 @@ _NAMES = {dtype: name for name, dtype in {**DTYPES, **OTHER_DTYPES}.items()}
 def save(
     path: str | os.PathLike[str],
     averages: Mapping[str, Tensor],
+    remainders: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    *,
     metadata: Mapping[str, str],
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write averages, and what else a :class:`~ema.torch_backend.state.State` holds.
 
+    Args:
+        path: the file or folder.
+        averages: by canonical name.
+        remainders: likewise; none where they are not compensated.
+        state: the rest of the state.
+        metadata: notes of the user.
+        max_shard_size: bytes in one file.
+
     Raises:
         CheckpointError: it cannot be written; what was there still is.
     """
     with errors_of(path, "written"):
+        tensors, parts = joined(averages, remainders)
         record = Record(
             step=state["step"],
             count=state["count"],
@@ -76,9 +88,12 @@ def save(
             update_after_step=state["update_after_step"],
             update_every=state["update_every"],
             not_averaged=tuple(state["not_averaged"]),
+            skipped=state.get("skipped"),
+            seed=state.get("seed"),
+            parts=parts,
             extra=metadata,
         )
-    sources = {name: source_of(name, average) for name, average in averages.items()}
+    sources = {key: source_of(key, tensor) for key, tensor in tensors.items()}
     return write_state(path, record, sources, max_shard_size=max_shard_size)
 
 
@@ -106,22 +121,28 @@ def load(
         "update_after_step": record.update_after_step,
         "update_every": record.update_every,
     }
-    names = renamed([*stored.tensors, *record.not_averaged], rename)
     with errors_of(stored.place, "read"):
-        if record.parts:
-            raise CheckpointError("it holds more than one average, which EMAModel does not read")
+        averages, remainders = separated(stored)
         if odd := [name for name, tensor in stored.tensors.items() if tensor.dtype not in DTYPES]:
             raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
+    names = renamed([*averages, *record.not_averaged], rename)
+
+    def under_new_names(tensors: Mapping[str, StoredTensor]) -> _Averages:
+        new = {new: tensors[old] for new, old in names.items() if old in tensors}
+        return _Averages(new, transform)
+
     state = {
         "step": record.step,
         "count": record.count,
         **{key: timing[key] if value is None else value for key, value in known.items()},
-        "averages": _Averages(
-            {new: stored.tensors[old] for new, old in names.items() if old in stored.tensors},
-            transform,
-        ),
-        "not_averaged": [new for new, old in names.items() if old not in stored.tensors],
+        "averages": under_new_names(averages),
+        "not_averaged": [new for new, old in names.items() if old not in averages],
     }
+    if remainders:
+        state["remainders"] = under_new_names(remainders)
+    for key in ("skipped", "seed"):
+        if (value := getattr(record, key)) is not None:
+            state[key] = value
     return state, stored
 
 

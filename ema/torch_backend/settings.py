@@ -10,6 +10,7 @@ import torch
 
 from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing
+from ema.precision import Precision
 from ema.schedules import Schedule, as_schedule
 from ema.torch_backend.selection import Rules
 
@@ -31,6 +32,7 @@ class Settings:
     dtype: torch.dtype | None
     device: torch.device | None
     rules: Rules
+    precision: Precision
 
     @classmethod
     def of(
@@ -44,15 +46,29 @@ class Settings:
         include: object,
         exclude: object,
         buffers: object,
+        compensated: Any,
+        stochastic_rounding: Any,
+        seed: Any,
+        on_nonfinite: Any,
     ) -> Settings:
         """Check the arguments of the constructor."""
+        schedules = _schedules(decay)
+        precision = Precision(
+            compensated=compensated,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
+        )
+        if dtype == torch.bfloat16:
+            precision.check_narrow("dtype", schedules.values())
         return cls(
-            schedules=_schedules(decay),
+            schedules=schedules,
             update_after_step=validate.integer("update_after_step", update_after_step, minimum=0),
             update_every=validate.integer("update_every", update_every, minimum=1),
             dtype=_dtype(dtype),
             device=_device(device),
             rules=Rules.of(include, exclude, buffers),
+            precision=precision,
         )
 
     @property
@@ -70,6 +86,11 @@ class Settings:
     def names(self) -> list[str]:
         """The names of several averages; empty where there is one."""
         return [name for name in self.schedules if name is not None]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether averages are rounded by chance."""
+        return self.dtype == torch.bfloat16 and self.precision.stochastic_rounding
 
     def index(self, name: str | None) -> int:
         """Which average a name means.
@@ -108,10 +129,10 @@ def _schedules(decay: object) -> dict[str | None, Schedule]:
 def _dtype(dtype: object) -> torch.dtype | None:
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ArgumentTypeError(f"`dtype` must be a torch.dtype, got {dtype!r}")
-    if dtype not in (None, torch.float32, torch.float64):
+    if dtype not in {None, torch.float32, torch.float64, torch.bfloat16}:
         raise ArgumentError(
-            f"`dtype` must be torch.float32 or torch.float64, got {dtype}: a narrower average"
-            " does not move at decays near 1"
+            "`dtype` must be torch.float32, torch.float64 or torch.bfloat16 (rounded"
+            f" stochastically), got {dtype}"
         )
     return dtype
 

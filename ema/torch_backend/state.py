@@ -19,6 +19,9 @@ __all__ = ["FORMAT_VERSION", "State"]
 
 FORMAT_VERSION = 1
 
+_OPTIONAL = ("remainders", "skipped", "seed")
+"""What only some averages have; a state without them is as good."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
@@ -33,6 +36,10 @@ class State:
         averages: name of the average (None for a single one) to canonical name to tensor.
         not_averaged: names of the model's other parameters. A parameter that stands in neither
             is missing; one that stands here was frozen or excluded.
+        remainders: of compensated averages, as ``averages``; absent where there are none.
+        skipped: updates that were due and not made, since the live weights were not finite;
+            absent where nobody looked.
+        seed: of stochastic rounding; absent where nothing is rounded so.
     """
 
     step: int
@@ -42,12 +49,20 @@ class State:
     update_every: int
     averages: Mapping[str | None, Mapping[str, Tensor]]
     not_averaged: list[str]
+    remainders: Mapping[str | None, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    skipped: int | None = None
+    seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The state with its version, as one flat dict."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields["averages"] = self.averages.get(None, self.averages)
-        return {"format_version": FORMAT_VERSION, **fields}
+        for name in ("averages", "remainders"):
+            fields[name] = fields[name].get(None, fields[name])
+        absent = [name for name in _OPTIONAL if fields[name] is None or fields[name] == {}]
+        return {
+            "format_version": FORMAT_VERSION,
+            **{name: value for name, value in fields.items() if name not in absent},
+        }
 
     @classmethod
     def from_dict(cls, state: object, expected: Sequence[str] = ()) -> State:
@@ -63,31 +78,50 @@ class State:
         if not isinstance(state, Mapping):
             raise CheckpointError(f"a state is a dict, got {type(state).__name__}")
         names = [field.name for field in dataclasses.fields(cls)]
-        absent = [name for name in ("format_version", *names) if name not in state]
+        needed = [name for name in ("format_version", *names) if name not in _OPTIONAL]
+        absent = [name for name in needed if name not in state]
         if absent:
             raise CheckpointError(f"this is no state of an EMAModel: {difference(absent, ())}")
         if state["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"`format_version` must be {FORMAT_VERSION}, got {state['format_version']!r}"
             )
-        self = cls(**{name: state[name] for name in names})
+        self = cls(**{name: state[name] for name in names if name in state})
         for name, minimum in (
             ("step", 0),
             ("count", 0),
             ("update_after_step", 0),
             ("update_every", 1),
+            ("skipped", 0),
+            ("seed", 0),
         ):
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if type(value) is not int or value < minimum:
                 raise CheckpointError(f"`{name}` must be an integer >= {minimum}, got {value!r}")
         if self.count > self.step:
             raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
-        for name, kind in (("averages", Mapping), ("schedule", Mapping), ("not_averaged", list)):
+        for name, kind in (
+            ("averages", Mapping),
+            ("remainders", Mapping),
+            ("schedule", Mapping),
+            ("not_averaged", list),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise CheckpointError(
                     f"`{name}` must be a {kind.__name__.lower()}, got {getattr(self, name)!r:.80}"
                 )
-        return dataclasses.replace(self, averages=_by_name(state["averages"], expected))
+        averages = _by_name("averages", self.averages, expected)
+        remainders = {}
+        if self.remainders:
+            some = [name for name in expected if name in self.remainders]
+            remainders = _by_name("remainders", self.remainders, some)
+        for label, tensors in remainders.items():
+            ours = averages[label]
+            if text := _difference_of(ours, tensors) or "; ".join(_mismatched(tensors, ours)[:10]):
+                raise CheckpointError(f"the remainders are not those of the averages: {text}")
+        return dataclasses.replace(self, averages=averages, remainders=remainders)
 
     def check_fits(self, found: Selection) -> None:
         """Compare with the tensors of a model.
@@ -111,13 +145,15 @@ class State:
                 raise CheckpointError(f"the state belongs to another model:{which} {text}")
 
 
-def _by_name(averages: Mapping[Any, Any], expected: Sequence[str]) -> dict[Any, Any]:
+def _by_name(
+    what: str, averages: Mapping[Any, Any], expected: Sequence[str]
+) -> dict[Any, dict[str, Tensor]]:
     """The averages by their names, each a mapping from canonical names to tensors."""
     several = {None: averages} if not expected else averages
     if expected and (text := _difference_of(expected, averages)):
         raise CheckpointError(f"the state holds other averages: {text}")
     for label, tensors in several.items():
-        where = "averages" if label is None else f"averages[{label!r}]"
+        where = what if label is None else f"{what}[{label!r}]"
         if not isinstance(tensors, Mapping):
             raise CheckpointError(f"`{where}` must be a mapping, got {tensors!r:.80}")
         for name, value in tensors.items():

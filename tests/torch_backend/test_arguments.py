@@ -33,9 +33,9 @@ def make(request, model):
         ({"update_after_step": -1}, ArgumentError, "`update_after_step` must be at least 0"),
         ({"update_after_step": True}, ArgumentTypeError, "`update_after_step` must be an integer"),
         (
-            {"dtype": torch.bfloat16},
+            {"dtype": torch.float16},
             ArgumentError,
-            "`dtype` must be torch.float32 or torch.float64",
+            "`dtype` must be torch.float32, torch.float64 or torch.bfloat16",
         ),
         ({"dtype": "float32"}, ArgumentTypeError, "`dtype` must be a torch.dtype"),
         ({"device": "gpu"}, ArgumentError, "`device` must name a device, got 'gpu'"),

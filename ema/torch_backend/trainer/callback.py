@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, StateError
 from ema.info import describe_ema
+from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.trainer.attachment import Attachment
@@ -57,11 +58,15 @@ class EMACallback(TrainerCallback):
         decay: the decay of one update in [0, 1], or a schedule.
         update_after_step: through this step the average equals the live weights.
         update_every: optimizer steps from one update to the next.
-        dtype: see :class:`EMAModel`, as for the five below.
+        dtype: see :class:`EMAModel`, as for all down to ``on_nonfinite``.
         device: where the averages are kept.
         include: patterns of the parameters that are averaged.
         exclude: patterns of those that are not.
         buffers: ``"copy"``, ``"average"`` or a mapping from patterns to these.
+        compensated: keep what each update rounds away.
+        stochastic_rounding: of bfloat16 averages.
+        seed: of that rounding.
+        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"``, where live weights hold NaN or Inf.
         eval_with_ema: whether evaluations see the averaged weights. Training goes on with the
             live ones, and checkpoints hold those. With ``load_best_model_at_end`` the average at
             the end is the one that gave the best metric.
@@ -93,6 +98,10 @@ class EMACallback(TrainerCallback):
         include: str | Collection[str] | None = None,
         exclude: str | Collection[str] | None = None,
         buffers: str | Mapping[str, str] = "copy",
+        compensated: bool = False,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        on_nonfinite: OnNonfinite = "propagate",
         eval_with_ema: bool = False,
         save_ema_model: bool = False,
         on_missing_average: str = "warn",
@@ -124,6 +133,10 @@ class EMACallback(TrainerCallback):
             include=include,
             exclude=exclude,
             buffers=buffers,
+            compensated=compensated,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
         )
         self._skipped = SkippedSteps()
         self._evaluation = EvaluationSwap()
