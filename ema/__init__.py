@@ -26,6 +26,7 @@ from ema.errors import (
     StateError,
 )
 from ema.info import EMADescription, describe_ema, print_ema_info
+from ema.plan import Plan, plan_ema
 from ema.schedules import (
     ConstantDecay,
     CosineDecay,
@@ -78,6 +79,7 @@ __all__ = [
     "InverseGammaWarmup",
     "MissingExtraError",
     "ModelError",
+    "Plan",
     "PowerFunction",
     "RampWarmup",
     "Schedule",
@@ -87,6 +89,7 @@ __all__ = [
     "decay_from_half_life",
     "describe_ema",
     "half_life_from_decay",
+    "plan_ema",
     "print_ema_info",
     "scale_decay",
     "window_from_decay",

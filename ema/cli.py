@@ -1,4 +1,4 @@
-"""The ``ema`` command: ``info``, ``selftest``, ``demo``, ``inspect`` and ``convert``.
+"""The ``ema`` command: ``info``, ``plan``, ``selftest``, ``demo``, ``inspect`` and ``convert``.
 
 typer and rich come with the extra ``cli``, so this module imports them when it is called and not
 when it is imported; ``ema info`` imports neither torch nor jax.
@@ -21,6 +21,7 @@ from ema.decay import compute_optimal_decay
 from ema.errors import ArgumentError, EMAError, EMAWarning, MissingExtraError, listing
 from ema.extras import require
 from ema.info import describe_ema
+from ema.plan_command import add_plan
 from ema.schedules import HalfLife, PowerFunction, Schedule, schedule_from_dict
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def build_app() -> "typer.Typer":
         with _errors_in_one_line():
             chosen = _choose(decay, half_life, schedule, steps, update_every)
             typer.echo(describe_ema(chosen, steps, update_every=update_every))
+
+    add_plan(app, _errors_in_one_line)
 
     @app.command()
     def inspect(

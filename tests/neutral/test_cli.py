@@ -177,7 +177,7 @@ def test_the_version_is_printed():
 
 def test_without_a_command_the_help_lists_them_all():
     result = invoke()
-    for command in ("info", "selftest", "demo"):
+    for command in ("info", "plan", "selftest", "demo"):
         assert command in result.output
 
 
