@@ -1,9 +1,15 @@
-"""The code blocks of the pages on PyTorch run, one after the other."""
+"""The code blocks of the page on PyTorch run; the page on scaling says what the plan says."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from ema import plan_ema
+from ema.cli import build_app
+from ema.quantities import parse_quantity, show_bytes, show_seconds
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -45,3 +51,61 @@ def test_links_between_the_pages_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+SCALING = (DOCS / "scaling.md").read_text()
+
+
+def rows_below(heading):
+    """The cells of the first table below a heading, without its head."""
+    table = re.search(r"(?:^\|.*\n)+", SCALING.partition(f"\n{heading}")[2], re.M)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()][
+        2:
+    ]
+
+
+def test_the_plans_of_the_scaling_page_are_what_the_commands_print():
+    blocks = re.findall(r"^```console\n\$ ema (.*)\n((?:.*\n)*?)```", SCALING, re.M)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        assert CliRunner().invoke(build_app(), shlex.split(command)).stdout == shown
+
+
+def test_the_bytes_on_the_scaling_page_are_those_of_the_plan():
+    *kinds, guard = rows_below("## The model")
+    assert len(kinds) == 6
+    for average, params, _, bytes_moved in kinds:
+        dtype, compensated = re.match(r"\w+", average)[0], "compensated" in average
+        plan = plan_ema(1, dtype=dtype, param_dtype=params, compensated=compensated)
+        assert plan.traffic.total == int(bytes_moved)
+    for dtype, more in zip(("bf16", "fp32"), re.findall(r"\d", guard[-1]), strict=True):
+        assert plan_ema(1, param_dtype=dtype, on_nonfinite="skip").traffic.guard == int(more)
+
+
+def test_the_jobs_on_the_scaling_page_are_those_of_the_plan():
+    kinds = ({}, {"dtype": "bf16"}, {"compensated": True}, {"offload": True})
+    units = {"million": 1e6, "billion": 1e9, "trillion": 1e12}
+    rows = rows_below("## Typical jobs")
+    assert len(rows) == 7
+    for params, ranks, *cells in rows:
+        number, unit = params.split()
+        for cell, settings in zip(cells, kinds, strict=True):
+            plan = plan_ema(int(number) * units[unit], int(ranks), **settings)
+            held = show_bytes(plan.average_bytes + plan.remainder_bytes)
+            assert cell == f"{held}, {show_seconds(plan.update_seconds)}"
+
+
+def test_the_shares_on_the_scaling_page_follow_from_its_formula():
+    text = SCALING.partition("**The share of a step")[2]
+    tokens, _, shares = re.findall(r"^\|(.*)\|$", text, re.M)[:3]
+    for count, share in list(zip(tokens.split("|"), shares.split("|"), strict=True))[1:]:
+        expected = 10 * 0.4 * 989e12 / (6 * int(count.replace(" ", "")) * 3.35e12)
+        assert share.strip() == f"{100 * expected:.2g} %"
+
+
+def test_the_defaults_of_the_plan_are_the_bandwidths_of_the_scaling_page():
+    plan = plan_ema(1)
+    named = re.findall(r"`--(\w+(?:-\w+)+)`\) \| (\S+) \|", SCALING)
+    assert len(named) == 4
+    for option, value in named:
+        assert getattr(plan, option.replace("-", "_")) == parse_quantity(option, value)
