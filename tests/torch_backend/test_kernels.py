@@ -1,0 +1,331 @@
+"""The GPU's kernels, in Triton's interpreter on the CPU: what they compute, not how fast."""
+
+import importlib
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ema import rounding
+from ema.torch_backend import kernels
+
+triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+
+SIZES = [1, 0, 3, 2047, 2048, 2049, 5000, 0, 64, 7]
+COUNTS = [1, 2, 1000, 2**31 - 1, 2**31, 2**32 + 5]
+WEIGHTS = [1e-7, 0.001, 0.3, math.nextafter(0.5, 0), 0.5, 0.75, 0.999, 1.0]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, 3.3e38, -3.3e38, 65504.0]
+
+
+def fused(_, x, y, z):
+    """A multiply-add that rounds once; the interpreter's own rounds twice.
+
+    The product is exact in float64. The sum is rounded to odd there, so that rounding it again, to
+    float32, is as good as rounding the exact one (Boldo and Melquiond 2008).
+    """
+    from triton.runtime.interpreter import TensorHandle
+
+    product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    even = total.view(np.int64) % 2 == 0
+    total = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    return TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    """Import the kernels so that they run here; nothing else is interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    importlib.import_module("ema.torch_backend.device_code")
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    monkeypatch.setattr(builder, "create_fma", fused)
+    with np.errstate(all="ignore"):  # Inf − Inf is among what is tested
+        yield
+
+
+def numbers(sizes, dtype=torch.float32, special=False, shift=0):
+    """Tensors of these sizes, each ``shift`` elements into its allocation."""
+    tensors = [torch.randn(size + shift).to(dtype)[shift:] for size in sizes]
+    if special:
+        for tensor in tensors:
+            values = torch.tensor(SPECIAL).to(dtype)[: len(tensor)]
+            tensor[torch.randperm(len(tensor))[: len(values)]] = values
+    return tensors
+
+
+def different(ours, theirs):
+    """How many elements differ; NaN equals NaN, and −0 is not 0."""
+    count = 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        integer = torch.int32 if one.dtype == torch.float32 else torch.int16
+        same = (one.view(integer) == other.view(integer)) | (one.isnan() & other.isnan())
+        count += int((~same).sum())
+    return count
+
+
+def clones(tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
+def moved(average, params, weight):
+    """The CPU's own float32 update."""
+    return params.float() if weight == 1.0 else torch.lerp(average.float(), params.float(), weight)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_mixed_has_the_bits_of_lerp_on_the_cpu(dtype, weight, shift):
+    averages = numbers(SIZES, special=True, shift=shift)
+    params = numbers(SIZES, dtype, special=True, shift=shift)
+    expected = [moved(a, p, weight) for a, p in zip(averages, params, strict=True)]
+    kernels.Fused(averages, params)(weight)
+    assert different(averages, expected) == 0
+
+
+def test_params_of_several_dtypes_take_one_call():
+    averages = numbers([2100, 5, 2100])
+    params = [
+        p
+        for dtype, size in zip(FLOATS, [2100, 5, 2100], strict=True)
+        for p in numbers([size], dtype)
+    ]
+    expected = [moved(a, p, 0.01) for a, p in zip(averages, params, strict=True)]
+    kernels.Fused(averages, params)(0.01)
+    assert different(averages, expected) == 0
+
+
+def compensated(average, remainder, params, weight):
+    """The equation on the CPU, where ``torch.add`` with ``alpha`` is a fused multiply-add."""
+    a, c, p, w = (np.float32(x) for x in (average, remainder, params.float(), weight))
+    d = (p - a) - c
+    y = torch.add(torch.from_numpy(c), torch.from_numpy(d), alpha=float(w)).numpy()
+    t = a + y
+    return torch.from_numpy(t), torch.from_numpy(y - (t - a))
+
+
+@pytest.mark.parametrize("weight", [1e-7, 0.001, 0.7])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_compensated_keeps_the_remainder(dtype, weight):
+    averages, remainders = numbers(SIZES), [r * 1e-8 for r in numbers(SIZES)]
+    params = numbers(SIZES, dtype)
+    update = kernels.Fused(averages, params, remainders)
+    for _ in range(5):
+        together = zip(averages, remainders, params, strict=True)
+        expected = [compensated(*each, weight) for each in together]
+        update(weight)
+        assert different(averages, [a for a, _ in expected]) == 0
+        assert different(remainders, [c for _, c in expected]) == 0
+
+
+def test_compensated_copies_at_weight_one():
+    averages, remainders, params = numbers(SIZES), numbers(SIZES), numbers(SIZES, special=True)
+    kernels.Fused(averages, params, remainders)(1.0)
+    assert different(averages, params) == 0
+    assert different(remainders, [torch.zeros_like(r) for r in remainders]) == 0
+
+
+def test_compensated_goes_where_a_plain_average_stalls():
+    averages, remainders = [torch.ones(5)], [torch.zeros(5)]
+    update = kernels.Fused(averages, [torch.full((5,), 1.001)], remainders)
+    for _ in range(40):
+        update(1e-5)
+    exact = 1.001 - (np.float64(np.float32(1.001)) - 1) * (1 - 1e-5) ** 40
+    assert averages[0].numpy() == pytest.approx(exact, rel=6e-8, abs=0)
+
+
+def rounded(x, stream, count, offset):
+    """Stochastic rounding of a float32 tensor on Python's integers."""
+    key = rounding.key_of(stream, count)
+    result = x.to(torch.bfloat16)
+    for place, value in enumerate(x.view(torch.int32).tolist()):
+        if not math.isnan(x[place]):
+            index = (offset + place) & 0xFFFFFFFF
+            bits = (value & 0xFFFFFFFF) + (rounding.mix(index ^ key) >> 16)
+            upper = bits >> 16 & 0xFFFF
+            result.view(torch.int16)[place] = upper - (1 << 16) * (upper >> 15)
+    return result
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_stochastic_has_the_bits_of_the_contract(dtype, count):
+    averages = numbers(SIZES, torch.bfloat16, special=True)
+    params = numbers(SIZES, dtype, special=True)
+    streams = [rounding.stream_of(f"layers.{index}", 7) for index in range(len(SIZES))]
+    offsets = [0, 3, 2**32 - 1, 2**32 - 1000, 2**31 - 5, 5 * 2**32 + 17, 0, 0, 2**40, 1]
+    together = zip(averages, params, streams, offsets, strict=True)
+    expected = [rounded(moved(a, p, 0.01), s, count, o) for a, p, s, o in together]
+    kernels.Fused(averages, params, None, streams, offsets)(0.01, count)
+    assert different(averages, expected) == 0
+
+
+def test_stochastic_rounding_is_unbiased():
+    average, params = torch.ones(1 << 15, dtype=torch.bfloat16), torch.full((1 << 15,), 1.2)
+    update = kernels.Fused([average], [params], None, [rounding.stream_of("w", 0)])
+    for count in range(1, 6):
+        update(0.001, count)
+    expected = 1.2 - 0.2 * 0.999**5
+    error = 2.0**-7 / math.sqrt(12 * len(average))  # of a mean, if each were off by half a step
+    assert average.double().mean().item() == pytest.approx(expected, abs=5 * error)
+
+
+def test_stochastic_copies_to_nearest_at_weight_one():
+    average, params = numbers(SIZES, torch.bfloat16), numbers(SIZES, special=True)
+    streams = [rounding.stream_of("w", 0)] * len(SIZES)
+    kernels.Fused(average, params, None, streams)(1.0, 3)
+    assert different(average, [p.to(torch.bfloat16) for p in params]) == 0
+
+
+def test_bfloat16_without_streams_is_rounded_to_nearest():
+    averages, params = numbers(SIZES, torch.bfloat16), numbers(SIZES)
+    expected = [moved(a, p, 0.3).to(torch.bfloat16) for a, p in zip(averages, params, strict=True)]
+    kernels.Fused(averages, params)(0.3)
+    assert different(averages, expected) == 0
+
+
+def kinds():
+    """One of each kernel: averages, their remainders and streams."""
+    streams = [rounding.stream_of("w", 0)] * len(SIZES)
+    yield numbers(SIZES), None, None
+    yield numbers(SIZES), numbers(SIZES), None
+    yield numbers(SIZES, torch.bfloat16), None, streams
+
+
+def test_nothing_is_written_at_weight_zero_or_where_the_flag_is_false():
+    for averages, remainders, streams in kinds():
+        params = numbers(SIZES, torch.bfloat16, special=True)
+        before = clones([*averages, *(remainders or ())])
+        update = kernels.Fused(averages, params, remainders, streams)
+        update(0.0, 1)
+        update(torch.tensor(0.0), torch.tensor(1))
+        update(0.5, 1, torch.tensor(data=False))
+        update(1.0, 1, torch.tensor(0, dtype=torch.int32))
+        assert different([*averages, *(remainders or ())], before) == 0
+
+
+def test_a_true_flag_and_numbers_on_the_device_change_nothing_about_the_result():
+    for averages, remainders, streams in kinds():
+        params = numbers(SIZES, torch.bfloat16)
+        ours, rest = clones(averages), None if remainders is None else clones(remainders)
+        kernels.Fused(averages, params, remainders, streams)(0.01, 2**31 + 3)
+        update = kernels.Fused(ours, params, rest, streams)
+        weight = torch.tensor(0.01, dtype=torch.float64)
+        update(weight, torch.tensor(2**31 + 3), torch.tensor(data=True))
+        assert different(ours, averages) == 0
+        assert different(rest or [], remainders or []) == 0
+
+
+def test_a_call_without_tensors_does_nothing():
+    kernels.Fused([], [])(0.5)
+    kernels.Fused([torch.empty(0)], [torch.empty(0)])(0.5)
+
+
+def test_what_does_not_match_is_refused():
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(ValueError, match="flat"):
+        kernels.Fused([one], [two])
+    with pytest.raises(ValueError, match="flat"):
+        kernels.Fused([torch.zeros(4)[::2]], [two])
+    with pytest.raises(ValueError, match="shorter"):
+        kernels.Fused([one], [])
+    with pytest.raises(TypeError, match="float64"):
+        kernels.Fused([one.double()], [one.double()])
+    with pytest.raises(TypeError, match="count"):
+        kernels.Fused([one], [one])(0.5, torch.tensor(1))
+
+
+def test_control_c_waits_for_the_end_of_an_update(monkeypatch):
+    """Two launches, with a signal in the first: both are made, then it is raised."""
+    from ema.torch_backend import device_code
+
+    class Launches:
+        made = 0
+
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                self.made += 1
+                signal.raise_signal(signal.SIGINT)
+
+            return launch
+
+    launches = Launches()
+    monkeypatch.setattr(device_code, "update", launches)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.Fused(numbers([3000]), numbers([3000]))(0.5)
+    assert launches.made == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_all_finite_finds_one_bad_element(dtype, bad):
+    tensors = [*numbers(SIZES, dtype), torch.randn(3, 5)]
+    tensors[3][:] = torch.finfo(dtype).max
+    assert kernels.all_finite(tensors)
+    tensors[3][1234] = bad
+    assert not kernels.all_finite(tensors)
+    assert kernels.all_finite([torch.empty(0)])
+
+
+def test_there_are_no_kernels_for_the_cpu():
+    assert not kernels.available(torch.device("cpu"))
+
+
+def test_nothing_loads_triton_where_there_is_no_gpu():
+    code = (
+        "import sys, torch; from torch import nn; from ema.torch_backend import EMAModel, kernels;"
+        "model = nn.Linear(3, 3).bfloat16(); EMAModel(model).update();"
+        "kernels.available(torch.device('cpu')); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+COMPILE = """
+import re, sys
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from ema.torch_backend.device_code import update
+
+names = ("COMPENSATED", "STOCHASTIC", "GUARDED", "ON_DEVICE", "WHOLE")
+for average, params, flags, multiplies in [
+    (tl.float32, tl.uint16, (0, 0, 0, 0, 1), 16),
+    (tl.float32, tl.float16, (0, 0, 1, 1, 0), 16),
+    (tl.float32, tl.float32, (1, 0, 0, 0, 1), 8),
+    (tl.uint16, tl.uint16, (0, 1, 0, 0, 1), 16),
+]:
+    constants = dict(AVERAGE=average, PARAMS=params, BLOCK=2048)
+    constants |= {name: bool(flag) for name, flag in zip(names, flags, strict=True)}
+    signature = dict(table="*i64", blocks="*i32", finite="*i1")
+    on_device = constants["ON_DEVICE"]
+    signature |= dict(weight="*fp64" if on_device else "fp32", count="*i64" if on_device else "i32")
+    signature = {n: signature.get(n, "constexpr") for n in update.arg_names}
+    options = dict(num_warps=8, enable_fp_fusion=False)
+    source = ASTSource(update, signature, constants)
+    code = compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm
+    assert code["cubin"]
+    multiply = re.findall(r"(?:fma|mad|mul)[.a-z]*[.]f32", code["ptx"])
+    assert multiply == ["fma.rn.f32"] * multiplies, multiply
+    if constants["WHOLE"]:
+        assert "ld.global.v4.b32" in code["ptx"]
+        assert "st.global.v4.b32" in code["ptx"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheel with the compiler is for Linux")
+def test_the_code_for_a_gpu_fuses_what_is_written_so_and_nothing_else(tmp_path):
+    """8 elements a thread, two branches or one; compiling needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    subprocess.run([sys.executable, "-W", "error", "-c", COMPILE], env=environment, check=True)
