@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +28,7 @@ import torch
 from torch import Tensor, _foreach_norm
 
 from ema.rounding import Stream
+from ema.torch_backend.interrupts import uninterrupted
 
 __all__ = ["Fused", "all_finite", "available", "supports"]
 
@@ -197,7 +195,7 @@ class Fused:
             torch.float16: tl.float16,
         }
         on_gpu = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if on_gpu else nullcontext(), _uninterrupted():
+        with torch.cuda.device(self._device) if on_gpu else nullcontext(), uninterrupted():
             for launch in self._launches:
                 device_code.update[(len(launch.blocks),)](
                     launch.table,
@@ -216,20 +214,3 @@ class Fused:
                     num_warps=_WARPS,
                     enable_fp_fusion=False,  # what is fused says so
                 )
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: launches are Python code, unlike other steps."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
