@@ -1,0 +1,222 @@
+"""Averages behind the training step: params here lie on the CPU as well, the thread is real."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from ema.errors import StateError
+from ema.rounding import stream_of
+from ema.torch_backend.offload import Offload
+from ema.torch_backend.sharding import place_of
+from ema.torch_backend.swap import Swap
+from ema.torch_backend.sweep import Entry, Sweep
+
+
+def sweep(kind, params, read):
+    """Averages that start as ``params``, and their update from what is read."""
+    dtype = torch.bfloat16 if kind == "stochastic" else torch.float32
+    slots = [(p.detach().to(dtype, copy=True),) for p in params]
+    if kind == "compensated":
+        slots = [(a, torch.zeros_like(a)) for (a,) in slots]
+    entries = [
+        Entry(several, live, place_of(live), stream_of(str(index), 0))
+        for index, (several, live) in enumerate(zip(slots, read, strict=True))
+    ]
+    return slots, Sweep(entries, 1)
+
+
+def tensors(dtype):
+    shapes = [(3, 5), (70, 80), (), (0,), (1 << 13, 40), (7,)]
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    channels_last = torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last)
+    return [*params, nn.Parameter(channels_last), nn.Parameter(torch.randn(6, 9).to(dtype)[:, ::2])]
+
+
+def move(params, generator):
+    """The optimizer's write, right after the update was handed over."""
+    with torch.no_grad():
+        for param in params:
+            param.add_(torch.randn(param.shape, generator=generator).to(param), alpha=0.1)
+
+
+def different(ours, theirs):
+    together = zip(ours, theirs, strict=True)
+    return sum(
+        int((a != b).sum()) for ones, others in together for a, b in zip(ones, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "compensated", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_200_steps_have_the_bits_of_the_plain_update(kind, dtype):
+    """With swaps and copies of the state in between, and the next write right behind each update."""
+    params = tensors(dtype)
+    offload = Offload(params)
+    ours, behind = sweep(kind, params, offload.staged)
+    theirs, plain = sweep(kind, params, params)
+    generator = torch.Generator().manual_seed(1)
+    for count in range(1, 201):
+        move(params, generator)
+        plain([0.01], count)
+        offload.run(lambda count=count: behind([0.01], count))
+        if count % 50 == 0:
+            offload.wait()
+            names = [str(index) for index in range(len(params))]
+            averages = {name: several[0] for name, several in zip(names, ours, strict=True)}
+            live = dict(zip(names, params, strict=True))
+            swap = Swap(nn.Module(), averages, live, None)
+            swap.apply()
+            assert all(torch.equal(p, a[0].to(p)) for p, a in zip(params, theirs, strict=True))
+            swap.restore()
+        if count % 70 == 0:
+            offload.wait()
+            state = [tuple(slot.clone() for slot in several) for several in ours]
+            assert different(state, theirs) == 0
+    offload.wait()
+    assert different(ours, theirs) == 0
+
+
+def test_the_host_goes_on_while_the_average_is_made():
+    param = torch.ones(3)
+    offload = Offload([param])
+    may, seen = threading.Event(), []
+    offload.run(lambda: (may.wait(10), seen.append(offload.staged[0].clone())))
+    param.zero_()
+    assert seen == []
+    may.set()
+    offload.wait()
+    assert torch.equal(seen[0], torch.ones(3))
+
+
+def test_the_next_update_waits_for_the_one_before():
+    offload, seen = Offload([torch.ones(3)]), []
+    offload.run(lambda: (time.sleep(0.2), seen.append(1)))
+    offload.run(lambda: seen.append(2))
+    offload.wait()
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["run", "wait"])
+def test_what_the_thread_raised_is_raised_once_at_the_next_call(call):
+    offload, seen = Offload([torch.ones(3)]), []
+
+    def fail():
+        raise RuntimeError("no memory left")
+
+    offload.run(fail)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        offload.wait() if call == "wait" else offload.run(lambda: seen.append(0))
+    offload.wait()
+    offload.run(lambda: seen.append(1))
+    offload.wait()
+    assert seen == [1]
+
+
+def test_control_c_while_waiting_leaves_the_update_whole():
+    code = """
+import signal, threading, time, torch
+from ema.torch_backend.offload import Offload
+
+offload, seen = Offload([torch.ones(3)]), []
+offload.run(lambda: (time.sleep(1), seen.append(1)))
+threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+try:
+    offload.wait()
+except KeyboardInterrupt:
+    assert seen == []
+    offload.wait()
+    assert seen == [1]
+else:
+    raise SystemExit("it was not interrupted")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_thread_ends_with_the_average():
+    before = set(threading.enumerate())
+    offload = Offload([torch.ones(3)])
+    assert set(threading.enumerate()) == before
+    offload.run(lambda: None)
+    offload.wait()
+    (thread,) = set(threading.enumerate()) - before
+    gone = weakref.ref(offload)
+    del offload
+    gc.collect()
+    assert gone() is None
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "del offload"])
+def test_a_process_ends_after_the_work(ending):
+    code = f"""
+import time, torch
+from ema.torch_backend.offload import Offload
+
+offload = Offload([torch.ones(3)])
+offload.run(lambda: (time.sleep(0.5), print("done", flush=True)))
+{ending}
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert ended.stdout == "done\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_fork_finds_the_update_done_and_can_go_on():
+    """As the workers of a loader do; parent and child both make further updates."""
+    code = """
+import os, time, torch
+from ema.torch_backend.offload import Offload
+
+average, offload = torch.zeros(3), Offload([torch.ones(3)])
+work = lambda: (time.sleep(0.3), average.add_(offload.staged[0]))
+offload.run(work)
+child = os.fork()
+assert average.tolist() == [1, 1, 1], average
+offload.run(work)
+offload.wait()
+assert average.tolist() == [2, 2, 2], average
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_staging_takes_little_more_than_the_params():
+    """In allocations of a power of two, of which PyTorch locks no other."""
+    live = [
+        torch.empty(size, dtype=torch.bfloat16) for size in [50257 * 64, 3 << 20, 768, 1 << 20, 5]
+    ]
+    staged = Offload(live).staged
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in staged}
+    assert all(size.bit_count() == 1 for size in storages.values())
+    needed = sum(tensor.numel() * 2 for tensor in live)
+    assert needed <= sum(storages.values()) < 2 * needed
+
+
+def test_staged_tensors_do_not_overlap_and_keep_their_layout():
+    live = tensors(torch.float32)
+    staged = Offload(live).staged
+    for index, tensor in enumerate(staged):
+        tensor.fill_(index)
+    assert [t.unique().tolist() for t in staged] == [
+        [i] if t.numel() else [] for i, t in enumerate(live)
+    ]
+    assert staged[-2].stride() == live[-2].stride()
+    assert staged[-1].is_contiguous()
+
+
+def test_an_update_within_a_cuda_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(StateError, match="CUDA graph"):
+        Offload([torch.ones(3)]).run(lambda: None)
