@@ -105,6 +105,9 @@ class Fused:
         offsets: the place of each tensor's first element in the whole tensor that the random bits
             count through; None: 0.
 
+    Attributes:
+        tensors: whose memory a call uses, for :meth:`ema.torch_backend.lane.Lane.hold`.
+
     Raises:
         ValueError: the sequences do not match.
         TypeError: there is no kernel for these dtypes.
@@ -120,7 +123,6 @@ class Fused:
     ) -> None:
         self._compensated = remainders is not None
         self._stochastic = streams is not None
-        self._kept = [*averages, *params, *(remainders or ())]
         rows: dict[torch.dtype, list[tuple[int, ...]]] = {}
         for index, (average, live) in enumerate(zip(averages, params, strict=True)):
             remainder = average if remainders is None else remainders[index]
@@ -139,6 +141,8 @@ class Fused:
         self._launches = [
             launch for dtype, table in rows.items() for launch in self._prepare(dtype, table)
         ]
+        self.tensors = [*averages, *params, *(remainders or ())]
+        self.tensors += [tensor for launch in self._launches for tensor in launch[:2]]
 
     def _prepare(self, params: torch.dtype, rows: list[tuple[int, ...]]) -> Iterator[_Launch]:
         table = torch.tensor(rows, dtype=torch.int64)
