@@ -19,7 +19,7 @@ __all__ = ["Attachment"]
 
 
 class Attachment:
-    """``train``, ``evaluate``, ``predict`` and ``log`` of one Trainer, wrapped until it is undone.
+    """Methods of one Trainer, wrapped until it is undone.
 
     The wrappers are attributes of the instance and pass on whatever they are called with, so any
     subclass keeps its own methods, and calls that the Trainer makes of itself go through them.
@@ -41,6 +41,7 @@ class Attachment:
         self._before: dict[str, Any] = {}
         self._wrap("train", self._train)
         self._wrap("log", self._log)
+        self._wrap("get_batch_samples", self._batches)
         if callback.eval_with_ema:
             self._wrap("evaluate", self._with_average)
             self._wrap("predict", self._with_average)
@@ -92,6 +93,18 @@ class Attachment:
         if self.trains and "loss" in logs:
             logs = {**logs, **self._callback.log_values()}
         return original(logs, *args, **kwargs)
+
+    def _batches(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """No more of them when all steps are done.
+
+        The Trainer compares ``max_steps`` after a step only, so a run that is resumed from the
+        checkpoint of its last step would take one more, unless that step ends an epoch.
+        """
+        trainer = self._trainer
+        if self.trains and trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+            return [], None
+        return original(*args, **kwargs)
 
     def _with_average(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._callback.has_average:  # before training there is nothing but the live weights

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from ema.checkpoint import open_state
 from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, StateError
 from ema.info import describe_ema
 from ema.precision import OnNonfinite
@@ -30,6 +31,7 @@ from ema.torch_backend.trainer.run_folder import (
     discard,
     file_name,
     is_there,
+    list_files,
     model_folder,
 )
 from ema.torch_backend.trainer.skipped import SkippedSteps
@@ -141,6 +143,7 @@ class EMACallback(TrainerCallback):
         self._skipped = SkippedSteps()
         self._evaluation = EvaluationSwap()
         self._attachment: Attachment | None = None
+        self._notes: Mapping[str, str] = {}  # of the file that training went on from
         self._batch_size: int | None = None  # of the training that has begun and not ended
         self._missing_is_error = on_missing_average == "error"
         self.eval_with_ema = eval_with_ema
@@ -233,7 +236,8 @@ class EMACallback(TrainerCallback):
 
         Until :meth:`detach`, for any subclass of ``Trainer``:
 
-        - resuming finds the average in whatever folder ``train(resume_from_checkpoint=…)`` names;
+        - resuming finds the average in whatever folder ``train(resume_from_checkpoint=…)`` names,
+          and takes no further step where that is a checkpoint of the last one;
         - with ``eval_with_ema``, ``evaluate()`` and ``predict()`` see the averaged weights also
           outside of training, and the live ones are back whatever they raise;
         - the logs of training hold ``ema_decay``, ``ema_updates`` and ``ema_distance``, the
@@ -290,6 +294,7 @@ class EMACallback(TrainerCallback):
         claim(state, file_name(self.name), evaluates=self.eval_with_ema)
         self._evaluation.end()
         self._skipped.forget()
+        self._notes = {}
         smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
         self._batch_size = state.train_batch_size
         go_on = self._run.begin(
@@ -312,6 +317,14 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Train with the live weights."""
         self._evaluation.end()
+        if state.global_step >= state.max_steps:  # the Trainer looks at that after a step only
+            warnings.warn(
+                f"training goes on from step {state.global_step}, and max_steps={state.max_steps}:"
+                " the Trainer takes one step more, which the average follows; attach(trainer)"
+                " ends training instead",
+                EMAWarning,
+                stacklevel=2,
+            )
 
     def on_pre_optimizer_step(
         self,
@@ -358,7 +371,9 @@ class EMACallback(TrainerCallback):
         """Put the average into the checkpoint, as its last file."""
         self._evaluation.end()
         if args.should_save:  # every process holds the same average, one writes it
-            self.ema_model.save(checkpoint_folder(args, state) / file_name(self.name))
+            folder = checkpoint_folder(args, state)
+            notes = {**self._notes, **list_files(folder)}
+            self.ema_model.save(folder / file_name(self.name), metadata=notes)
 
     def on_train_end(
         self,
@@ -429,6 +444,7 @@ class EMACallback(TrainerCallback):
         file = folder / file_name(self.name)
         if is_there(file):
             self.ema_model.load(file)
+            self._notes = open_state(file).record.extra
         else:
             self._miss(f"there is no average in {folder} ({file.name}): {otherwise}")
 

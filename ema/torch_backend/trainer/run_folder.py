@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ema.checkpoint import read_state
 from ema.checkpoint.places import index_of
+from ema.checkpoint.record import Record
 from ema.errors import CheckpointError
 
 __all__ = [
@@ -19,8 +20,12 @@ __all__ = [
     "file_name",
     "is_there",
     "last_complete_checkpoint",
+    "list_files",
     "model_folder",
 ]
+
+
+_FILES = "trainer_files"  # in the metadata of the average
 
 
 def file_name(name: str | None) -> str:
@@ -80,13 +85,27 @@ def discard(file: Path) -> None:
     file.unlink(missing_ok=True)
 
 
-def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Path | None:
-    """The latest checkpoint of a run that was saved to its end, for ``resume_from_checkpoint``.
+def list_files(folder: Path) -> dict[str, str]:
+    """Metadata for the average of a checkpoint: the files that the Trainer has put there.
 
-    The Trainer's own saves are not atomic: a process that is killed leaves a folder with some of
-    its files. The average is written last, and whole or not at all, so a checkpoint that holds
-    a good one is complete. (With ``save_total_limit=1`` the Trainer removes the last complete one
-    before the next is complete: keep two.)
+    Without averages and hidden files, which a save that comes after this one may replace.
+    """
+    names = sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and not file.name.startswith((".", "ema"))
+    )
+    return {_FILES: json.dumps(names)}
+
+
+def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Path | None:
+    """The latest checkpoint of a run that holds all its files, for ``resume_from_checkpoint``.
+
+    The Trainer neither saves nor removes a checkpoint in one step: a process that is killed leaves
+    a folder with some of its files. The average is written last, and whole or not at all, and
+    lists the others, so a checkpoint with a good one and all that it lists is complete. (With
+    ``save_total_limit=1`` the Trainer removes the last complete one before the next is complete:
+    keep two, and with ``load_best_model_at_end`` three.)
 
     Args:
         folder: ``output_dir`` of the run.
@@ -104,11 +123,24 @@ def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Pat
         if not (path / TRAINER_STATE_NAME).exists():
             continue
         try:
-            read_state(path / file_name(name))
+            record = read_state(path / file_name(name)).record
         except CheckpointError:
             continue
-        return path
+        if _holds_all(path, record):
+            return path
     return None
+
+
+def _holds_all(folder: Path, record: Record) -> bool:
+    """Whether the files are there that were when the average was written.
+
+    Resuming does without some of them, for instance the optimizer's, and says nothing.
+    """
+    try:
+        names = json.loads(record.extra.get(_FILES, "[]"))
+        return all((folder / name).is_file() for name in names)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _output_folder(args: TrainingArguments) -> Path:

@@ -3,6 +3,7 @@
 Everything is imported once, here; each run is a fork of this process, which never computes itself.
 """
 
+import gc
 import json
 import os
 import random
@@ -18,45 +19,54 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from ema import EMACallback
 from ema.torch_backend.trainer import last_complete_checkpoint
 
+STEPS = 10
 
-def train(config, folder):
+
+def train(config, folder, *, attached=True, **options):
     """Go on from the last complete checkpoint to the end, and write down where that is."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**config))
     rows = torch.randint(0, 32, (24, 8), generator=torch.Generator().manual_seed(0))
     callback = EMACallback(0.6, update_every=2)
+    defaults = {"max_steps": STEPS, "save_total_limit": 2}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             str(folder),
-            max_steps=10,
             per_device_train_batch_size=2,
             learning_rate=1e-2,
             save_strategy="steps",
             save_steps=1,
-            save_total_limit=2,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            **{**defaults, **options},
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         callbacks=[callback],
     )
+    if attached:
+        callback.attach(trainer)
     last = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    result = {"weights": model.state_dict(), "average": callback.get_ema_state()}
+    result = {
+        "weights": model.state_dict(),
+        "average": callback.get_ema_state(),
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "steps": trainer.state.global_step,
+    }
     torch.save(result, folder / "result.pt")
 
 
-def start(config, folder):
-    """A process that trains."""
+def start(run, *args, **options):
+    """A process that calls ``run``."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            train(config, folder)
+            run(*args, **options)
             code = 0
         finally:
             os._exit(code)
@@ -68,40 +78,59 @@ def end(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def equal(ours, theirs):
+def prepare():
+    """The Trainer collects garbage; what is here now is none, in any fork."""
+    gc.collect()
+    gc.freeze()
+
+
+def differences(ours, theirs, path="result"):
+    """What is not the same, bit for bit, and by how much."""
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        return [
+            text for key in ours for text in differences(ours[key], theirs[key], f"{path}.{key}")
+        ]
     if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(equal(ours[k], theirs[k]) for k in ours)
-    return ours == theirs
+        far = (ours.double() - theirs.double()).abs().max().item()
+        return [] if torch.equal(ours, theirs) else [f"{path}: by {far:.2g}"]
+    return [] if ours == theirs else [f"{path}: {ours} and {theirs}"]
+
+
+def name_of(checkpoint):
+    """For the report."""
+    return None if checkpoint is None else checkpoint.name
 
 
 def main(config, home, moments, seed):
+    prepare()
     chance = random.Random(seed)
     whole = home / "whole"
-    assert end(start(config, whole)) == 0  # the first one warms up
+    assert end(start(train, config, whole)) == 0  # the first one warms up
     shutil.rmtree(whole)
     begun = time.monotonic()
-    assert end(start(config, whole)) == 0
+    assert end(start(train, config, whole)) == 0
     took = time.monotonic() - begun
     expected = torch.load(whole / "result.pt")
     report = {"killed": 0, "torn": 0, "different": [], "failed": []}
     attempts = 0
     while report["killed"] < moments and attempts < 3 * moments:
         attempts += 1
+        attached = attempts % 2 == 0
         folder = home / f"run{attempts}"
-        pid = start(config, folder)
+        pid = start(train, config, folder, attached=attached)
         time.sleep(chance.uniform(0.05, 1.0) * took)
         os.kill(pid, signal.SIGKILL)
-        if end(pid) == 0:
-            continue  # it had finished
+        code = end(pid)
+        last = name_of(last_complete_checkpoint(folder))
+        if code == 0 or (last == f"checkpoint-{STEPS}" and not attached):
+            continue  # it had finished, or all but: alone, the Trainer would take another step
         report["killed"] += 1
         found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-        report["torn"] += bool(found) and found[-1] != last_complete_checkpoint(folder)
-        if code := end(start(config, folder)):
-            report["failed"].append(code)
-        elif not equal(torch.load(folder / "result.pt"), expected):
-            report["different"].append(attempts)
+        report["torn"] += bool(found) and found[-1].name != last
+        if code := end(start(train, config, folder, attached=attached)):
+            report["failed"].append((attempts, last, code))
+        elif different := differences(torch.load(folder / "result.pt"), expected):
+            report["different"].append((attempts, last, different))
         shutil.rmtree(folder)
     print(json.dumps(report))
 

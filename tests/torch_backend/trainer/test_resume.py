@@ -1,5 +1,6 @@
 """Each checkpoint holds the average; resuming finds it and goes on as if nothing had happened."""
 
+import json
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from ema import (
     InverseGammaWarmup,
     StateError,
 )
+from ema.checkpoint import read_state
 from ema.torch_backend import EMAModel
 from ema.torch_backend.trainer import last_complete_checkpoint
 
@@ -108,6 +110,42 @@ def test_resumed_equals_uninterrupted_however_it_trains(
     )
     assert callback in trainer.callback_handler.callbacks
     assert_same_run(callback, whole)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"save_strategy": "epoch"},
+        {"ignore_data_skip": True},
+        {"steps": 12},  # the end of an epoch
+        {"lr_scheduler_type": "constant"},
+    ],
+    ids=str,
+)
+def test_no_step_more_where_all_were_made(gpt2, new_gpt2, train, assert_same_run, folder, training):
+    """Attached: a run that was interrupted between its last save and its end has the same end."""
+    whole = EMACallback(0.6)
+    train(gpt2, [whole], **{**SAVING, **training})
+    again = EMACallback(0.6)
+    trainer = train(new_gpt2(seed=1), [again], attach=again, resume=True, **{**SAVING, **training})
+    assert trainer.state.global_step == whole.ema_model.step
+    assert_same_run(again, whole)
+    trainer.train()  # from the start, with all its steps
+    assert trainer.state.global_step == again.ema_model.step == whole.ema_model.step
+
+
+def test_a_step_more_than_all_is_announced(gpt2, new_gpt2, train):
+    """Alone, the callback cannot keep the Trainer from it: the average follows the weights."""
+    whole = EMACallback(0.6)
+    train(gpt2, [whole], **SAVING)
+    again = EMACallback(0.6)
+    message = r"from step 8, and max_steps=8: .* one step more, .*; attach\(trainer\) ends training"
+    with pytest.warns(EMAWarning, match=message):
+        train(new_gpt2(seed=1), [again], resume=True, **SAVING)
+    assert again.ema_model.step == 9
+    train(new_gpt2(), [EMACallback(0.6)], resume=True, **{**SAVING, "steps": 12})  # of three left
 
 
 def test_the_same_callback_resumes(interrupted, new_gpt2, train, assert_same, folder):
@@ -284,3 +322,29 @@ def test_the_last_complete_checkpoint(gpt2, train, folder):
     shutil.copy(folder / "checkpoint-3" / "ema.safetensors", alone)
     (folder / "checkpoint-best").mkdir()
     assert last_complete_checkpoint(folder) == folder / "checkpoint-3"
+
+
+def test_a_checkpoint_that_is_half_removed_is_not_complete(gpt2, train, folder):
+    """Whatever went first; resuming would do without the optimizer and say nothing."""
+    train(gpt2, [EMACallback(0.5, name="fast"), EMACallback(0.6)], **SAVING)
+    last = folder / "checkpoint-8"
+    files = [file for file in last.iterdir() if file.name != "ema-fast.safetensors"]
+    assert len(files) >= 8
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        assert last_complete_checkpoint(folder) == folder / "checkpoint-6", file.name
+        file.write_bytes(content)
+    assert last_complete_checkpoint(folder) == last
+
+
+def test_notes_in_the_file_outlive_a_resumed_run(interrupted, new_gpt2, train, folder):
+    """What another tool has written into the average of a checkpoint stands in the later ones."""
+    interrupted()
+    average = EMAModel(new_gpt2(), 0.6)
+    average.load(folder / "checkpoint-3")
+    average.save(folder / "checkpoint-3", metadata={"author": "somebody"})
+    train(new_gpt2(seed=1), [EMACallback(0.6)], resume=True, **SAVING)
+    notes = read_state(folder / "checkpoint-8").record.extra
+    assert notes["author"] == "somebody"
+    assert "model.safetensors" in json.loads(notes["trainer_files"])
