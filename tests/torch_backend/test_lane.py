@@ -92,7 +92,7 @@ class Event:
 @pytest.fixture
 def gpu(monkeypatch):
     simulation = Simulation()
-    monkeypatch.setattr(lane_module, "_lanes", weakref.WeakSet())
+    monkeypatch.setattr(lane_module, "_lanes", type(lane_module._lanes)())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: simulation.current[device])
     monkeypatch.setattr(torch.cuda, "Stream", simulation.stream)
     monkeypatch.setattr(torch.cuda, "stream", simulation.on)
@@ -203,6 +203,18 @@ def test_a_reader_does_not_pass_for_a_writer(gpu, latest_first):
         run.lane.wait()
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=4)[0]
+
+
+def test_an_update_that_is_not_overlapped_comes_after_one_that_is(gpu, latest_first):
+    """Two in a row, without a writer in between."""
+    run, order = Run(gpu), []
+    optimizer = Optimizer(lambda: None)
+    for number in range(4):
+        if number < 3:
+            optimizer.step()
+        run.lane.run(lambda number=number: gpu.launch(lambda: order.append(number)))
+    gpu.drain(latest_first=latest_first)
+    assert order == [0, 1, 2, 3]
 
 
 def test_a_user_on_a_side_stream_is_followed(gpu, latest_first):
