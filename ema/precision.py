@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 from ema import validate
-from ema.errors import ArgumentError, ArgumentTypeError, EMAWarning
+from ema.errors import ArgumentError, EMAWarning
 from ema.schedules import Schedule
 
 __all__ = ["OnNonfinite", "Precision"]
@@ -39,8 +39,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         for name in ("compensated", "stochastic_rounding"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentTypeError(f"`{name}` must be a bool, got {getattr(self, name)!r}")
+            validate.boolean(name, getattr(self, name))
         if validate.integer("seed", self.seed, minimum=0) >= 1 << 64:
             raise ArgumentError(f"`seed` must be below 2**64, got {self.seed}")
         if self.on_nonfinite not in get_args(OnNonfinite):

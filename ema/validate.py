@@ -10,7 +10,14 @@ import numbers
 
 from ema.errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["fraction", "integer", "non_negative", "positive", "real"]
+__all__ = ["boolean", "fraction", "integer", "non_negative", "positive", "real"]
+
+
+def boolean(name: str, value: object) -> bool:
+    """True or False; a number is neither."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"`{name}` must be True or False, got {value!r}")
+    return value
 
 
 def real(name: str, value: object) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ema.errors import ModelError, difference
 from ema.rounding import stream_of
-from ema.torch_backend.guard import Guard
+from ema.torch_backend.guard import Flag, Guard
+from ema.torch_backend.lane import Lane
 from ema.torch_backend.memory import allocate, is_dense
+from ema.torch_backend.offload import Offload
 from ema.torch_backend.selection import Selection, select
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.sharding import place_of
@@ -33,6 +36,7 @@ class _Bound:
         sweep: an update.
         guard: a look for what is not finite.
         watch: whether the tensors are still these.
+        beside: where an update runs that the loop does not wait for.
     """
 
     slots: dict[str, tuple[Tensor, ...]]
@@ -40,6 +44,7 @@ class _Bound:
     sweep: Sweep
     guard: Guard
     watch: Watch
+    beside: Lane | Offload | None
 
 
 class Average:
@@ -56,6 +61,7 @@ class Average:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._number = len(settings.schedules)
         self._slots = (2 if settings.precision.compensated else 1) * self._number
+        self._guards = settings.precision.on_nonfinite == "skip"
         self._model = model
         self._settings = settings
         self._bound: _Bound | None = None
@@ -69,6 +75,7 @@ class Average:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: values of their own, no views and nothing prepared."""
+        self.wait()
         values = self._copied
         if self._bound is not None:
             values = [
@@ -84,10 +91,12 @@ class Average:
 
     def start(self) -> None:
         """Start, or start again, as a copy of the live tensors."""
+        self.wait()
         self._bind(select(self._model, self._settings.rules), {})
 
     def forget(self) -> None:
         """Hold nothing: the averages equal the live tensors again."""
+        self.wait()
         self._bound = self._copied = None
 
     def follow(self, *, join: bool = False) -> tuple[dict[str, tuple[Tensor, ...]], Selection]:
@@ -115,6 +124,11 @@ class Average:
             self._bind(found, self._bound.slots)
         return self._bound.slots, self._bound.selection
 
+    def wait(self) -> None:
+        """Before the averages are read or written: until an update beside the loop is done."""
+        if self._bound is not None and self._bound.beside is not None:
+            self._bound.beside.wait()
+
     def held(self) -> dict[str, tuple[Tensor, ...]]:
         """The averages without a look at the model."""
         return {} if self._bound is None else self._bound.slots
@@ -128,10 +142,34 @@ class Average:
         """Names of the averaged tensors that hold NaN or Inf now; after ``follow(join=True)``."""
         return [] if self._bound is None else self._bound.guard.nonfinite()
 
-    def update(self, weights: Sequence[float], count: int) -> None:
-        """Make update number ``count`` with these weights; after ``follow(join=True)``."""
-        if self._bound is not None:
-            self._bound.sweep(weights, count)
+    @property
+    def guarded_on_device(self) -> bool:
+        """Whether an update finds out by itself, and on the device, if it may be made."""
+        return self._bound is not None and self._guards and self._bound.sweep.on_device
+
+    def before_write(self) -> None:
+        """Before somebody other than an optimizer writes live weights."""
+        if self._bound is not None and isinstance(self._bound.beside, Lane):
+            self._bound.beside.before_write()
+
+    def update(self, weights: Sequence[float], count: int) -> Flag | None:
+        """Make update number ``count`` with these weights; after ``follow(join=True)``.
+
+        Returns:
+            With :attr:`guarded_on_device` whether it was made, which the host asks later.
+        """
+        bound = self._bound
+        if bound is None:
+            return None
+        flags: list[Flag] = []
+        work = partial(bound.sweep, weights, count)
+        if self.guarded_on_device:
+            work = partial(_guarded, bound, weights, count, flags)
+        if bound.beside is None:
+            work()
+        else:
+            bound.beside.run(work)
+        return flags[0] if flags else None
 
     def assign(self, values: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over these values, which fit the model; nothing else is averaged from now on.
@@ -152,6 +190,7 @@ class Average:
 
     def _bind(self, found: Selection, old: Mapping[str, tuple[Tensor, ...]]) -> _Bound:
         """Average what was found, going on from the ``old`` averages; what has none starts live."""
+        self.wait()
         live = found.averaged
         mismatched = [
             f"`{name}` has shape {tuple(live[name].shape)}, its average {tuple(first.shape)}"
@@ -183,10 +222,20 @@ class Average:
             for name in live
         }
         entries = [self._entry(name, slots[name], tensor) for name, tensor in live.items()]
+        offload = None
         with torch.inference_mode(mode=False):  # its buffers are used in any mode
-            sweep = Sweep(entries, self._number)
+            if any(_is_offloaded(entry) for entry in entries):
+                offload = Offload([entry.live for entry in entries])
+                pairs = zip(entries, offload.staged, strict=True)
+                entries = [entry._replace(live=staged) for entry, staged in pairs]
+            sweep = Sweep(entries, self._number, guarded=self._guards)
         watch = Watch(found, self._settings.rules)
-        self._bound = _Bound(slots, found, sweep, Guard(live), watch)
+        beside: Lane | Offload | None = offload
+        if offload is None and self._settings.overlap:
+            beside = Lane(tensor.device for tensor in live.values())
+            used = [tensor for several in slots.values() for tensor in several]
+            beside.hold([*used, *live.values(), *sweep.tensors])
+        self._bound = _Bound(slots, found, sweep, Guard(live), watch, beside)
         self._copied = None
         return self._bound
 
@@ -218,6 +267,18 @@ def _only(names: Container[str], found: Selection) -> Selection:
         others={**found.others, **later},
         waiting=[*found.waiting, *later.values()],
     )
+
+
+def _guarded(bound: _Bound, weights: Sequence[float], count: int, flags: list[Flag]) -> None:
+    """An update that the device makes or not."""
+    finite = bound.guard.all_finite()
+    bound.sweep(weights, count, finite)
+    flags.append(Flag(finite))
+
+
+def _is_offloaded(entry: Entry) -> bool:
+    """Whether the average is on the host and the params are not."""
+    return entry.slots[0].device.type == "cpu" != entry.live.device.type
 
 
 def _suits(average: Tensor, tensor: Tensor, kind: tuple[torch.device, torch.dtype]) -> bool:

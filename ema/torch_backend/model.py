@@ -22,6 +22,7 @@ from ema.torch_backend import files
 from ema.torch_backend.average import Average
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.fit import targets
+from ema.torch_backend.guard import Flag
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
@@ -81,6 +82,9 @@ class EMAModel(Generic[ModelT]):
         on_nonfinite: of an update whose live weights hold NaN or Inf: ``"propagate"`` makes it,
             ``"skip"`` changes nothing but :attr:`step` and :attr:`skipped`, ``"raise"`` raises
             before anything has changed. The latter two read the weights once more.
+        overlap: on a GPU, whether an update runs beside the next forward and backward pass, on a
+            stream of its own. PyTorch's optimizers wait for it; whoever writes weights by other
+            means calls :meth:`before_write` first.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -117,6 +121,7 @@ class EMAModel(Generic[ModelT]):
         stochastic_rounding: bool = True,
         seed: int = 0,
         on_nonfinite: OnNonfinite = "propagate",
+        overlap: bool = False,
     ) -> None:
         settings = Settings.of(
             decay=decay,
@@ -131,18 +136,20 @@ class EMAModel(Generic[ModelT]):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             on_nonfinite=on_nonfinite,
+            overlap=overlap,
         )
         self._model = model
         self._settings = settings
         self._average = Average(model, settings)
         self._swap: Swap | None = None
+        self._pending: Flag | None = None  # whether the last update was made, not yet asked
         self._file_metadata: dict[str, str] = {}
         self.reset()
 
     def __repr__(self) -> str:
         return (
             f"EMAModel({type(unwrap(self._model)).__name__}, {self._shown()},"
-            f" step={self._step}, count={self._count})"
+            f" step={self.step}, count={self.count})"
         )
 
     @property
@@ -171,7 +178,7 @@ class EMAModel(Generic[ModelT]):
         Raises:
             StateError: there are several averages.
         """
-        weight = self.schedule.weight(float(max(self._count, 1)), self._settings.update_every)
+        weight = self.schedule.weight(float(max(self.count, 1)), self._settings.update_every)
         return 1.0 - float(weight)
 
     @property
@@ -182,11 +189,13 @@ class EMAModel(Generic[ModelT]):
     @property
     def count(self) -> int:
         """Updates that were made by them."""
+        self._settle()
         return self._count
 
     @property
     def skipped(self) -> int:
         """Updates that were due and not made, since the live weights were not finite."""
+        self._settle()
         return self._skipped
 
     def reset(self) -> None:
@@ -201,6 +210,7 @@ class EMAModel(Generic[ModelT]):
         else:
             self._average.start()
         self._step = self._count = self._skipped = 0
+        self._pending = None
 
     def update(self) -> None:
         """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
@@ -223,6 +233,7 @@ class EMAModel(Generic[ModelT]):
         if since <= 0 or since % every:
             self._step = step
             return
+        self._settle()
         if self._is_refused():
             self._step, self._skipped = step, self._skipped + 1
             return
@@ -230,7 +241,11 @@ class EMAModel(Generic[ModelT]):
         weights = [schedule.weight(float(self._count + 1), every) for schedule in schedules]
         # counted first: Ctrl-C that arrives during the update is raised right after it
         self._step, self._count = step, self._count + 1
-        self._average.update(weights, self._count)
+        self._pending = self._average.update(weights, self._count)
+
+    def before_write(self) -> None:
+        """With ``overlap``, before anything but a PyTorch optimizer writes live weights."""
+        self._average.before_write()
 
     def averaged_parameters(self, name: str | None = None) -> dict[str, Tensor]:
         """Canonical name to average: views, valid until the next update or swap.
@@ -520,9 +535,11 @@ class EMAModel(Generic[ModelT]):
         self._average.assign(values)
         self._step, self._count = loaded.step, loaded.count
         self._skipped = loaded.skipped or 0
+        self._pending = None
 
     def _progress(self) -> dict[str, Any]:
         """How far the averages are, and the seed that their next rounding depends on."""
+        self._settle()
         progress: dict[str, Any] = {"step": self._step, "count": self._count}
         if self._settings.precision.on_nonfinite == "skip":
             progress["skipped"] = self._skipped
@@ -533,11 +550,13 @@ class EMAModel(Generic[ModelT]):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
+        self._settle()
         return {**self.__dict__, "_swap": None}
 
     def _look(self, name: str | None = None) -> tuple[dict[str, Tensor], Selection]:
         """The averages of a name, wherever they are, and the tensors of the live model."""
         index = self._settings.index(name)
+        self._average.wait()
         swap = self._swap
         if swap is None or not swap.active or not self._average.started:
             several, found = self._average.follow()
@@ -552,10 +571,18 @@ class EMAModel(Generic[ModelT]):
             return f"{self.schedule}"
         return f"{self._settings.schedules}"
 
+    def _settle(self) -> None:
+        """Ask whether the last update was made, where only the device knew; it was counted."""
+        if self._pending is not None and not self._pending:
+            self._count, self._skipped = self._count - 1, self._skipped + 1
+        self._pending = None
+
     def _is_refused(self) -> bool:
         """Whether the update that is due is to be skipped."""
         on_nonfinite = self._settings.precision.on_nonfinite
-        names = [] if on_nonfinite == "propagate" else self._average.nonfinite()
+        if on_nonfinite == "propagate" or self._average.guarded_on_device:
+            return False
+        names = self._average.nonfinite()
         if names and on_nonfinite == "raise":
             raise ModelError(f"live weights must be finite to be averaged, got {listing(names)}")
         return bool(names)

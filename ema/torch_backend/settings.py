@@ -33,6 +33,7 @@ class Settings:
     device: torch.device | None
     rules: Rules
     precision: Precision
+    overlap: bool
 
     @classmethod
     def of(
@@ -50,6 +51,7 @@ class Settings:
         stochastic_rounding: Any,
         seed: Any,
         on_nonfinite: Any,
+        overlap: object,
     ) -> Settings:
         """Check the arguments of the constructor."""
         schedules = _schedules(decay)
@@ -69,6 +71,7 @@ class Settings:
             device=_device(device),
             rules=Rules.of(include, exclude, buffers),
             precision=precision,
+            overlap=validate.boolean("overlap", overlap),
         )
 
     @property

@@ -1,6 +1,5 @@
 """The GPU's kernels, in Triton's interpreter on the CPU: what they compute, not how fast."""
 
-import importlib
 import math
 import os
 import signal
@@ -15,40 +14,13 @@ from ema import rounding
 from ema.torch_backend import kernels
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 SIZES = [1, 0, 3, 2047, 2048, 2049, 5000, 0, 64, 7]
 COUNTS = [1, 2, 1000, 2**31 - 1, 2**31, 2**32 + 5]
 WEIGHTS = [1e-7, 0.001, 0.3, math.nextafter(0.5, 0), 0.5, 0.75, 0.999, 1.0]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, 3.3e38, -3.3e38, 65504.0]
-
-
-def fused(_, x, y, z):
-    """A multiply-add that rounds once; the interpreter's own rounds twice.
-
-    The product is exact in float64. The sum is rounded to odd there, so that rounding it again, to
-    float32, is as good as rounding the exact one (Boldo and Melquiond 2008).
-    """
-    from triton.runtime.interpreter import TensorHandle
-
-    product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
-    even = total.view(np.int64) % 2 == 0
-    total = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
-    return TensorHandle(total.astype(np.float32), z.dtype.scalar)
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    """Import the kernels so that they run here; nothing else is interpreted."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    importlib.import_module("ema.torch_backend.device_code")
-    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
-    monkeypatch.setattr(builder, "create_fma", fused)
-    with np.errstate(all="ignore"):  # Inf − Inf is among what is tested
-        yield
 
 
 def numbers(sizes, dtype=torch.float32, special=False, shift=0):

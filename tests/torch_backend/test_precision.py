@@ -295,8 +295,8 @@ def test_a_state_without_remainders_is_gone_on_from_and_one_with_them_warns_wher
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compensated": 1}, "`compensated` must be a bool, got 1"),
-        ({"stochastic_rounding": None}, "`stochastic_rounding` must be a bool, got None"),
+        ({"compensated": 1}, "`compensated` must be True or False, got 1"),
+        ({"stochastic_rounding": None}, "`stochastic_rounding` must be True or False, got None"),
         ({"seed": -1}, "`seed` must be at least 0, got -1"),
         ({"seed": 2**64}, "`seed` must be below 2\\*\\*64"),
         ({"on_nonfinite": "ignore"}, "must be 'propagate', 'skip' or 'raise', got 'ignore'"),

@@ -60,7 +60,7 @@ class EMACallback(TrainerCallback):
         decay: the decay of one update in [0, 1], or a schedule.
         update_after_step: through this step the average equals the live weights.
         update_every: optimizer steps from one update to the next.
-        dtype: see :class:`EMAModel`, as for all down to ``on_nonfinite``.
+        dtype: see :class:`EMAModel`, as for all down to ``overlap``.
         device: where the averages are kept.
         include: patterns of the parameters that are averaged.
         exclude: patterns of those that are not.
@@ -69,6 +69,7 @@ class EMACallback(TrainerCallback):
         stochastic_rounding: of bfloat16 averages.
         seed: of that rounding.
         on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"``, where live weights hold NaN or Inf.
+        overlap: on a GPU, whether updates run beside the training step.
         eval_with_ema: whether evaluations see the averaged weights. Training goes on with the
             live ones, and checkpoints hold those. With ``load_best_model_at_end`` the average at
             the end is the one that gave the best metric.
@@ -104,6 +105,7 @@ class EMACallback(TrainerCallback):
         stochastic_rounding: bool = True,
         seed: int = 0,
         on_nonfinite: OnNonfinite = "propagate",
+        overlap: bool = False,
         eval_with_ema: bool = False,
         save_ema_model: bool = False,
         on_missing_average: str = "warn",
@@ -139,6 +141,7 @@ class EMACallback(TrainerCallback):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             on_nonfinite=on_nonfinite,
+            overlap=overlap,
         )
         self._skipped = SkippedSteps()
         self._evaluation = EvaluationSwap()

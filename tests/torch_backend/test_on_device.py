@@ -1,0 +1,133 @@
+"""What runs on a GPU or beside the loop, driven through ``EMAModel``, on the CPU.
+
+Kernels run in Triton's interpreter, averages of "another device" are brought up to date by the real
+thread. The bits, the counts and the states are those of the plain update.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import ema
+from ema import EMAModel
+from ema.torch_backend import average, guard, kernels
+
+
+def make(dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = [(3, 5), (70, 30), (), (0,), (130, 40), (7,)]
+    parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    parameters.append(nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)))
+    return nn.ParameterList(parameters)
+
+
+def train(models, averages, step):
+    """The same step of several models, and an update of each average."""
+    for model in models:
+        generator = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            for p in model:
+                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=0.1)
+                if step == 5 and p.shape == (7,):
+                    p[2] = math.nan
+                if step == 6 and p.shape == (7,):
+                    p[2] = 0.5
+    for one in averages:
+        one.update()
+
+
+def same(ours, theirs) -> bool:
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs) or bool((ours.isnan() == theirs.isnan()).all())
+    return ours == theirs
+
+
+OPTIONS = [
+    {},
+    {"compensated": True},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "on_nonfinite": "skip"},
+    {"on_nonfinite": "skip", "decay": ema.DebiasedDecay(decay=0.9)},
+    {"decay": {"short": 0.5, "long": 0.99}, "on_nonfinite": "skip", "update_every": 2},
+]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_kernels_give_the_bits_of_the_plain_update(options, live, monkeypatch):
+    """Also the counts of skipped updates, which the host learns of later."""
+    first, second = make(live), make(live)
+    plain = EMAModel(first, **{"decay": 0.9, **options})
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    launched = []
+    call = kernels.Fused.__call__
+    monkeypatch.setattr(
+        kernels.Fused, "__call__", lambda *args: (launched.append(args), call(*args))[1]
+    )
+    fused = EMAModel(second, **{"decay": 0.9, **options})
+    for step in range(1, 9):
+        train((first, second), (plain, fused), step)
+    assert same(plain.state_dict(), fused.state_dict())
+    assert (plain.count, plain.skipped) == (fused.count, fused.skipped)
+    if options.get("on_nonfinite") == "skip":
+        assert plain.skipped == (0 if "update_every" in options else 1)
+    assert bool(launched) == (options != {} or live != torch.float32)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_average_on_the_host_is_brought_up_to_date_behind_the_step(options, monkeypatch):
+    first, second = make(), make()
+    plain = EMAModel(first, **{"decay": 0.9, **options})
+    monkeypatch.setattr(average, "_is_offloaded", lambda entry: True)
+    behind = EMAModel(second, **{"decay": 0.9, **options})
+    assert behind._average._bound.beside is not None
+    name = next(iter(behind.schedules))
+    for step in range(1, 60):
+        train((first, second), (plain, behind), step)
+        if step % 20 == 0:
+            assert same(plain.state_dict(), behind.state_dict())
+            with plain.use_ema(name=name), behind.use_ema(name=name):
+                assert same(dict(first.named_parameters()), dict(second.named_parameters()))
+            second, behind = copy.deepcopy((second, behind))
+    assert same(plain.state_dict(), behind.state_dict())
+
+
+def test_what_fails_behind_the_step_is_raised_at_the_next_use(monkeypatch):
+    monkeypatch.setattr(average, "_is_offloaded", lambda entry: True)
+    model = make()
+    behind = EMAModel(model, 0.9)
+
+    def fail(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(type(behind._average._bound.sweep), "__call__", fail)
+    behind.update()
+    with pytest.raises(MemoryError, match="no memory"):
+        behind.averaged_parameters()
+
+
+def test_overlap_changes_nothing_where_there_is_no_gpu():
+    first, second = make(), make()
+    plain, beside = EMAModel(first, 0.9), EMAModel(second, 0.9, overlap=True)
+    for step in range(1, 5):
+        beside.before_write()
+        train((first, second), (plain, beside), step)
+    assert same(plain.state_dict(), beside.state_dict())
+
+
+def test_a_flag_is_asked_once(monkeypatch):
+    """An update that only the device knows to be made is counted when somebody asks."""
+    asked = []
+    monkeypatch.setattr(guard.Flag, "__bool__", lambda self: asked.append(self) or False)
+    model = make()
+    one = EMAModel(model, 0.9, on_nonfinite="skip")
+    one._pending = guard.Flag(torch.tensor(False))
+    one._step = one._count = 1
+    assert (one.count, one.skipped, one.count, one.step) == (0, 1, 0, 1)
+    assert len(asked) == 1
