@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,10 @@ import optax
 
 from ema.errors import ArgumentError, ModelError, difference, listing
 from ema.jax_backend.placement import check_placement
-from ema.jax_backend.selection import named_leaves
+from ema.jax_backend.selection import named_leaves, plain
 from ema.jax_backend.transform import ParamsEMAState
 
-__all__ = ["choose_states", "get_params_ema", "plain"]
+__all__ = ["choose_states", "get_params_ema"]
 
 
 def get_params_ema(
@@ -115,12 +114,6 @@ def choose_states(
 
 def _names(names: Sequence[str | None]) -> str:
     return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
-
-
-def plain(tree: Any) -> Any:
-    """The tree with arrays in place of nnx Variables."""
-    nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
-    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def _is_masked(node: Any) -> bool:

@@ -27,8 +27,8 @@ from ema.checkpoint import (
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import ArgumentError, CheckpointError, difference, listing
-from ema.jax_backend.access import choose_states, plain
-from ema.jax_backend.selection import is_hole, named_leaves
+from ema.jax_backend.access import choose_states
+from ema.jax_backend.selection import is_hole, named_leaves, plain
 from ema.jax_backend.transform import ParamsEMAState
 from ema.schedules import Schedule, as_schedule
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from ema.errors import ArgumentError, ModelError, difference
-from ema.jax_backend.access import plain
+from ema.jax_backend.selection import plain
 from ema.jax_backend.transform import ParamsEMAState
 
 __all__ = ["adapt_opt_state"]

@@ -7,6 +7,7 @@ bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -20,10 +21,13 @@ from ema.errors import ArgumentError, ModelError, difference
 __all__ = [
     "accumulator_of",
     "initial_average",
+    "initial_remainder",
     "is_hole",
     "is_inexact",
     "named_leaves",
     "new_params",
+    "plain",
+    "require_alike",
     "require_match",
     "widen",
 ]
@@ -49,6 +53,12 @@ def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
     return names, [leaf for _, leaf in paths], structure
 
 
+def plain(tree: Any) -> Any:
+    """The tree with arrays in place of nnx Variables."""
+    nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
+    return tree if nnx is None else nnx.as_pure(tree)
+
+
 def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
     """The dtype in which a leaf is averaged: the chosen one, or float32 and wider.
 
@@ -64,7 +74,9 @@ def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
             f"`accumulator_dtype` must be a dtype that JAX keeps, got {chosen}:"
             ' call jax.config.update("jax_enable_x64", True) first'
         )
-    return np.promote_types(chosen, np.complex64) if np.dtype(dtype).kind == "c" else chosen
+    if np.dtype(dtype).kind == "c":  # there is no complex dtype narrower than complex64
+        return np.promote_types(chosen if chosen.itemsize > 4 else np.float32, np.complex64)
+    return chosen
 
 
 def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
@@ -99,6 +111,43 @@ def _initial_leaf(leaf: Any, chosen: np.dtype[Any] | None) -> Any:
         )
     # copy=True: astype and asarray alias, and a step that donates both trees then fails.
     return jnp.array(leaf, dtype=dtype, copy=True)
+
+
+def initial_remainder(average: Any) -> Any:
+    """Zeros beside an average, also beside an abstract one."""
+
+    def zeros(leaf: Any) -> Any:
+        if is_hole(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        # through the leaf, so that a compiler that places what it likes places both alike
+        return jnp.where(jnp.zeros_like(leaf, bool), leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(zeros, average, is_leaf=is_hole)
+
+
+def require_alike(average: Any, remainder: Any) -> None:
+    """Refuse a remainder that is not one of this average.
+
+    Raises:
+        ModelError: it has other leaves, or one of another shape or dtype.
+    """
+    ours, averages, structure = named_leaves(average)
+    theirs, remainders, other = named_leaves(remainder)
+    wrong = [
+        f"`{name}` has a remainder of {_describe(c)}, its average is {_describe(a)}"
+        for name, a, c in zip(ours, averages, remainders, strict=False)
+        if _describe(a) != _describe(c)
+    ]
+    if structure != other or wrong:
+        missing, unexpected = set(ours) - set(theirs), set(theirs) - set(ours)
+        raise ModelError(
+            "the remainder is not that of the average: "
+            + (difference(sorted(missing), sorted(unexpected), wrong) or "other containers")
+        )
+
+
+def _describe(leaf: Any) -> str:
+    return "nothing" if is_hole(leaf) else f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
 def require_match(average: Any, params: Any, chosen: np.dtype[Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""What ``params_ema`` is told: decay, steps, dtype and names, checked once."""
+"""What ``params_ema`` is told: decay, steps, dtype, precision and names, checked once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import numpy as np
 
 from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError
+from ema.precision import OnNonfinite, Precision
 from ema.schedules import FLOAT_MATH, Namespace, Scalar, Schedule, as_schedule
 
-__all__ = ["accumulator", "named_schedules", "steps"]
+__all__ = ["NARROW", "accumulator", "named_schedules", "precision_of", "steps"]
+
+NARROW: np.dtype[Any] = jnp.dtype(jnp.bfloat16)
+"""The one dtype of an average that is too coarse for plain arithmetic."""
 
 
 @final
@@ -93,7 +97,7 @@ def accumulator(dtype: Any) -> np.dtype[Any] | None:
     """The dtype asked for; ``None`` leaves it to each parameter.
 
     Raises:
-        ArgumentError: it is neither float32 nor float64.
+        ArgumentError: it is neither float32 nor float64 nor bfloat16.
         ArgumentTypeError: it is no dtype.
     """
     if dtype is None:
@@ -107,12 +111,56 @@ def accumulator(dtype: Any) -> np.dtype[Any] | None:
         chosen: np.dtype[Any] = jnp.dtype(dtype)
     except TypeError:
         raise ArgumentTypeError(f"`accumulator_dtype` must be a dtype, got {dtype!r}") from None
-    if chosen not in (np.float32, np.float64):
+    if chosen not in (np.float32, np.float64, NARROW):
+        reason = ""
+        if chosen == np.float16:
+            reason = ": its range ends at 65504, and weights overflow; bfloat16 is as small"
         raise ArgumentError(
-            f"`accumulator_dtype` must be float32 or float64, got {chosen}: a narrower average"
-            " rounds the small corrections away (a bfloat16 average at decay 0.999 does not move)"
+            f"`accumulator_dtype` must be float32, float64 or bfloat16, got {chosen}{reason}"
         )
     return chosen
+
+
+def precision_of(
+    chosen: np.dtype[Any] | None,
+    schedules: Mapping[str | None, Schedule],
+    *,
+    compensated: bool,
+    stochastic_rounding: bool,
+    seed: Any,
+    on_nonfinite: OnNonfinite,
+) -> Precision:
+    """The options on precision, for averages of the dtype ``chosen``.
+
+    Raises:
+        ArgumentError: one is out of its range, or they exclude each other.
+        ArgumentTypeError: one has the wrong type.
+
+    Warns:
+        EMAWarning: the average will not move.
+    """
+    narrow = chosen == NARROW
+    if isinstance(seed, jax.Array | np.ndarray):
+        _require_scalar("seed", seed)
+        if not isinstance(seed, jax.core.Tracer):
+            seed = seed.item()
+        elif not narrow:
+            seed = 0  # nothing asks for it, and optax.inject_hyperparams traces defaults too
+        else:
+            raise ArgumentTypeError(
+                "`seed` must be an integer, got a traced array: optax.inject_hyperparams traces it"
+                ' unless told static_args=("accumulator_dtype", "seed")'
+            )
+    precision = Precision(
+        compensated=compensated,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+        on_nonfinite=on_nonfinite,
+    )
+    if narrow:
+        known = [s for s in schedules.values() if not isinstance(s, _TracedDecay)]
+        precision.check_narrow("accumulator_dtype", known)
+    return precision
 
 
 def _require_name(argument: str, name: object) -> None:

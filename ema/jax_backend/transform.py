@@ -13,19 +13,32 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ema.errors import ArgumentError
+from ema.jax_backend.guard import raise_where_not_finite
+from ema.jax_backend.rounding import key_of
 from ema.jax_backend.selection import (
     initial_average,
+    initial_remainder,
     is_hole,
     named_leaves,
     new_params,
+    plain,
+    require_alike,
     require_match,
-    widen,
 )
-from ema.jax_backend.settings import accumulator, named_schedules, steps
-from ema.jax_backend.update import lerp, update_weight
+from ema.jax_backend.settings import (
+    NARROW,
+    accumulator,
+    named_schedules,
+    precision_of,
+    steps,
+)
+from ema.jax_backend.sweep import Kept, keep, real_dtype, sweep
+from ema.jax_backend.update import update_weight
+from ema.precision import OnNonfinite, Precision
+from ema.rounding import stream_of
 from ema.schedules import Schedule
 
-__all__ = ["ParamsEMAState", "params_ema"]
+__all__ = ["ParamsEMAState", "params_ema", "transform_of"]
 
 Label = dict[str, tuple[()]] | tuple[()]
 
@@ -36,23 +49,35 @@ class ParamsEMAState(NamedTuple):
     Attributes:
         step: calls so far; int32 scalar, stays at its largest value.
         count: updates of the average made so far; int32 scalar, likewise.
-        params_ema: the average, in the structure of the params; float32 or wider, with
+        params_ema: the average, in the structure of the params; float32 or wider (or bfloat16), with
             ``optax.MaskedNode()`` where a leaf is not averaged. Of several averages a dict, by name.
         name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none, more keys for several
             averages: a tree without leaves, so that names are static under ``jit`` and survive
             serialization.
+        remainder: what ``compensated`` averages have beyond ``params_ema``, in its structure and
+            dtypes; ``()`` without it.
+        skipped: with ``on_nonfinite="skip"``, updates that were due and not made; int32 scalar,
+            stays at its largest value. ``()`` otherwise.
     """
 
     step: jax.Array
     count: jax.Array  # type: ignore[assignment]  # optax's name for it, and tuple's for a method
     params_ema: optax.Params
     name: Label = ()
+    remainder: Any = ()
+    skipped: Any = ()
 
     def averages(self) -> dict[str | None, Any]:
         """Each average by its name; ``None`` is the name of one without."""
         if len(self.name) > 1:
             return dict(self.params_ema)
         return {next(iter(self.name), None): self.params_ema}
+
+    def remainders(self) -> dict[str | None, Any]:
+        """The remainder of each average by its name; ``()`` where there is none."""
+        if len(self.name) > 1 and isinstance(self.remainder, Mapping):
+            return dict(self.remainder)
+        return dict.fromkeys(self.name or (None,), self.remainder)
 
 
 Decay = float | Schedule | jax.Array
@@ -65,6 +90,10 @@ def params_ema(
     update_every: int | jax.Array = 1,
     accumulator_dtype: DTypeLike | None = None,
     name: str | None = None,
+    compensated: bool = False,
+    stochastic_rounding: bool = True,
+    seed: int = 0,
+    on_nonfinite: OnNonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     """Keep an exponential moving average of the parameters in the optimizer's state.
 
@@ -85,21 +114,40 @@ def params_ema(
             from there. The first update of a plain decay mixes in the initial parameters unless
             this is at least 1.
         update_every: steps from one update to the next; between them nothing is computed.
-        accumulator_dtype: dtype of the average, float32 or float64; by default that of the
-            parameter, at least float32. Complex parameters take the complex one of that width.
+        accumulator_dtype: dtype of the average, float32, float64 or bfloat16; by default that of
+            the parameter, at least float32. Complex parameters take the complex one of that width,
+            at least complex64.
         name: tells several averages in one optimizer state apart, see
             :func:`~ema.jax_backend.get_params_ema`.
+        compensated: keep what each update rounds away in a remainder beside the average, of its
+            dtype (:func:`ema.jax_backend.update.lerp_compensated`): it then moves at any decay.
+        stochastic_rounding: round a bfloat16 average up or down by chance, so that small updates
+            add up (:func:`ema.jax_backend.update.lerp_narrow`). The chance of an element depends on
+            ``seed``, the number of the update, the name of the leaf and the element's place in it,
+            not on the devices.
+        seed: of that, in [0, 2**64).
+        on_nonfinite: what becomes of an update that is due while an averaged parameter holds NaN or
+            Inf. ``"propagate"``: it is made. ``"skip"``: averages and ``count`` stay, ``skipped``
+            of the state counts it; the decision is made on the device. ``"raise"``: the call
+            raises, for loops that call ``update`` eagerly; under ``jit`` or in ``lax.scan``, where
+            nothing can be raised, it is refused.
 
     Returns:
         A transformation with :class:`ParamsEMAState`: one more array of the shape of each
-        floating-point parameter. ``update`` needs the params.
+        floating-point parameter, two if compensated. ``update`` needs the params.
 
     Raises:
         ArgumentError: an argument is out of its range, ``decay`` is an array narrower than float32,
-            or ``update`` got no params.
+            or ``update`` got no params, or another kind of state than it makes, or is traced and
+            would have to raise.
         ArgumentTypeError: an argument has the wrong type.
         ModelError: from ``init``, when no leaf can be averaged; from ``update``, when the params
             are not those of the state.
+        StateError: from ``update``, where a parameter holds NaN or Inf and ``on_nonfinite`` is
+            ``"raise"``, or a bfloat16 average is updated inside ``jax.shard_map``.
+
+    Warns:
+        EMAWarning: a bfloat16 average is rounded to nearest and will not move.
 
     Source: Polyak and Juditsky 1992; Ruppert 1988.
 
@@ -126,12 +174,36 @@ def params_ema(
     after = steps("update_after_step", update_after_step, minimum=0)
     every = steps("update_every", update_every, minimum=1)
     chosen = accumulator(accumulator_dtype)
+    precision = precision_of(
+        chosen,
+        schedules,
+        compensated=compensated,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+        on_nonfinite=on_nonfinite,
+    )
+    return transform_of(schedules, after, every, chosen, precision)
+
+
+def transform_of(
+    schedules: Mapping[str | None, Schedule],
+    after: int | jax.Array,
+    every: int | jax.Array,
+    chosen: np.dtype[Any] | None,
+    precision: Precision,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`params_ema` of arguments that were checked."""
 
     def init_fn(params: optax.Params) -> ParamsEMAState:
-        return _state(
-            jnp.zeros([], jnp.int32),
-            jnp.zeros([], jnp.int32),
-            {label: initial_average(params, chosen) for label in schedules},
+        trees = {label: initial_average(params, chosen) for label in schedules}
+        remainders = {label: initial_remainder(tree) for label, tree in trees.items()}
+        return ParamsEMAState(
+            step=jnp.zeros([], jnp.int32),
+            count=jnp.zeros([], jnp.int32),
+            params_ema=_joined(trees),
+            name=dict.fromkeys((label for label in schedules if label is not None), ()) or (),
+            remainder=_joined(remainders) if precision.compensated else (),
+            skipped=jnp.zeros([], jnp.int32) if precision.on_nonfinite == "skip" else (),
         )
 
     def update_fn(
@@ -141,93 +213,141 @@ def params_ema(
             raise ArgumentError(
                 "`params` must be given to average them: tx.update(updates, opt_state, params)"
             )
-        trees = state.averages()
-        if trees.keys() != schedules.keys():
-            raise ArgumentError(
-                f"`opt_state` must hold the averages {_names(schedules)}, got {_names(trees)}"
-            )
+        trees, remainders = _trees(state, schedules, precision)
         for tree in trees.values():
             require_match(tree, params, chosen)
 
         step = optax.safe_increment(state.step)
         elapsed = step - after
         due = (elapsed > 0) & (elapsed % every == 0)
-        count = jnp.where(due, optax.safe_increment(state.count), state.count)
+        number = jnp.where(due, optax.safe_increment(state.count), state.count)
 
-        leaves = {label: named_leaves(tree)[1] for label, tree in trees.items()}
         first = next(iter(trees))
-        _, _, structure = named_leaves(trees[first])
-        kept = [not is_hole(leaf) for leaf in leaves[first]]
-        olds = [[a for a in leaves[label] if not is_hole(a)] for label in schedules]
+        names, leaves, structure = named_leaves(trees[first])
+        present = [not is_hole(leaf) for leaf in leaves]
         news = [
             new_params(leaf, update)
-            for leaf, update, keep in zip(
-                structure.flatten_up_to(params), structure.flatten_up_to(updates), kept, strict=True
+            for leaf, update, here in zip(
+                structure.flatten_up_to(params),
+                structure.flatten_up_to(updates),
+                present,
+                strict=True,
             )
-            if keep
+            if here
         ]
+        averages = [_present(tree) for tree in trees.values()]
+        kept = Kept(
+            averages,
+            [_present(r) for r in remainders.values()]
+            if precision.compensated
+            else [[None] * len(news)] * len(averages),
+        )
+        if precision.on_nonfinite == "raise":
+            raise_where_not_finite(
+                due, [n for n, here in zip(names, present, strict=True) if here], news
+            )
 
         def weight(schedule: Schedule, dtype: str) -> jax.Array:
             # Before the first update the count is 0, where schedules divide by it.
-            scheduled = update_weight(schedule, jnp.maximum(count, 1), every, dtype)
+            scheduled = update_weight(schedule, jnp.maximum(number, 1), every, dtype)
             if isinstance(after, int) and after == 0:  # a plain decay stays a constant for XLA
                 return scheduled
             return jnp.where(elapsed > 0, scheduled, jnp.ones([], dtype))
 
-        dtypes = sorted({_real(old) for old in olds[0]})
+        dtypes = sorted({real_dtype(average) for average in averages[0]})
         weights = [{d: weight(schedule, d) for d in dtypes} for schedule in schedules.values()]
+        keys = _keys(precision, trees[first], number)
+        anyway = elapsed <= 0 if precision.on_nonfinite == "skip" else None
         if isinstance(every, int) and every == 1:
-            olds = _average(olds, news, weights)
+            kept, made = sweep(kept, news, weights, keys, anyway)
         else:
             # The new params are operands, and not params and updates: no temporary for the sum.
-            olds = lax.cond(due | (elapsed <= 0), _average, _keep, olds, news, weights)
-
-        for label, averages in zip(schedules, olds, strict=True):
-            rest = iter(averages)
-            trees[label] = structure.unflatten(
-                [next(rest) if keep else a for a, keep in zip(leaves[label], kept, strict=True)]
+            kept, made = lax.cond(
+                due | (elapsed <= 0), sweep, keep, kept, news, weights, keys, anyway
             )
-        return updates, _state(step, count, trees)
+
+        def joined(lists: list[list[Any]]) -> Any:
+            return _joined(
+                {
+                    label: _with_present(tree, values)
+                    for (label, tree), values in zip(trees.items(), lists, strict=True)
+                }
+            )
+
+        before = state
+        state = state._replace(step=step, count=number, params_ema=joined(kept.averages))
+        if precision.compensated:
+            state = state._replace(remainder=joined(kept.remainders))
+        if made is not None:
+            state = state._replace(
+                count=jnp.where(made, number, before.count),
+                skipped=jnp.where(made, state.skipped, optax.safe_increment(state.skipped)),
+            )
+        return updates, state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
 
 
-def _state(step: jax.Array, count: jax.Array, trees: dict[str | None, Any]) -> ParamsEMAState:
-    names = [name for name in trees if name is not None]
-    return ParamsEMAState(
-        step=step,
-        count=count,
-        params_ema=dict(trees) if len(trees) > 1 else next(iter(trees.values())),
-        name=dict.fromkeys(names, ()) or (),
-    )
+def _trees(
+    state: ParamsEMAState, schedules: Mapping[str | None, Schedule], precision: Precision
+) -> tuple[dict[str | None, Any], dict[str | None, Any]]:
+    """Averages and remainders of a state.
+
+    Raises:
+        ArgumentError: it has other ones than these options keep.
+    """
+    trees, remainders = state.averages(), state.remainders()
+    if trees.keys() != schedules.keys():
+        raise ArgumentError(
+            f"`opt_state` must hold the averages {_names(schedules)}, got {_names(trees)}"
+        )
+    for option, field, asked in (
+        ("compensated", "remainder", precision.compensated),
+        ("on_nonfinite", "skipped", precision.on_nonfinite == "skip"),
+    ):
+        # a tree without leaves is no remainder of anything
+        found = not _is_empty(getattr(state, field))
+        if asked != found and (field == "skipped" or jax.tree.leaves(trees)):
+            raise ArgumentError(
+                f"`opt_state` must {'' if asked else 'not '}hold `{field}`, for `{option}` is"
+                f" {getattr(precision, option)!r}: adapt_opt_state(opt_state, tx, params) makes a"
+                " state for other options"
+            )
+    if precision.compensated:
+        for label, tree in trees.items():
+            require_alike(tree, remainders[label])
+    return trees, remainders
+
+
+def _is_empty(node: Any) -> bool:
+    return isinstance(node, tuple) and not node
+
+
+def _keys(precision: Precision, average: Any, number: jax.Array) -> list[jax.Array | None]:
+    """For each leaf that is averaged what decides its rounding; None where nothing has to."""
+    names, leaves, _ = named_leaves(plain(average))
+    return [
+        key_of(stream_of(name, precision.seed), number)
+        if precision.stochastic_rounding and jnp.result_type(leaf) == NARROW
+        else None
+        for name, leaf in zip(names, leaves, strict=True)
+        if not is_hole(leaf)
+    ]
+
+
+def _present(tree: Any) -> list[Any]:
+    return [leaf for leaf in named_leaves(tree)[1] if not is_hole(leaf)]
+
+
+def _with_present(tree: Any, values: list[Any]) -> Any:
+    _, leaves, structure = named_leaves(tree)
+    rest = iter(values)
+    return structure.unflatten([leaf if is_hole(leaf) else next(rest) for leaf in leaves])
+
+
+def _joined(trees: dict[str | None, Any]) -> Any:
+    return dict(trees) if len(trees) > 1 else next(iter(trees.values()))
 
 
 def _names(names: Iterable[str | None]) -> str:
     return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
-
-
-# Functions of the module, so that an eager `lax.cond` finds its compiled branches again.
-def _average(
-    averages: list[list[Any]], params: list[Any], weights: list[dict[str, jax.Array]]
-) -> list[list[Any]]:
-    # averages of one leaf have one dtype: what is read and widened is shared by all of them
-    wide = [
-        widen(leaf, jnp.result_type(average))
-        for average, leaf in zip(averages[0], params, strict=True)
-    ]
-    return [
-        [lerp(a, leaf, weight[_real(a)]) for a, leaf in zip(average, wide, strict=True)]
-        for average, weight in zip(averages, weights, strict=True)
-    ]
-
-
-def _keep(
-    averages: list[list[Any]], params: list[Any], weights: list[dict[str, jax.Array]]
-) -> list[list[Any]]:
-    del params, weights
-    return averages
-
-
-def _real(average: Any) -> str:
-    """Name of the dtype of the weight for an average: its own, or that of its real part."""
-    return str(np.zeros((), jnp.result_type(average)).real.dtype)

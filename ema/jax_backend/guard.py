@@ -1,0 +1,90 @@
+"""What becomes of an update whose parameters hold NaN or Inf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ema.errors import ArgumentError, StateError, listing
+from ema.jax_backend.manual import split_axes
+
+__all__ = ["all_finite", "raise_where_not_finite"]
+
+
+def all_finite(leaves: Sequence[jax.Array], stored: Sequence[bool]) -> jax.Array:
+    """Whether no leaf holds NaN or Inf.
+
+    A sum is finite only if all of it is, and costs next to nothing; where it is not, which a large
+    sum of finite numbers may be too, each number is looked at.
+
+    Args:
+        leaves: floating-point arrays.
+        stored: whether each is in memory as it is. Of others, which are widened on the way, XLA
+            would write out a copy to sum it.
+
+    Returns:
+        A bool scalar, the same on all devices.
+    """
+    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
+    sums = [
+        (leaf, s and not jnp.iscomplexobj(leaf)) for leaf, s in zip(leaves, stored, strict=True)
+    ]
+    whole = [leaf for leaf, summed in sums if summed]
+    one_by_one = [jnp.all(jnp.isfinite(leaf)) for leaf, summed in sums if not summed]
+    likely = [jnp.isfinite(jnp.sum(leaf)) for leaf in whole]
+    finite = _all(one_by_one)
+    return finite & lax.cond(_all(likely), _yes, _look, whole) if whole else finite
+
+
+def _yes(leaves: list[jax.Array]) -> jax.Array:
+    del leaves
+    return jnp.array(True)
+
+
+def _look(leaves: list[jax.Array]) -> jax.Array:
+    return _all([_largest(leaf) < jnp.array(jnp.inf, leaf.dtype) for leaf in leaves])
+
+
+def _largest(leaf: jax.Array) -> jax.Array:
+    # one operation on the leaf as it lies there: isfinite would be written out
+    zero = np.zeros((), leaf.dtype)
+    largest: jax.Array = lax.reduce(
+        leaf, zero, lambda a, b: lax.max(lax.abs(a), lax.abs(b)), tuple(range(leaf.ndim))
+    )
+    return largest
+
+
+def _all(flags: Sequence[jax.Array]) -> jax.Array:
+    result = jnp.array(True)
+    for flag in flags:
+        result &= flag
+    if axes := split_axes(result):
+        bad = lax.psum((~result).astype(jnp.int32), tuple(sorted(axes)))  # type: ignore[no-untyped-call]
+        result = bad == 0
+    return result
+
+
+def raise_where_not_finite(
+    due: jax.Array, names: Sequence[str], leaves: Sequence[jax.Array]
+) -> None:
+    """Refuse an update that is due where a parameter is not finite.
+
+    Raises:
+        ArgumentError: the values are not known, since this is being traced.
+        StateError: names the parameters that hold NaN or Inf.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in (due, *leaves)):
+        raise ArgumentError(
+            "`on_nonfinite` must not be 'raise' where the update is traced (jax.jit, lax.scan,"
+            " lax.cond): a compiled step cannot raise. Take 'skip' there, and look at `skipped` of"
+            " the state between steps"
+        )
+    if not due:
+        return
+    bad = [n for n, x in zip(names, leaves, strict=True) if not jnp.all(jnp.isfinite(x))]
+    if bad:
+        raise StateError(f"these parameters hold NaN or Inf, nothing was averaged: {listing(bad)}")
