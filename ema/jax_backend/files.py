@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from ema.checkpoint import (
 )
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
-from ema.errors import ArgumentError, CheckpointError, difference, listing
+from ema.errors import ArgumentError, CheckpointError, EMAWarning, difference, listing
 from ema.jax_backend.access import choose_states
 from ema.jax_backend.selection import is_hole, named_leaves, plain
 from ema.jax_backend.transform import ParamsEMAState
@@ -44,6 +45,9 @@ DTYPES = {
 }
 """What an average can be."""
 
+REMAINDER = "remainder"
+"""The part of a compensated average that is beside it, in the file and before the names there."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST = np.iinfo(np.int32).max  # where the counters of a state stay
 
@@ -56,13 +60,15 @@ def save_params_ema(
     decay: float | Schedule | None = None,
     update_after_step: int | None = None,
     update_every: int | None = None,
+    seed: int | None = None,
     metadata: Mapping[str, str] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write an average as ``ema.safetensors``, in one step: killed, the old file is still there.
 
-    The tensors are called as the leaves of the params, with dots (``layers.0.kernel``).
-    :meth:`ema.EMAModel.load` reads the same file.
+    The tensors are called as the leaves of the params, with dots (``layers.0.kernel``), those of the
+    remainder of a compensated average ``remainder/layers.0.kernel``. :meth:`ema.EMAModel.load` reads
+    the same file.
 
     Args:
         path: a file that ends in ``.safetensors``, or a folder, which is made.
@@ -71,6 +77,7 @@ def save_params_ema(
         decay: what ``params_ema`` was given, for the file to tell; the state does not know it.
         update_after_step: likewise.
         update_every: likewise.
+        seed: likewise.
         metadata: notes of your own, strings by string.
         max_shard_size: bytes in one file; a larger state is split.
 
@@ -91,24 +98,42 @@ def save_params_ema(
         {'w': Array([1., 1.], dtype=float32)}
     """
     states, label = choose_states(opt_state, name)
-    leaves, holes = _leaves(states, label)
-    steps, counts = ({int(plain(s)[i]) for s in states} for i in (0, 1))
-    if len(steps) > 1 or len(counts) > 1:
+    leaves, holes = _leaves([state.averages()[label] for state in states])
+    remainders, _ = _leaves([state.remainders()[label] for state in states])
+    numbers = {
+        (int(s.step), int(s.count), None if _is_absent(s.skipped) else int(s.skipped))
+        for s in map(plain, states)
+    }
+    if len(numbers) > 1:
+        steps, counts, skips = (sorted({str(n[i]) for n in numbers}) for i in range(3))
         raise ArgumentError(
             f"`opt_state` holds {len(states)} groups of one average at different steps:"
-            f" {sorted(steps)}, {sorted(counts)} updates"
+            f" [{', '.join(steps)}], [{', '.join(counts)}] updates, [{', '.join(skips)}] skipped"
         )
+    step, count, skipped = numbers.pop()
     with errors_of(path, "written"):
+        sources = {key: source_of(key, leaf) for key, leaf in leaves.items()}
+        parts = {}
+        for key, leaf in remainders.items():
+            if (stored_as := f"{REMAINDER}/{key}") in leaves:
+                raise CheckpointError(
+                    f"`{stored_as}` is what the remainder of `{key}` is called in the file: give the"
+                    " parameter another name"
+                )
+            sources[stored_as] = source_of(stored_as, leaf)
+            parts[stored_as] = ("", REMAINDER, key)
         record = Record(
-            step=steps.pop(),
-            count=counts.pop(),
+            step=step,
+            count=count,
             schedule=None if decay is None else as_schedule(decay),
             update_after_step=_optional("update_after_step", update_after_step, 0),
             update_every=_optional("update_every", update_every, 1),
             not_averaged=tuple(holes),
+            skipped=skipped,
+            seed=_optional("seed", seed, 0),
+            parts=parts,
             extra=metadata or {},
         )
-        sources = {key: source_of(key, leaf) for key, leaf in leaves.items()}
     return write_state(path, record, sources, max_shard_size=max_shard_size)
 
 
@@ -123,7 +148,8 @@ def load_params_ema(
     """The optimizer's state with step, count and average of a file, from JAX or from PyTorch.
 
     Everything else of it stays. The average has the structure, dtypes and sharding that it has in
-    ``opt_state``; the schedule is that of ``params_ema``.
+    ``opt_state``; the schedule is that of ``params_ema``. A compensated average without a remainder
+    in the file begins with one of 0.
 
     Args:
         path: the file, or the folder with ``ema.safetensors`` in it.
@@ -142,45 +168,94 @@ def load_params_ema(
             one name, or has a name the file lacks.
         CheckpointError: the file cannot be read, is damaged, of a newer version, or of other
             params: all that is missing, unexpected or of another shape is listed.
+
+    Warns:
+        EMAWarning: the file has a remainder, and the average in ``opt_state`` is not compensated.
     """
     states, label = choose_states(opt_state, name)
-    leaves, _ = _leaves(states, label)
+    leaves, _ = _leaves([state.averages()[label] for state in states])
+    kept, _ = _leaves([state.remainders()[label] for state in states])
     stored = read_state(path)
-    names = renamed([*stored.tensors, *stored.record.not_averaged], rename)
-    tensors = {new: stored.tensors[old] for new, old in names.items() if old in stored.tensors}
     with errors_of(stored.place, "read"):
-        _check(stored, tensors, leaves, transform)
+        found, lost = _split(stored)
+    names = renamed([*found, *stored.record.not_averaged], rename)
+    tensors = {new: found[old] for new, old in names.items() if old in found}
+    remainders = {new: lost[old] for new, old in names.items() if old in lost}
+    with errors_of(stored.place, "read"):
+        _check(tensors, remainders, leaves, transform)
+    if dropped := [key for key in remainders if key not in kept]:
+        warnings.warn(
+            f"{stored.place}: the file has the remainder of a compensated average, which this one"
+            f" is not: that of {listing(dropped)} is lost",
+            EMAWarning,
+            stacklevel=2,
+        )
+
+    def fill(tree: Any, tensors: Mapping[str, StoredTensor]) -> Any:
+        keys, _, _ = named_leaves(plain(tree))
+        structure: Any
+        olds, structure = jax.tree.flatten(tree, is_leaf=is_hole)
+        return structure.unflatten(
+            [
+                old if is_hole(old) else _read(old, key, tensors.get(key), transform)
+                for key, old in zip(keys, olds, strict=True)
+            ]
+        )
 
     def replace(node: Any) -> Any:
         if not isinstance(node, ParamsEMAState) or label not in node.averages():
             return node
-        average = node.averages()[label]
-        keys, _, _ = named_leaves(plain(average))
-        structure: Any
-        olds, structure = jax.tree.flatten(average, is_leaf=is_hole)
-        average = structure.unflatten(
-            [
-                old if is_hole(old) else _read(old, key, tensors[key], transform)
-                for key, old in zip(keys, olds, strict=True)
-            ]
-        )
+        average = fill(node.averages()[label], tensors)
+        remainder = fill(node.remainders()[label], remainders)
         if len(node.name) > 1:
             average = {**node.params_ema, label: average}
+            remainder = {**node.remainder, label: remainder} if node.remainder else ()
+        skipped = node.skipped
         return node._replace(
             step=_counter(node.step, stored.record.step),
             count=_counter(node.count, stored.record.count),
             params_ema=average,
+            remainder=remainder,
+            skipped=() if _is_absent(skipped) else _counter(skipped, stored.record.skipped or 0),
         )
 
     return jax.tree.map(replace, opt_state, is_leaf=lambda node: isinstance(node, ParamsEMAState))
 
 
-def _leaves(states: list[ParamsEMAState], label: str | None) -> tuple[dict[str, Any], list[str]]:
+def _is_absent(field: Any) -> bool:
+    """Whether a state has nothing there, for its options do not ask for it."""
+    return isinstance(field, tuple)
+
+
+def _split(
+    stored: StoredState,
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The averages of a file by name, and their remainders."""
+    averages: dict[str, StoredTensor] = {}
+    remainders: dict[str, StoredTensor] = {}
+    for key, tensor in stored.tensors.items():
+        label, part, name = stored.record.parts.get(key, ("", "average", key))
+        if label:
+            raise CheckpointError(
+                "it holds more than one average, which load_params_ema does not read"
+            )
+        if part not in ("average", REMAINDER):
+            raise CheckpointError(f"`{key}` is the {part!r:.80} of `{name}`: update `ema`")
+        into = remainders if part == REMAINDER else averages
+        if name in into:
+            raise CheckpointError(f"`{key}` is the second {part} of `{name}`")
+        into[name] = tensor
+    if orphans := [name for name in remainders if name not in averages]:
+        raise CheckpointError(f"it has a remainder and no average of {listing(orphans)}")
+    return averages, remainders
+
+
+def _leaves(trees: list[Any]) -> tuple[dict[str, Any], list[str]]:
     """The averaged leaves of all groups by name, and the names of what none of them averages."""
     leaves: dict[str, Any] = {}
     holes: dict[str, None] = {}
-    for state in states:
-        names, values, _ = named_leaves(plain(state.averages()[label]))
+    for tree in trees:
+        names, values, _ = named_leaves(plain(tree))
         for key, value in zip(names, values, strict=True):
             if value is None:
                 continue
@@ -199,17 +274,16 @@ def _leaves(states: list[ParamsEMAState], label: str | None) -> tuple[dict[str, 
 
 
 def _check(
-    stored: StoredState,
     tensors: Mapping[str, StoredTensor],
+    remainders: Mapping[str, StoredTensor],
     leaves: Mapping[str, Any],
     transform: Transform,
 ) -> None:
-    if stored.record.parts:
-        raise CheckpointError("it holds more than one average, which load_params_ema does not read")
-    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+    both = [*tensors.items(), *remainders.items()]
+    if odd := [name for name, tensor in both if tensor.dtype not in DTYPES]:
         raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
     mismatched = []
-    for name, tensor in tensors.items():
+    for name, tensor in both:
         if name not in leaves:
             continue
         value = transformed(name, _array(tensor), transform)
@@ -231,11 +305,15 @@ def _array(tensor: StoredTensor) -> np.ndarray[Any, Any]:
     return np.frombuffer(tensor.bytes(), DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _read(old: Any, key: str, tensor: StoredTensor, transform: Transform) -> Any:
-    """A tensor of the file in the place of the leaf ``old``, in memory of its own."""
+def _read(old: Any, key: str, tensor: StoredTensor | None, transform: Transform) -> Any:
+    """A tensor of the file, or zeros, in the place of the leaf ``old``, in memory of its own."""
+    leaf = jax.tree.leaves(old)[0]  # the dtype of an nnx Variable is of what it holds
+    if tensor is None:
+        own = _aligned(leaf.shape, leaf.dtype)
+        own[...] = 0
+        return _like(old, own)
     value = transformed(key, _array(tensor), transform)
-    dtype = jax.tree.leaves(old)[0].dtype  # that of an nnx Variable is of what it holds
-    own = _aligned(value.shape, dtype)
+    own = _aligned(value.shape, leaf.dtype)
     np.copyto(own, value, casting="unsafe")
     return _like(old, own)
 

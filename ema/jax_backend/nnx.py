@@ -19,7 +19,9 @@ from ema.errors import ArgumentError, ModelError, StateError, difference
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
 from ema.jax_backend.selection import is_inexact
-from ema.jax_backend.transform import ParamsEMAState, params_ema
+from ema.jax_backend.settings import accumulator, named_schedules, precision_of, steps
+from ema.jax_backend.transform import ParamsEMAState, transform_of
+from ema.precision import OnNonfinite
 from ema.schedules import Schedule, as_schedule
 
 require("flax", "jax")
@@ -57,7 +59,13 @@ class EMA(nnx.Pytree):
             statistics of BatchNorm layers too.
         update_after_step: through this step the average equals the model; updates count from there.
         update_every: steps from one update to the next.
-        accumulator_dtype: float32 or float64; by default that of the Variable, at least float32.
+        accumulator_dtype: float32, float64 or bfloat16; by default that of the Variable, at least
+            float32.
+        compensated: keep what each update rounds away in a remainder beside the average.
+        stochastic_rounding: round a bfloat16 average up or down by chance.
+        seed: of that chance.
+        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"`` (eagerly alone), where a Variable
+            holds NaN or Inf; all of these as in :func:`~ema.jax_backend.params_ema`.
         graph: graph mode or tree mode, as everywhere in nnx.
 
     Attributes:
@@ -66,6 +74,7 @@ class EMA(nnx.Pytree):
             average is the rounded copy of it, two bytes an element more.
         step: calls of :meth:`update` so far.
         count: updates made by them.
+        skipped: with ``on_nonfinite="skip"``, updates that were due and not made; else None.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -101,6 +110,10 @@ class EMA(nnx.Pytree):
         update_after_step: int = 0,
         update_every: int = 1,
         accumulator_dtype: DTypeLike | None = None,
+        compensated: bool = False,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        on_nonfinite: OnNonfinite = "propagate",
         graph: bool | None = None,
     ) -> None:
         self.decay = as_schedule(decay)
@@ -109,6 +122,14 @@ class EMA(nnx.Pytree):
         self.update_after_step = update_after_step
         self.update_every = update_every
         self.accumulator_dtype = accumulator_dtype
+        self.precision = precision_of(
+            accumulator(accumulator_dtype),
+            {None: self.decay},
+            compensated=compensated,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
+        )
         live = self._select(model)
         if not live:
             raise ModelError(
@@ -128,6 +149,17 @@ class EMA(nnx.Pytree):
             shown[path] = type(variable)(average, **metadata)
         self.params = nnx.data(nnx.from_flat_state(shown))
         self.finer = nnx.data(nnx.from_flat_state(finer))
+        remainder = {}
+        if self.precision.compensated:
+            lost = dict(nnx.to_flat_state(state.remainder))
+            remainder = {
+                path: EMAVariable(lost[path], **variable.get_metadata())
+                for path, variable in nnx.to_flat_state(live)
+            }
+        self.remainder = nnx.data(nnx.from_flat_state(remainder))
+        self.skipped = nnx.data(
+            EMAVariable(state.skipped) if self.precision.on_nonfinite == "skip" else None
+        )
 
     def update(self, model: Any) -> None:
         """Count a step and, if one is due, make an update: call it after ``optimizer.update``.
@@ -140,15 +172,24 @@ class EMA(nnx.Pytree):
         """
         live = nnx.as_pure(self._select(model))
         before = ParamsEMAState(self.step[...], self.count[...], self.averaged_parameters())
+        if self.precision.compensated:
+            before = before._replace(remainder=nnx.as_pure(self.remainder))
+        if self.skipped is not None:
+            before = before._replace(skipped=self.skipped[...])
         unchanged = jax.tree.map(lambda _: None, live)
         _, after = self._transform().update(unchanged, before, live)
         self.step[...], self.count[...] = after.step, after.count
+        if self.skipped is not None:
+            self.skipped[...] = after.skipped
         finer = dict(nnx.to_flat_state(self.finer))
         shown = dict(nnx.to_flat_state(self.params))
+        remainder = dict(nnx.to_flat_state(self.remainder))
         for path, average in nnx.to_flat_state(after.params_ema):
             if path in finer:
                 finer[path][...] = average
             shown[path][...] = average.astype(shown[path].dtype)
+        for path, lost in nnx.to_flat_state(after.remainder) if remainder else ():
+            remainder[path][...] = lost
 
     def apply_to(self, model: M) -> M:
         """A model like this one with the averages in place of its Variables.
@@ -187,11 +228,12 @@ class EMA(nnx.Pytree):
         )
 
     def _transform(self) -> optax.GradientTransformation:
-        return params_ema(
-            self.decay,
-            update_after_step=self.update_after_step,
-            update_every=self.update_every,
-            accumulator_dtype=self.accumulator_dtype,
+        return transform_of(
+            named_schedules(self.decay, None),
+            steps("update_after_step", self.update_after_step, minimum=0),
+            steps("update_every", self.update_every, minimum=1),
+            accumulator(self.accumulator_dtype),
+            self.precision,
         )
 
     def _select(self, model: Any) -> Any:

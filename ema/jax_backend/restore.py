@@ -30,6 +30,7 @@ def adapt_opt_state(
     """The state of ``tx`` with all that it shares with ``opt_state`` taken from there.
 
     An average that ``opt_state`` lacks starts at ``params``, at step 0; one that ``tx`` lacks goes.
+    So do the remainder of a compensated average, which starts at 0, and the number of skipped ones.
     Momenta, counts and the averages that both have, known by their names, are the very arrays of
     ``opt_state``. Leaves are matched by their names, positions in chains aside, so that
     ``adamw(…)`` may have become ``chain(adamw(…), params_ema(…))``.
@@ -143,17 +144,38 @@ def _take_averages(fresh: list[ParamsEMAState], old: list[Any]) -> list[ParamsEM
             result.append(state)
             continue
         found = states.pop(next(i for i, s in enumerate(states) if tuple(s.name) == labels))
-        structure: Any
-        flat, structure = jax.tree_util.tree_flatten_with_path(state.params_ema)
-        theirs_flat, _ = jax.tree_util.tree_flatten_with_path(found.params_ema)
-        average = structure.unflatten(_take(flat, theirs_flat, positions=True))
-        result.append(state._replace(step=found.step, count=found.count, params_ema=average))
+        adapted = state._replace(
+            step=found.step,
+            count=found.count,
+            params_ema=_take_tree(state.params_ema, found.params_ema),
+        )
+        if _both_have("remainder", state, found):
+            adapted = adapted._replace(remainder=_take_tree(state.remainder, found.remainder))
+        if _both_have("skipped", state, found):
+            adapted = adapted._replace(skipped=found.skipped)
+        result.append(adapted)
     return result
+
+
+def _take_tree(fresh: Any, old: Any) -> Any:
+    structure: Any
+    flat, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    theirs, _ = jax.tree_util.tree_flatten_with_path(old)
+    return structure.unflatten(_take(flat, theirs, positions=True))
+
+
+def _both_have(field: str, *states: ParamsEMAState) -> bool:
+    return all(jax.tree.leaves(getattr(state, field)) for state in states)
 
 
 def _state(node: Mapping[str, Any]) -> ParamsEMAState:
     return ParamsEMAState(
-        node["step"], node["count"], node["params_ema"], dict(node.get("name") or {}) or ()
+        step=node["step"],
+        count=node["count"],
+        params_ema=node["params_ema"],
+        name=dict(node.get("name") or {}) or (),
+        remainder=node.get("remainder", ()),
+        skipped=node.get("skipped", ()),
     )
 
 
