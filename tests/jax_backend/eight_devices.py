@@ -41,12 +41,19 @@ def step_of(tx):
     return step
 
 
-def chain(every=1):
-    return optax.chain(optax.sgd(0.125), params_ema(DECAYS, update_every=every))
+OPTIONS = {
+    "plain": {},
+    "precise": {"compensated": True, "on_nonfinite": "skip"},
+    "narrow": {"accumulator_dtype": jnp.bfloat16, "on_nonfinite": "skip"},
+}
 
 
-def reference(every, steps=5):
-    params, tx = tree(), chain(every)
+def chain(every=1, **options):
+    return optax.chain(optax.sgd(0.125), params_ema(DECAYS, update_every=every, **options))
+
+
+def reference(every, steps=5, **options):
+    params, tx = tree(), chain(every, **options)
     state, step = tx.init(params), jax.jit(step_of(tx))
     for k in range(steps):
         params, state = step(params, state, jnp.float32(k))
@@ -56,16 +63,20 @@ def reference(every, steps=5):
 @pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("jit_init", [False, True])
-def test_the_average_lies_where_the_parameters_lie(axis, every, jit_init):
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_average_lies_where_the_parameters_lie(kind, axis, every, jit_init):
     """From init on, through donated steps, with the bits of one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
-    tx = chain(every)
+    tx = chain(every, **OPTIONS[kind])
     with jax.set_mesh(mesh):
         params = placed(mesh)
         state = (jax.jit(tx.init) if jit_init else tx.init)(params)
         step = jax.jit(step_of(tx), donate_argnums=(0, 1))
         for k in range(6):
-            for average in state[-1].averages().values():
+            trees = list(state[-1].averages().values())
+            if kind == "precise":
+                trees += state[-1].remainders().values()
+            for average in trees:
                 for name, spec in SPECS.items():
                     there = average[name].sharding
                     assert there.is_equivalent_to(
@@ -77,14 +88,95 @@ def test_the_average_lies_where_the_parameters_lie(axis, every, jit_init):
         assert all(
             read[n].sharding.is_equivalent_to(params[n].sharding, params[n].ndim) for n in SPECS
         )
-    expected_params, expected = reference(every)
-    for name in DECAYS:
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            get_params_ema(state, name=name),
-            get_params_ema(expected, name=name),
-        )
+    expected_params, expected = reference(every, **OPTIONS[kind])
+    jax.tree.map(np.testing.assert_array_equal, state[-1], expected[-1])
     jax.tree.map(np.testing.assert_array_equal, params, expected_params)
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_random_bits_are_those_of_the_whole_array(devices, axis):
+    """Whatever is sharded over whichever axes; nothing is sent and nothing of its size is held."""
+    shape = (devices // 2, 2) if devices > 1 else (1, 1)
+    mesh = jax.make_mesh(shape, ("row", "col"), axis_types=(axis,) * 2)
+    rng = np.random.default_rng(0)
+    sizes = {"w": (512, 64, 8), "v": (4096,)}
+    whole = {n: jnp.asarray(rng.normal(size=size), jnp.float32) for n, size in sizes.items()}
+    specs = {"w": P("col", None, "row"), "v": P(("row", "col"))}
+    tx = params_ema(0.99, accumulator_dtype=jnp.bfloat16)
+    zeros = jax.tree.map(jnp.zeros_like, whole)
+    start = tx.init(jax.tree.map(lambda p: p + 1, whole))
+    _, expected = jax.jit(tx.update)(zeros, start, whole)
+    with jax.set_mesh(mesh):
+        place = lambda t: jax.tree.map(  # noqa: E731
+            lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), t, specs
+        )
+        state = start._replace(params_ema=place(start.params_ema))
+        arguments = place(zeros), state, place(whole)
+        program = jax.jit(lambda *a: tx.update(*a)[1], donate_argnums=1)
+        compiled = program.lower(*arguments).compile()
+        state = program(*arguments)
+    jax.tree.map(np.testing.assert_array_equal, state.params_ema, expected.params_ema)
+    text = compiled.as_text()
+    assert not any(word in text for word in ("all-reduce", "all-gather", "collective-permute"))
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_all_devices_skip_together(every, checked):
+    """In ``shard_map``, where one device alone sees the NaN."""
+    mesh = jax.make_mesh((8,), ("data",))
+    tx = params_ema(DECAYS, update_every=every, on_nonfinite="skip", compensated=True)
+    params = placed(mesh)
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    state_specs = optax.tree.map_params(
+        tx, lambda _, s: s, state, specs, transform_non_params=lambda _: P()
+    )
+    step = jax.jit(
+        jax.shard_map(
+            lambda p, s: tx.update(jax.tree.map(jnp.zeros_like, p), s, p)[1],
+            mesh=mesh,
+            in_specs=(specs, state_specs),
+            out_specs=state_specs,
+            check_vma=checked,
+        )
+    )
+    before = state
+    bad = {**params, "w": params["w"].at[6, 2].set(jnp.nan)}
+    for live in [bad] * every + [params] * every:
+        state = step(live, state)
+    for counter, value in (("skipped", 1), ("count", 1), ("step", 2 * every)):
+        shards = getattr(state, counter).addressable_shards
+        assert [int(shard.data) for shard in shards] == [value] * 8
+    for _ in range(every):
+        before = step(params, before)
+    jax.tree.map(np.testing.assert_array_equal, state.params_ema, before.params_ema)
+
+
+def test_chance_in_a_shard_map():
+    """Of a whole array it is what it is elsewhere; a part of one is refused."""
+    mesh = jax.make_mesh((8,), ("data",))
+    tx = params_ema(0.9, accumulator_dtype=jnp.bfloat16)
+    params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
+    state = tx.init(params)._replace(params_ema={"w": jnp.zeros((8, 8), jnp.bfloat16)})
+    zeros = {"w": jnp.zeros((8, 8))}
+
+    def step(spec):
+        whole = jax.tree.map(lambda _: P(), state)._replace(params_ema={"w": spec})
+        return jax.shard_map(
+            lambda u, s, p: tx.update(u, s, p)[1],
+            mesh=mesh,
+            in_specs=({"w": spec}, whole, {"w": spec}),
+            out_specs=whole,
+        )
+
+    _, expected = jax.jit(tx.update)(zeros, state, params)
+    after = jax.jit(step(P()))(zeros, state, params)
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
+    with pytest.raises(ema.StateError, match=r"inside jax.shard_map .* over 'data'.*in jax.jit"):
+        jax.jit(step(P("data")))(zeros, state, params)
 
 
 def test_explicit_types_show_in_the_abstract_state():

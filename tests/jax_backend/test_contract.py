@@ -19,6 +19,10 @@ KINDS = {
     "plain": lambda: params_ema(0.9),
     "schedule": lambda: params_ema(ema.InverseGammaWarmup(decay=0.99), update_every=2),
     "several": lambda: params_ema({"a": 0.9, "b": ema.HalfLife(steps=5)}, update_after_step=1),
+    "precise": lambda: params_ema(
+        {"a": 0.9, "b": 0.99}, compensated=True, on_nonfinite="skip", update_every=2
+    ),
+    "narrow": lambda: params_ema(0.9, accumulator_dtype=jnp.bfloat16, on_nonfinite="skip"),
 }
 
 
@@ -73,9 +77,19 @@ def test_the_average_converges_with_the_parameters(average):
     np.testing.assert_allclose(params, final, rtol=3e-2, atol=3e-2)
 
 
-def test_inject_hyperparams_changes_nothing():
-    options = {"decay": 0.75, "update_every": 1}
-    plain, injected = params_ema(**options), optax.inject_hyperparams(params_ema)(**options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compensated": True, "on_nonfinite": "skip"},
+        {"accumulator_dtype": jnp.bfloat16, "seed": 2**63},
+    ],
+    ids=["plain", "precise", "narrow"],
+)
+def test_inject_hyperparams_changes_nothing(options):
+    options = {"decay": 0.75, "update_every": 1, **options}
+    inject = optax.inject_hyperparams(params_ema, static_args=("accumulator_dtype", "seed"))
+    plain, injected = params_ema(**options), inject(**options)
     params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
     grads = [jnp.ones((2, 3)), -jnp.ones((2, 5, 2))]
     updates, state = jax.jit(plain.update)(grads, jax.jit(plain.init)(params), params)
@@ -124,9 +138,18 @@ def test_the_state_keeps_shapes_dtypes_and_weak_types(average, dtype):
             state = jax.lax.cond(jnp.array(True), lambda: new_state, lambda: state)  # noqa: B023
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compensated": True, "on_nonfinite": "skip"},
+        {"accumulator_dtype": jnp.bfloat16, "on_nonfinite": "skip"},
+    ],
+    ids=["plain", "precise", "narrow"],
+)
 @pytest.mark.parametrize("wrapper", ["named_chain", "freeze", "partition", "checkpoint", "export"])
-def test_wrapped_it_gives_the_bits_of_the_plain_chain(wrapper, params, grads):
-    average = params_ema({"a": 0.9, "b": ema.RampWarmup(decay=0.9)}, update_every=2)
+def test_wrapped_it_gives_the_bits_of_the_plain_chain(wrapper, options, params, grads):
+    average = params_ema({"a": 0.9, "b": ema.RampWarmup(decay=0.9)}, update_every=2, **options)
     plain = optax.chain(optax.sgd(0.1), average)
     tx = {
         "named_chain": optax.named_chain(("opt", optax.sgd(0.1)), ("ema", average)),

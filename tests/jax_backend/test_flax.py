@@ -77,11 +77,20 @@ def test_nnx_optimizer(jit, dtype):
     assert get_params_ema(optimizer).keys() == average.keys()
 
 
-def test_state_survives_serialization(params):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compensated": True, "on_nonfinite": "skip"},
+        {"accumulator_dtype": jnp.bfloat16, "on_nonfinite": "skip"},
+    ],
+    ids=["plain", "precise", "narrow"],
+)
+def test_state_survives_serialization(options, params):
     """Through flax.serialization and pickle the state is the same and goes on training."""
     params["n"] = jnp.int32(0)
     floats = {"dense": True, "bias": True, "n": False}
-    tx = optax.chain(optax.masked(optax.sgd(0.1), floats), params_ema(0.5, name="half"))
+    tx = optax.chain(optax.masked(optax.sgd(0.1), floats), params_ema(0.5, name="half", **options))
     state = tx.init(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(zeros, state, params)

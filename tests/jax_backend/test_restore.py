@@ -65,6 +65,8 @@ WITH = {
     "plain": params_ema(0.5),
     "named": params_ema(0.5, name="a"),
     "several": params_ema({"a": 0.5, "b": ema.HalfLife(steps=3)}),
+    "precise": params_ema({"a": 0.5, "b": 0.9}, compensated=True, on_nonfinite="skip"),
+    "narrow": params_ema(0.5, accumulator_dtype=jnp.bfloat16, on_nonfinite="skip"),
 }
 
 
@@ -122,6 +124,26 @@ def test_another_schedule_needs_nothing(after, through, params):
     restored = through(state, jax.eval_shape(tx.init, params))
     assert int(after(tx, 1, restored)[-1].count) == 4
     equal(adapt_opt_state(restored, tx, params), state)
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_remainder_and_the_guard_come_and_go(several, target, after, through, params):
+    """What both states have stays; what comes begins at zero; the average is the same."""
+    decay = {"a": 0.5, "b": 0.9} if several else 0.5
+    plain = optax.chain(ADAM, params_ema(decay))
+    precise = optax.chain(ADAM, params_ema(decay, compensated=True, on_nonfinite="skip"))
+    state = after(plain, 3)
+    restored = through(state, jax.eval_shape(plain.init, params) if target else None)
+    more = adapt_opt_state(restored, precise, params)
+    equal(more[-1]._replace(remainder=(), skipped=()), state[-1])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(more[-1].remainder))
+    assert int(more[-1].skipped) == 0
+    onward = after(precise, 2, more)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(onward[-1].remainder))
+    less = adapt_opt_state(onward, plain, params)
+    equal(less[-1], onward[-1]._replace(remainder=(), skipped=()))
+    after(plain, 1, less)
 
 
 def test_groups(after, params):

@@ -23,7 +23,15 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"update_every": 3, "update_after_step": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"update_every": 3, "update_after_step": 2},
+        {"compensated": True, "on_nonfinite": "skip"},
+        {"accumulator_dtype": jnp.bfloat16, "update_every": 3},
+    ],
+)
 def test_each_has_the_bits_of_an_average_of_its_own(options, params, train):
     params = {**params, "half": jnp.linspace(-1, 1, 64).astype(jnp.bfloat16)}
     several = optax.chain(optax.sgd(0.1), params_ema(DECAYS, **options))

@@ -149,3 +149,40 @@ def test_map_params_reaches_every_leaf_of_the_average(params):
     assert mapped[-1].params_ema == specs
     assert mapped[-1].step == mapped[-1].count == "number"
     assert mapped[-1].name == {"a": ()}
+    assert mapped[-1].remainder == mapped[-1].skipped == ()
+
+
+def test_map_params_reaches_every_remainder(params):
+    tx = params_ema({"a": 0.9, "b": 0.5}, compensated=True, on_nonfinite="skip")
+    specs = {"dense": {"kernel": "spec of kernel"}, "bias": "spec of bias"}
+    mapped = optax.tree.map_params(
+        tx, lambda _, spec: spec, tx.init(params), specs, transform_non_params=lambda _: "number"
+    )
+    assert mapped.params_ema == mapped.remainder == {"a": specs, "b": specs}
+    assert mapped.skipped == "number"
+
+
+@pytest.mark.parametrize(
+    "options", [{"compensated": True}, {"accumulator_dtype": jnp.bfloat16}], ids=["rest", "narrow"]
+)
+def test_masks_and_groups_keep_the_bits(options, params, train):
+    """A leaf is rounded by its name, which a mask leaves as it is."""
+    average = params_ema(0.9, on_nonfinite="skip", **options)
+    plain, history = train(optax.chain(optax.sgd(0.1), average), params, 5)
+    masked = optax.masked(average, {"dense": {"kernel": True}, "bias": False})
+    state, _ = train(optax.chain(optax.sgd(0.1), masked), params, 5)
+    for field in ("params_ema", "remainder"):
+        if getattr(plain[-1], field):
+            ours = getattr(state[-1].inner_state, field)
+            equal(ours["dense"], getattr(plain[-1], field)["dense"])
+            assert ours["bias"] == optax.MaskedNode()
+    groups = {0: optax.chain(optax.sgd(0.1), average), 1: optax.chain(optax.sgd(0.1), average)}
+    state, _ = train(optax.partition(groups, {"dense": 0, "bias": 1}), params, 5)
+    equal(get_params_ema(state, history[-1]), get_params_ema(plain, history[-1]))
+
+
+def test_inject_hyperparams_needs_a_static_seed_where_it_is_used(params):
+    inject = optax.inject_hyperparams(params_ema, static_args="accumulator_dtype")
+    tx = inject(0.9, accumulator_dtype=jnp.bfloat16)
+    with pytest.raises(ema.ArgumentTypeError, match=r'static_args=\("accumulator_dtype", "seed"\)'):
+        jax.jit(tx.update)(params, tx.init(params), params)
