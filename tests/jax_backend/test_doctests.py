@@ -15,7 +15,7 @@ MODULES = {  # how many examples each has at least, so that a lost one is notice
     "ema.jax_backend.nnx": 10,
     "ema.jax_backend.restore": 6,
     "ema.jax_backend.transform": 8,
-    "ema.jax_backend.update": 2,
+    "ema.jax_backend.update": 8,
 }
 
 
