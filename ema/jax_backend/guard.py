@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ema.errors import ArgumentError, StateError, listing
@@ -46,16 +45,9 @@ def _yes(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _look(leaves: list[jax.Array]) -> jax.Array:
-    return _all([_largest(leaf) < jnp.array(jnp.inf, leaf.dtype) for leaf in leaves])
-
-
-def _largest(leaf: jax.Array) -> jax.Array:
-    # one operation on the leaf as it lies there: isfinite would be written out
-    zero = np.zeros((), leaf.dtype)
-    largest: jax.Array = lax.reduce(
-        leaf, zero, lambda a, b: lax.max(lax.abs(a), lax.abs(b)), tuple(range(leaf.ndim))
-    )
-    return largest
+    # both are one operation on the leaf as it lies there: isfinite would be written out
+    ends = [end(leaf, initial=0) for leaf in leaves for end in (jnp.min, jnp.max)]
+    return _all([jnp.isfinite(end) for end in ends])
 
 
 def _all(flags: Sequence[jax.Array]) -> jax.Array:

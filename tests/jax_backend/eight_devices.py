@@ -126,7 +126,7 @@ def test_random_bits_are_those_of_the_whole_array(devices, axis):
 @pytest.mark.parametrize("every", [1, 2])
 def test_all_devices_skip_together(every, checked):
     """In ``shard_map``, where one device alone sees the NaN."""
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = params_ema(DECAYS, update_every=every, on_nonfinite="skip", compensated=True)
     params = placed(mesh)
     state = tx.init(params)
@@ -157,7 +157,7 @@ def test_all_devices_skip_together(every, checked):
 
 def test_chance_in_a_shard_map():
     """Of a whole array it is what it is elsewhere; a part of one is refused."""
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = params_ema(0.9, accumulator_dtype=jnp.bfloat16)
     params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
     state = tx.init(params)._replace(params_ema={"w": jnp.zeros((8, 8), jnp.bfloat16)})

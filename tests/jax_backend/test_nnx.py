@@ -154,9 +154,18 @@ def test_batch_statistics_are_averaged_when_asked_and_only_then():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("decay", [ema.RampWarmup(decay=0.9), ema.UniformAverage()])
-def test_it_has_the_bits_of_the_chain(dtype, decay):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"compensated": True, "on_nonfinite": "skip"},
+        {"accumulator_dtype": jnp.bfloat16, "seed": 3},
+    ],
+    ids=["plain", "precise", "narrow"],
+)
+def test_it_has_the_bits_of_the_chain(dtype, decay, more):
     """Donated, under ``nnx.jit``, with ``update_every``; the initial average aliases nothing."""
-    options = {"update_every": 2, "update_after_step": 1}
+    options = {"update_every": 2, "update_after_step": 1, **more}
     model = Network(nnx.Rngs(0), dtype)
     model.eval()
     tx = optax.chain(optax.sgd(0.1), params_ema(decay, **options))
@@ -176,6 +185,29 @@ def test_it_has_the_bits_of_the_chain(dtype, decay):
     expected = get_params_ema(optimizer)
     jax.tree.map(np.testing.assert_array_equal, average.averaged_parameters(), expected)
     assert (int(average.step[...]), int(average.count[...])) == (7, 3)
+    if "compensated" in more:
+        remainder = optimizer.opt_state[-1].remainder
+        jax.tree.map(
+            np.testing.assert_array_equal, nnx.as_pure(average.remainder), nnx.as_pure(remainder)
+        )
+        assert int(average.skipped[...]) == 0
+
+
+def test_a_model_that_is_not_finite():
+    """Skipped under ``nnx.jit``; raised eagerly; refused where nothing can be raised."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    skips, raises = EMA(model, 0.5, on_nonfinite="skip"), EMA(model, 0.5, on_nonfinite="raise")
+    before = jax.tree.map(jnp.copy, skips.averaged_parameters())
+    raises.update(model)
+    model.bias[...] = model.bias[...].at[1].set(jnp.nan)
+    nnx.jit(lambda average, model: average.update(model))(skips, model)
+    assert [int(n[...]) for n in (skips.step, skips.count, skips.skipped)] == [1, 0, 1]
+    jax.tree.map(np.testing.assert_array_equal, skips.averaged_parameters(), before)
+    with pytest.raises(ema.StateError, match="hold NaN or Inf, nothing was averaged: `bias`"):
+        raises.update(model)
+    assert int(raises.step[...]) == 1
+    with pytest.raises(ema.ArgumentError, match="must not be 'raise'"):
+        nnx.jit(lambda average, model: average.update(model))(raises, model)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
