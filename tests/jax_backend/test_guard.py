@@ -110,7 +110,7 @@ def test_gradients_flow_past_the_guard(params):
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_the_guard_needs_no_temporary(every):
-    """One more reading of the params: 4 bytes a parameter in XLA's own account (twice, if asked)."""
+    """4 bytes a parameter to sum them; XLA's account adds the 8 of the branch that looks again."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1 << 18,), (512, 512))]
 
     def compiled(**options):
@@ -126,7 +126,7 @@ def test_the_guard_needs_no_temporary(every):
         return moved, program.memory_analysis().temp_size_in_bytes / (1 << 19)
 
     plain, guarded = compiled(), compiled(on_nonfinite="skip")
-    assert guarded[0] - plain[0] < 8.2
+    assert guarded[0] - plain[0] < 12.1
     assert guarded[1] - plain[1] < 0.1
 
 
