@@ -1,33 +1,63 @@
-"""``python -m benchmarks``: measure the cases and print a table for each."""
+"""``python -m benchmarks``: measure the cases and print a table for each.
+
+``--docs`` writes the figures of ``docs/benchmarks.md`` anew.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from benchmarks.cases import CASES
-from benchmarks.measure import Case, Measurement
-from benchmarks.process import in_fresh_process
-from benchmarks.report import machine, table, write
+from benchmarks.machine import machine
+from benchmarks.memory import MEMORY
+from benchmarks.page import DOCS, write_page
+from benchmarks.results import Results
+from benchmarks.run import run
+from benchmarks.setting import SIZES, Setting
+from benchmarks.terminal import table
+
+NAMES = [*CASES, *MEMORY]
+WIDTH = 120
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--cases", nargs="+", metavar="NAME", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-    parser.add_argument("--quick", action="store_true", help="smaller models, fewer rounds")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", choices=NAMES, default=NAMES)
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of the PyTorch cases; JAX takes its own default",
+    )
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write every sample; the cases that FILE holds and that are not measured now stay",
+    )
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md anew")
     arguments = parser.parse_args()
-    console, about = Console(), machine()
+    setting = Setting(device=arguments.device, size=arguments.size)
+    file = DOCS / f"benchmarks-{setting.device}.json" if arguments.docs else arguments.json
+    about = machine(setting.device)
+    results = Results.of(about) if file is None else Results.read(file, about)
+    console = Console()
+    console.width = max(console.width, WIDTH)
     console.print("  ".join(f"{key} {value}" for key, value in about.items()), style="dim")
-    results: dict[str, tuple[Case, list[Measurement]]] = {}
     for name in arguments.cases:
         with console.status(name):
-            results[name] = in_fresh_process(name, quick=arguments.quick)
-        console.print(table(*results[name]))
-    if arguments.json is not None:
-        write(arguments.json, about, results)
+            results.cases[name] = run(name, setting)
+        console.print(table(results.cases[name]))
+        if file is not None:
+            results.write(file, order=NAMES)
+    if arguments.docs:
+        write_page()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Contender
+from benchmarks.setting import DECAY, Setting
 
-__all__ = ["bare_foreach", "flat_copy", "flat_lerp"]
+__all__ = ["Flat", "bare_foreach"]
 
-WEIGHT = 0.001
+WEIGHT = 1 - DECAY
 
 
 def bare_foreach(model: nn.Module) -> Contender:
@@ -23,21 +24,32 @@ def bare_foreach(model: nn.Module) -> Contender:
     )
 
 
-def flat_lerp(model: nn.Module) -> Contender:
-    """``lerp_`` from one buffer of the size of the model into another."""
-    params = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    average = params.clone()
-    return Contender(name="flat lerp", call=lambda: average.lerp_(params, WEIGHT), kind="limit")
+class Flat:
+    """Two buffers of the size of the model."""
 
+    def __init__(self, elements: int, setting: Setting, dtype: torch.dtype = torch.float32) -> None:
+        self.params = torch.randn(elements, device=setting.device, dtype=dtype)
+        self.average = self.params.clone()
 
-def flat_copy(model: nn.Module, *, times: int) -> Contender:
-    """``copy_`` from one such buffer to another, several times: copy bandwidth."""
-    source = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    target = source.clone()
+    def lerp(self, name: str = "flat lerp") -> Contender:
+        """``lerp_`` from one into the other: reads both, writes one."""
+        return Contender(
+            name=name,
+            call=lambda: self.average.lerp_(self.params, WEIGHT),
+            kind="limit",
+            traffic=3 * self.params.nbytes,
+        )
 
-    def copy() -> None:
-        for _ in range(times):
-            target.copy_(source)
+    def copy(self, *, times: int = 1) -> Contender:
+        """``copy_`` from one into the other: copy bandwidth, reading and writing."""
 
-    name = "flat copy" if times == 1 else f"{times} flat copies"
-    return Contender(name=name, call=copy, kind="limit")
+        def copy() -> None:
+            for _ in range(times):
+                self.average.copy_(self.params)
+
+        return Contender(
+            name="flat copy" if times == 1 else f"{times} flat copies",
+            call=copy,
+            kind="limit",
+            traffic=2 * times * self.params.nbytes,
+        )

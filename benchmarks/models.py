@@ -4,30 +4,81 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
-__all__ = ["gpt2", "many_small", "many_small_modules", "size"]
+from benchmarks.setting import Setting
+
+__all__ = ["count", "gpt2", "many_small", "many_small_modules", "one_tensor", "size", "split"]
+
+TINY = {
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "vocab_size": 64,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2_XL = {"n_layer": 48, "n_embd": 1600, "n_head": 25}
 
 
-def many_small() -> nn.Module:
+def gpt2(setting: Setting, *, copies: int = 12) -> nn.Module:
+    """GPT-2 with random weights.
+
+    On a CPU the small one, 124 M in 148 tensors (quick: 2 of its 12 layers, 54 M); on an
+    accelerator XL, 1.56 B in 580, or as many of its layers as leave room for so many copies.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if setting.size == "tiny":
+        options = TINY
+    elif setting.on_cpu:
+        options = {"n_layer": 12 if setting.size == "full" else 2}
+    else:
+        embeddings, layer = (50257 + 1024) * 1600, 12 * 1600**2 + 13 * 1600
+        layers = (setting.room(copies=copies) - embeddings) // layer
+        wanted = 48 if setting.size == "full" else 4
+        options = GPT2_XL | {"n_layer": max(1, min(wanted, layers))}
+    with torch.device(setting.device):
+        return GPT2LMHeadModel(GPT2Config(**options))
+
+
+def many_small(setting: Setting) -> nn.Module:
     """1 000 vectors of 256 in one list."""
-    return nn.ParameterList([nn.Parameter(torch.randn(256)) for _ in range(1_000)])
+    vectors = 1_000 if setting.size != "tiny" else 16
+    return split(vectors * 256, vectors, setting)
 
 
-def many_small_modules() -> nn.Module:
+def many_small_modules(setting: Setting) -> nn.Module:
     """The same, two in each of 500 modules."""
-    model = nn.Sequential(*(nn.LayerNorm(256) for _ in range(500)))
+    modules = 500 if setting.size != "tiny" else 8
+    model = nn.Sequential(*(nn.LayerNorm(256, device=setting.device) for _ in range(modules)))
     for p in model.parameters():
         nn.init.normal_(p)
     return model
 
 
-def gpt2(*, quick: bool) -> nn.Module:
-    """GPT-2 small with random weights: 124 M in 148 tensors; quick: 2 of its 12 layers, 54 M."""
-    return GPT2LMHeadModel(GPT2Config(n_layer=2 if quick else 12))
+def split(elements: int, tensors: int, setting: Setting) -> nn.Module:
+    """So many elements in vectors of one length."""
+    vectors = [torch.randn(elements // tensors, device=setting.device) for _ in range(tensors)]
+    return nn.ParameterList([nn.Parameter(vector) for vector in vectors])
+
+
+def one_tensor(elements: int, setting: Setting, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """All in one."""
+    vector = torch.randn(elements, device=setting.device, dtype=dtype)
+    return nn.ParameterList([nn.Parameter(vector)])
+
+
+def count(model: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def size(model: nn.Module) -> str:
     """Elements and tensors, for a title."""
     tensors = list(model.parameters())
-    return f"{sum(p.numel() for p in tensors) / 1e6:.3g} M float32 in {len(tensors)} tensors"
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    elements = (
+        f"{count(model) / 1e6:.3g} M" if count(model) < 1e9 else f"{count(model) / 1e9:.3g} B"
+    )
+    return f"{elements} {dtype} in {len(tensors)} tensor{'s' * (len(tensors) > 1)}"

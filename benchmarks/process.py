@@ -1,30 +1,30 @@
-"""A case in a process of its own.
+"""Work in a process of its own.
 
 What an earlier case has freed stays with the allocator, and then the copies that some peers make in
-every call cost as little as half of what they cost in a new process. A module beside ``__main__``,
-so that the new process can import it.
+every call cost as little as half of what they cost in a new process. Where the system can, the new
+process is forked from one in which the peers are imported and nothing else has happened: importing
+them takes longer than most cases.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-
-from benchmarks.cases import CASES
-from benchmarks.measure import Case, Effort, Measurement, measure
+from typing import ParamSpec, TypeVar
 
 __all__ = ["in_fresh_process"]
 
-
-def in_fresh_process(name: str, *, quick: bool) -> tuple[Case, list[Measurement]]:
-    """Build and measure a case; it comes back without its contenders."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as executor:
-        return executor.submit(_run, name, quick=quick).result()
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def _run(name: str, *, quick: bool) -> tuple[Case, list[Measurement]]:
-    case = CASES[name](quick=quick)
-    rows = measure(case, Effort(rounds=10 if quick else 40))
-    return dataclasses.replace(case, contenders=()), rows
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function of a module; what it takes and returns is pickled."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.preloaded"])
+    else:
+        context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        return executor.submit(function, *args, **kwargs).result()

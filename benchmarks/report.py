@@ -1,91 +1,109 @@
-"""What was measured, as tables and as a file."""
+"""What was measured, as rows of text: for the terminal, for a file and for the page."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-
-import torch
-from rich.table import Table
+from collections.abc import Sequence
 
 from benchmarks.measure import Case, Measurement
 
-__all__ = ["machine", "table", "write"]
-
-PACKAGES = (
-    "ema",
-    "torch",
-    "jax",
-    "optax",
-    "flax",
-    "diffusers",
-    "ema-pytorch",
-    "torch-ema",
-    "transformers",
-)
-STYLES = {"ours": "bold green", "limit": "dim", "peer": ""}
+__all__ = ["Report", "Row", "of_times", "short"]
 
 
-def machine() -> dict[str, Any]:
-    """The processor, how busy it is, and the versions of what is measured."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender.
+
+    Attributes:
+        name: of the contender.
+        kind: ``"ours"``, ``"peer"`` or ``"limit"``.
+        cells: one a column.
+        ratio: to the limit, for the picture.
+        seconds: every sample.
+    """
+
+    name: str
+    kind: str
+    cells: list[str]
+    ratio: float | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A case.
+
+    Attributes:
+        title: what was done, on what.
+        columns: their heads.
+        rows: of contenders.
+        limit: what ``Row.ratio`` is to.
+        note: what the table should show.
+        load: how busy the machine was, the load average of a minute.
+        rounds: samples of each.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[Row]
+    limit: str | None = None
+    note: str = ""
+    load: float = dataclasses.field(default_factory=lambda: round(os.getloadavg()[0], 1))
+    rounds: int = 1
+
+    @property
+    def caption(self) -> str:
+        """Below the table."""
+        rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
+        return f"Load average {self.load}{rounds}. {self.note}".strip()
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, object]) -> Report:
+        """Of ``dataclasses.asdict``."""
+        return cls(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
 
 
-def table(case: Case, measurements: Sequence[Measurement]) -> Table:
-    """A row a contender, a column a reference."""
-    result = Table(
+def of_times(case: Case, measurements: Sequence[Measurement]) -> Report:
+    """Times, ratios, added times and bandwidths, as far as the case has them."""
+    copy = next((m for m in measurements if m.name == "flat copy"), None)
+    columns = ["ms", "quartiles", *(f"÷ {reference}" for reference in case.references)]
+    if case.baseline is not None:
+        columns += ["added ms", f"÷ added by {case.unit}"]
+    if case.traffic is not None:
+        columns += ["GB/s"] + ["of copy"] * (copy is not None)
+    unit = next((m.added for m in measurements if m.name == case.unit), None)
+    rows = []
+    for m in measurements:
+        cells = [short(m.median * 1e3), "–".join(short(1e3 * q) for q in m.quartiles)]
+        cells += [f"{m.ratios[reference]:.2f}" for reference in case.references]
+        if m.name == case.baseline:
+            cells += ["", ""]
+        elif case.baseline is not None:
+            cells += [short(m.added * 1e3), f"{m.added / unit:.2f}" if unit > 0 else "?"]
+        if case.traffic is not None:
+            cells += _bandwidth(m, copy)
+        ratio = m.ratios[case.references[0]]
+        samples = [float(f"{second:.4g}") for second in m.seconds]
+        rows.append(Row(name=m.name, kind=m.kind, cells=cells, ratio=ratio, seconds=samples))
+    return Report(
         title=case.title,
-        title_justify="left",
-        title_style="bold",
-        caption=f"load average {os.getloadavg()[0]:.1f}, {len(measurements[0].seconds)} rounds",
-        caption_justify="left",
+        columns=columns,
+        rows=rows,
+        limit=case.references[0],
+        note=case.note,
+        rounds=len(measurements[0].seconds),
     )
-    result.add_column("", no_wrap=True)
-    result.add_column("median", justify="right", no_wrap=True)
-    result.add_column("quartiles", justify="right", no_wrap=True)
-    for reference in case.references:
-        result.add_column(f"÷ {reference}", justify="right")
-    for row in measurements:
-        low, high = row.quartiles
-        result.add_row(
-            row.name,
-            f"{row.median * 1e3:.3g} ms",
-            f"{low * 1e3:.3g}–{high * 1e3:.3g}",
-            *(f"{row.ratios[reference]:.2f}" for reference in case.references),
-            style=STYLES[row.kind],
-        )
-    return result
 
 
-def write(
-    path: Path,
-    about: Mapping[str, Any],
-    results: Mapping[str, tuple[Case, Sequence[Measurement]]],
-) -> None:
-    """Machine, titles and every sample as JSON."""
-    cases = {
-        name: {"title": case.title, "contenders": [row.to_dict() for row in rows]}
-        for name, (case, rows) in results.items()
-    }
-    text = json.dumps({"machine": dict(about), "cases": cases}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+def short(number: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:#.3g}".rstrip(".")
+
+
+def _bandwidth(m: Measurement, copy: Measurement | None) -> list[str]:
+    rate = m.traffic / m.median
+    cells = [short(rate / 1e9)]
+    if copy is not None:
+        cells.append(f"{rate * copy.median / copy.traffic:.0%}")
+    return cells

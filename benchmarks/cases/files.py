@@ -6,10 +6,10 @@ them at once and digest them.
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
@@ -17,13 +17,14 @@ import xxhash
 
 from benchmarks.measure import Case, Contender
 from benchmarks.models import gpt2, size
+from benchmarks.setting import Setting
 from ema.torch_backend import EMAModel
 
 __all__ = ["build_load", "build_save"]
 
 
-def build_save(*, quick: bool) -> Case:
-    model = gpt2(quick=quick)
+def build_save(setting: Setting) -> Case:
+    model = gpt2(setting)
     average, folder = EMAModel(model), _folder()
     content = memoryview(average.save(folder / "first").read_bytes())
 
@@ -49,11 +50,13 @@ def build_save(*, quick: bool) -> Case:
             Contender(name="write and fsync", call=write, kind="limit"),
         ],
         references=["write and fsync"],
+        finish=setting.finish,
+        note="Bar: ema at most 1.5 of the disk.",
     )
 
 
-def build_load(*, quick: bool) -> Case:
-    model = gpt2(quick=quick)
+def build_load(setting: Setting) -> Case:
+    model = gpt2(setting)
     average, folder = EMAModel(model), _folder()
     file = average.save(folder)
     torch.save(average.state_dict(), folder / "state.pt")
@@ -75,10 +78,16 @@ def build_load(*, quick: bool) -> Case:
             Contender(name="read and digest", call=read, kind="limit"),
         ],
         references=["read and digest"],
+        finish=setting.finish,
+        note="Bar: ema at most 1.5 of the disk and the digest.",
     )
 
 
 def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="ema-bench-", dir="."))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """In the current one, whose disk is to be measured, until the process ends.
+
+    A worker of ``multiprocessing`` leaves without ``atexit``.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ema-bench-", dir=Path.cwd()))
+    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=0)
     return folder

@@ -6,18 +6,22 @@ flat copy moves 8 bytes an element. Four of those are the limit.
 
 from __future__ import annotations
 
-from benchmarks.limits import flat_copy
+from benchmarks.limits import Flat
 from benchmarks.measure import Case
-from benchmarks.models import gpt2, size
+from benchmarks.models import count, gpt2, size
 from benchmarks.peers import swaps
+from benchmarks.setting import Setting
 
 __all__ = ["build"]
 
 
-def build(*, quick: bool) -> Case:
-    model = gpt2(quick=quick)
+def build(setting: Setting) -> Case:
+    model = gpt2(setting)
     return Case(
         title=f"swap in and out: GPT-2, {size(model)}",
-        contenders=[*swaps(model), flat_copy(model, times=4)],
-        references=["4 flat copies"],
+        contenders=[*swaps(model), Flat(count(model), setting).copy(times=4)],
+        references=["4 flat copies", "ema"],
+        finish=setting.finish,
+        traffic=32 * count(model),
+        note="Bar: diffusers at 2 times ema.",
     )

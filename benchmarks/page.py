@@ -1,0 +1,65 @@
+"""The figures in ``docs/benchmarks.md``: a picture and a table a case, from the files of results.
+
+    python -m benchmarks.page
+
+writes them anew between the marks of each device. What has no file is left as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.picture import draw
+from benchmarks.report import Report
+from benchmarks.results import Results
+
+__all__ = ["DOCS", "markdown", "write_page"]
+
+DOCS = Path(__file__).parents[1] / "docs"
+DEVICES = ("cpu", "cuda")
+
+
+def write_page(folder: Path = DOCS) -> None:
+    """Rewrite the marked blocks and the pictures."""
+    page = folder / "benchmarks.md"
+    text = page.read_text(encoding="utf-8")
+    for device in DEVICES:
+        file = folder / f"benchmarks-{device}.json"
+        if not file.exists():
+            continue
+        results = Results.read(file)
+        picture = file.with_suffix(".svg")
+        picture.write_text(draw(results.cases.values()), encoding="utf-8")
+        text = _between(text, device, markdown(results, picture.name))
+    page.write_text(text, encoding="utf-8")
+
+
+def markdown(results: Results, picture: str) -> str:
+    """Machine, picture and tables."""
+    about = ", ".join(f"{name} {value}" for name, value in results.machine.items())
+    parts = [f"Measured on {about}.", f"![times over the limit, case by case]({picture})"]
+    parts += [_section(name, report) for name, report in results.cases.items()]
+    return "\n\n".join(parts)
+
+
+def _section(name: str, report: Report) -> str:
+    lines = [f"### `{name}`: {report.title}", ""]
+    lines += ["| | " + " | ".join(report.columns) + " |"]
+    lines += ["|---|" + "--:|" * len(report.columns)]
+    for row in report.rows:
+        shown = f"**{row.name}**" if row.kind == "ours" else row.name
+        lines.append("| " + " | ".join([shown, *row.cells]) + " |")
+    return "\n".join([*lines, "", report.caption])
+
+
+def _between(text: str, mark: str, block: str) -> str:
+    begin, end = f"<!-- {mark}: written by benchmarks/page.py -->", f"<!-- end of {mark} -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"the page has no block between {begin} and {end}")
+    return f"{before}{begin}\n\n{block}\n\n{end}{after}"
+
+
+if __name__ == "__main__":
+    write_page()
