@@ -1,0 +1,204 @@
+"""Every benchmark runs at a tiny size, and its arithmetic is right; no time is asserted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+import torch
+
+from benchmarks import measure as measuring
+from benchmarks.cases import CASES
+from benchmarks.machine import machine
+from benchmarks.measure import Case, Contender, Effort, measure
+from benchmarks.memory import MEMORY, _of_process, contenders, peaks
+from benchmarks.page import DOCS, markdown, write_page
+from benchmarks.peers import PEERS
+from benchmarks.report import Report, Row, of_times, short
+from benchmarks.results import Results
+from benchmarks.run import times
+from benchmarks.setting import Setting
+from benchmarks.timm_alone import timm_utils
+
+TINY = Setting(size="tiny")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the cases of files keep theirs
+    report = times(name, TINY)
+    assert {"ours", "limit"} <= {row.kind for row in report.rows}
+    assert [row.ratio for row in report.rows if row.name == report.limit] == [1.0]
+    for row in report.rows:
+        assert len(row.cells) == len(report.columns)
+        assert len(row.seconds) == 1
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_every_contender_can_be_asked_for_its_memory(name):
+    assert "ema" in contenders(name)
+    for contender in contenders(name):
+        assert peaks(name, contender, TINY).parameters < 10_000
+
+
+def test_the_peak_of_a_process_is_that_since_the_last_reset():
+    """64 MiB that come and go are seen once."""
+    memory, size = _of_process(), 64 * 2**20
+    memory.reset()
+    before = memory.peak()
+    torch.ones(size, dtype=torch.uint8)
+    assert size * 0.9 <= memory.peak() - before <= size * 1.2
+    memory.reset()
+    assert memory.peak() - before <= size * 0.2
+
+
+@pytest.fixture
+def lasting(monkeypatch):
+    """``lasting(name, seconds)``: contenders on a clock of their own."""
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+
+    def make(name, *seconds, **options):
+        each = itertools.cycle(seconds)
+        return Contender(name=name, call=lambda: now.__setitem__(0, now[0] + next(each)), **options)
+
+    return make
+
+
+def test_ratios_added_times_and_bandwidths(lasting):
+    """Against the limit, against the baseline, and in bytes a second."""
+    case = Case(
+        title="a case",
+        contenders=[
+            lasting("ema", 3.0, kind="ours"),
+            lasting("peer", 6.0),
+            lasting("flat copy", 1.0, kind="limit", traffic=4_000_000_000),
+        ],
+        references=["flat copy", "ema"],
+        baseline="flat copy",
+        unit="ema",
+        traffic=6_000_000_000,
+    )
+    measurements = measure(case, Effort(rounds=9, seconds=1000))
+    assert [m.added for m in measurements] == [2.0, 5.0, 0.0]
+    report = of_times(case, measurements)
+    assert report.columns[2:] == [
+        *("÷ flat copy", "÷ ema", "added ms", "÷ added by ema", "GB/s", "of copy")
+    ]
+    assert [row.cells[2:] for row in report.rows] == [
+        ["3.00", "1.00", "2000", "1.00", "2.00", "50%"],
+        ["6.00", "2.00", "5000", "2.50", "1.00", "25%"],
+        ["1.00", "0.33", "", "", "4.00", "100%"],
+    ]
+    assert [row.ratio for row in report.rows] == [3.0, 6.0, 1.0]
+
+
+def test_rounds_fit_into_the_time_but_are_seven(lasting):
+    case = Case(title="", contenders=[lasting("a", 2.0)], references=["a"])
+    for seconds, rounds in ((1, 7), (20, 10), (1000, 40)):
+        (row,) = measure(case, Effort(rounds=40, seconds=seconds))
+        assert len(row.seconds) == rounds
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.01234, "0.0123"), (1.0, "1.00"), (12.34, "12.3"), (123.4, "123"), (54321.0, "54321")],
+)
+def test_numbers_have_three_digits(number, text):
+    assert short(number) == text
+
+
+def test_an_accelerator_gets_what_fits(monkeypatch):
+    """1.5 B elements, or as many as the free memory holds of all contenders."""
+    cuda = Setting(device="cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    assert cuda.elements(1000, copies=12) == 1_500_000_000
+    assert Setting(device="cuda", size="quick").elements(1000, copies=12) == 187_500_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (48 * 10**6, 10**12))
+    assert cuda.elements(1000, copies=12) == 900_000
+    assert Setting().elements(1000, copies=12) == 1000
+
+
+@pytest.fixture
+def report():
+    rows = [
+        Row(name="ema", kind="ours", cells=["1.00"], ratio=1.25, seconds=[1e-3]),
+        Row(name="peer", kind="peer", cells=["3.00"], ratio=3.75, seconds=[3e-3]),
+    ]
+    return Report(title="one update: 5 M", columns=["ms"], rows=rows, limit="copy", load=0.5)
+
+
+def test_results_come_back_and_are_added_to(tmp_path, report):
+    """A case that is measured again replaces itself; another machine starts anew."""
+    file, order = tmp_path / "results.json", ["first", "second"]
+    Results({"cores": "2"}, {"second": report}).write(file, order=order)
+    results = Results.read(file, {"cores": "2"})
+    assert results.cases == {"second": report}
+    results.cases["first"] = report
+    results.write(file, order=order)
+    assert [*Results.read(file).cases] == order
+    assert Results.read(file, {"cores": "3"}).cases == {}
+    assert Results.read(tmp_path / "none.json", {"cores": "3"}).cases == {}
+
+
+def test_the_page_gets_table_and_picture_between_its_marks(tmp_path, report):
+    """The rest of the page stays, and to write it twice changes nothing."""
+    page = tmp_path / "benchmarks.md"
+    marks = ["<!-- cpu: written by benchmarks/page.py -->", "<!-- end of cpu -->"]
+    page.write_text("\n".join(["before", *marks, "after"]))
+    Results({"cores": "2"}, {"case": report}).write(
+        tmp_path / "benchmarks-cpu.json", order=["case"]
+    )
+    write_page(tmp_path)
+    text, picture = page.read_text(), (tmp_path / "benchmarks-cpu.svg").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    assert "| **ema** | 1.00 |" in text
+    assert {"ema", "peer", "1.25", "3.75"} <= {x.text for x in ET.fromstring(picture).iter()}
+    write_page(tmp_path)
+    assert (page.read_text(), (tmp_path / "benchmarks-cpu.svg").read_text()) == (text, picture)
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no block between"):
+        write_page(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_page_in_the_docs_is_that_of_its_results(device):
+    """Nobody has changed a figure by hand."""
+    file = DOCS / f"benchmarks-{device}.json"
+    if file.exists():
+        block = markdown(Results.read(file), file.with_suffix(".svg").name)
+        assert f"\n\n{block}\n\n" in (DOCS / "benchmarks.md").read_text()
+        assert file.with_suffix(".svg").stat().st_size <= 200_000
+
+
+def test_timm_is_the_real_one_and_no_torchvision_stays_behind():
+    module = timm_utils()
+    assert Path(module.__file__).parent == Path(find_spec("timm").origin).parent / "utils"
+    assert "timm" in PEERS
+    if find_spec("torchvision") is None:
+        assert "torchvision" not in sys.modules
+
+
+@pytest.mark.slow
+def test_the_command_measures_in_new_processes(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--size", "tiny", "--device", "cpu"]
+    file = tmp_path / "results.json"
+    done = subprocess.run(
+        [*command, "--cases", "many-small", "memory-swap", "--json", file],
+        cwd=DOCS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bare foreach" in done.stdout
+    fields = json.loads(file.read_text())
+    assert [*fields["cases"]] == ["many-small", "memory-swap"]
+    assert fields["machine"] == machine("cpu") | {"threads": fields["machine"]["threads"]}
