@@ -64,6 +64,17 @@ def test_mixed_has_the_bits_of_lerp_on_the_cpu(dtype, weight, shift):
     assert different(averages, expected) == 0
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_only_what_is_aligned_is_read_in_large_pieces(which):
+    """Elsewhere a load of 16 bytes would be an error of the device, which nothing here can see."""
+    tensors = [numbers([5000], shift=int(index == which))[0] for index in range(3)]
+    aligned = [numbers([5000])[0] for _ in range(3)]
+    average, params, remainder = zip(aligned, tensors, strict=True)
+    fused = kernels.Fused(average, params, remainder)
+    found = {launch.whole: launch.blocks.tolist() for launch in fused._launches}
+    assert found == {True: [[0, 0], [0, 1]], False: [[0, 2], [1, 0], [1, 1], [1, 2]]}
+
+
 def test_params_of_several_dtypes_take_one_call():
     averages = numbers([2100, 5, 2100])
     params = [
@@ -141,6 +152,18 @@ def test_stochastic_has_the_bits_of_the_contract(dtype, count):
     assert different(averages, expected) == 0
 
 
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_no_nan_is_rounded_to_a_number(weight):
+    """A carry out of the low bits would make the first two infinite or the last two zero."""
+    params = torch.tensor([0x7F800001, -0x7FFFFF, 0x7FFFFFFF, -1], dtype=torch.int32)
+    average = torch.zeros(4, dtype=torch.bfloat16)
+    streams = [rounding.stream_of("w", 0)]
+    for count in range(1, 9):
+        kernels.Fused([average], [params.view(torch.float32)], None, streams)(weight, count)
+        assert average.isnan().all()
+        average.zero_()
+
+
 def test_stochastic_rounding_is_unbiased():
     average, params = torch.ones(1 << 15, dtype=torch.bfloat16), torch.full((1 << 15,), 1.2)
     update = kernels.Fused([average], [params], None, [rounding.stream_of("w", 0)])
@@ -153,6 +176,7 @@ def test_stochastic_rounding_is_unbiased():
 
 def test_stochastic_copies_to_nearest_at_weight_one():
     average, params = numbers(SIZES, torch.bfloat16), numbers(SIZES, special=True)
+    params[2][:] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])  # ties, to even
     streams = [rounding.stream_of("w", 0)] * len(SIZES)
     kernels.Fused(average, params, None, streams)(1.0, 3)
     assert different(average, [p.to(torch.bfloat16) for p in params]) == 0
