@@ -169,6 +169,8 @@ class Average:
             work()
         else:
             bound.beside.run(work)
+            if self._settings.rules.average_buffers:  # the next forward pass writes those
+                bound.beside.wait()
         return flags[0] if flags else None
 
     def assign(self, values: Sequence[Mapping[str, Tensor]]) -> None:
@@ -229,7 +231,7 @@ class Average:
                 pairs = zip(entries, offload.staged, strict=True)
                 entries = [entry._replace(live=staged) for entry, staged in pairs]
             sweep = Sweep(entries, self._number, guarded=self._guards)
-        watch = Watch(found, self._settings.rules)
+        watch = Watch(found, self._settings.rules, sweep.read)
         beside: Lane | Offload | None = offload
         if offload is None and self._settings.overlap:
             beside = Lane(tensor.device for tensor in live.values())

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema.rounding import Stream
 from ema.torch_backend import kernels
+from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.memory import CHUNK, NARROW_CHUNK, SERIAL, SMALL, flat, is_dense, real
 from ema.torch_backend.rounding import Counters, Gathered, Indices, Run, Scratch
 from ema.torch_backend.sharding import Place
@@ -104,6 +105,8 @@ class Sweep:
 
     Attributes:
         on_device: whether kernels do all of it.
+        read: ids of live tensors that are read through themselves, wherever their memory is by
+            then.
     """
 
     def __init__(self, entries: Sequence[Entry], number: int, *, guarded: bool = False) -> None:
@@ -112,6 +115,7 @@ class Sweep:
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         self._scratch: dict[torch.device, Scratch] = {}
         self._parts: list[_Part] = []
+        self.read: set[int] = set()
         fused: list[_Stretch] = []
         large: list[_Stretch] = []
         small: list[_Stretch] = []
@@ -141,8 +145,10 @@ class Sweep:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What kernels work on."""
-        return [tensor for several in self._kernels for each in several for tensor in each.tensors]
+        """Memory of its own, and what kernels work on."""
+        used = [tensor for several in self._kernels for each in several for tensor in each.tensors]
+        used += self._buffers.values()
+        return used + [tensor for scratch in self._scratch.values() for tensor in scratch]
 
     def __call__(self, weights: Sequence[float], count: int, finite: Tensor | None = None) -> None:
         """Run it.
@@ -152,19 +158,28 @@ class Sweep:
             count: number of the update, from 1.
             finite: where it is all on the device, a bool there; false: nothing is done.
         """
-        for weight, several in zip(weights, self._kernels, strict=True):
-            for kernel in several:
-                kernel(weight, count, finite)
+        steps = list(self._steps(weights, count))
+        if not any(self._kernels):
+            with torch.no_grad():  # live tensors are among what is read
+                run(steps)
+            return
+        with uninterrupted(), torch.no_grad():
+            for weight, several in zip(weights, self._kernels, strict=True):
+                for kernel in several:
+                    kernel(weight, count, finite)
+            run(steps)
+
+    def _steps(self, weights: Sequence[float], count: int) -> Iterator[Step]:
+        """All that is not done by kernels."""
         single = [float(np.float32(weight)) for weight in weights]  # rounded once
-        steps: list[Step] = []
         for part in self._parts:
             wide = part.params[0].dtype == torch.float64
             moves: list[Step] = []
             for index, weight in enumerate(weights if wide else single):
                 moves += self._moves(part, index, weight, count)
             if moves:
-                steps += [*part.loads, *moves]
-        run(steps)
+                yield from part.loads
+                yield from moves
 
     def _moves(self, part: _Part, index: int, weight: float, count: int) -> list[Step]:
         """The steps of one average in one part."""
@@ -232,7 +247,10 @@ class Sweep:
 
     def _gather(self, stretches: list[_Stretch]) -> None:
         """Copy small params side by side, as their averages lie."""
-        sources = [stretch.live for stretch in stretches]
+        sources = [_readable(stretch) for stretch in stretches]
+        self.read.update(
+            id(each.entry.live) for each in stretches if _readable(each) is each.entry.live
+        )
         size = sum(source.numel() for source in sources)
         slots = tuple(slot.as_strided((size,), (1,)) for slot in stretches[0].slots)
         like = slots[0]
@@ -286,6 +304,13 @@ class Sweep:
 def _computed(average: Tensor) -> torch.dtype:
     """The dtype that an average is computed in."""
     return torch.float32 if average.dtype == torch.bfloat16 else average.dtype
+
+
+def _readable(stretch: _Stretch) -> Tensor:
+    """The live tensor itself where that is a plain vector, so that it may move; else its memory."""
+    live = stretch.entry.live
+    plain = type(live) in {Tensor, nn.Parameter, nn.Buffer} and not live.is_complex()
+    return live if plain and live.dim() == 1 else stretch.live
 
 
 def _neighbors(stretches: list[_Stretch]) -> Iterator[list[_Stretch]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -13,6 +13,7 @@ from ema.torch_backend.selection import Rules, Selection
 
 __all__ = ["Watch"]
 
+_nbytes = attrgetter("nbytes")
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -21,10 +22,16 @@ class Watch:
 
     Aliases keep that memory alive, so no address is given away while it is compared with. A glance
     at 1 000 vectors takes about a quarter of what averaging them takes, so it is built from calls
-    into C alone: addresses and lengths for vectors, ``is_set_to`` for what has more of a shape.
+    into C alone: addresses and lengths for vectors, ``is_set_to`` for what has more of a shape. Of a
+    vector that is read through the module's own tensor only the size matters.
+
+    Args:
+        selection: the tensors.
+        rules: whether buffers are among them.
+        read: ids of vectors that an update reads wherever their memory is by then.
     """
 
-    def __init__(self, selection: Selection, rules: Rules) -> None:
+    def __init__(self, selection: Selection, rules: Rules, read: Collection[int] = ()) -> None:
         modules = selection.modules
         # views of the modules' own dicts: they show what is in them at any time
         holders: list[Mapping[str, Any]] = [module._parameters for module in modules]
@@ -37,8 +44,12 @@ class Watch:
         self._waiting = selection.waiting
         self._pending = bool(selection.pending)
         averaged = selection.averaged.values()
-        self._vectors = [tensor for tensor in averaged if tensor.dim() == 1]
-        self._others = [tensor for tensor in averaged if tensor.dim() != 1]
+        self._read = [tensor for tensor in averaged if id(tensor) in read]
+        rest = [tensor for tensor in averaged if id(tensor) not in read]
+        self._vectors = [tensor for tensor in rest if tensor.dim() == 1]
+        self._others = [tensor for tensor in rest if tensor.dim() != 1]
+        self._sizes = list(map(_nbytes, self._read))
+        self._device = self._read[0].device if self._read else None
         self._aliases = [tensor.detach() for tensor in (*self._others, *self._vectors)]
         self._addresses = list(map(Tensor.data_ptr, self._vectors))
         self._lengths = list(map(Tensor.numel, self._vectors))
@@ -51,6 +62,8 @@ class Watch:
             or len(held) != len(self._held)
             or not all(map(is_, held, self._held))
             or any(self._childless)
+            or list(map(_nbytes, self._read)) != self._sizes
+            or (bool(self._read) and self._read[0].device != self._device)
             or list(map(Tensor.data_ptr, self._vectors)) != self._addresses
             or list(map(Tensor.numel, self._vectors)) != self._lengths
             or not all(map(Tensor.is_set_to, self._others, self._aliases))

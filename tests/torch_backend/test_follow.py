@@ -226,3 +226,34 @@ def test_a_model_moved_while_averages_are_in_gets_its_weights_back(model, step, 
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, live[name].half())
         assert torch.equal(ema_model.averaged_parameters()[name], averages[name])
+
+
+class TestSmallVectors:
+    """They are gathered through the parameters themselves, so that little is left to look at."""
+
+    @pytest.fixture
+    def vectors(self):
+        return nn.ParameterList([nn.Parameter(torch.zeros(256)) for _ in range(5)])
+
+    def test_are_read_wherever_their_memory_is(self, vectors):
+        ema_model = EMAModel(vectors, decay=0.75)
+        vectors[1].data = torch.ones(256)
+        vectors[2].data = torch.ones(512)[::2]
+        ema_model.update()
+        values = [a.unique().item() for a in ema_model.averaged_parameters().values()]
+        assert values == [0, 0.25, 0.25, 0, 0]
+
+    def test_that_are_cast_have_a_wider_average(self, vectors):
+        ema_model = EMAModel(vectors, decay=0.75)
+        vectors[1].data = vectors[1].data.double()
+        ema_model.update()
+        assert ema_model.averaged_parameters()["1"].dtype == torch.float64
+
+    def test_that_are_resized_are_refused(self, vectors):
+        ema_model = EMAModel(vectors, decay=0.75)
+        before = ema_model.state_dict()
+        vectors[4].data = torch.ones(10)
+        with pytest.raises(ModelError, match=r"`4` has shape \(10,\)"):
+            ema_model.update()
+        assert ema_model.step == 0
+        assert all(map(torch.equal, ema_model._average.held()["0"], [before["averages"]["0"]]))
