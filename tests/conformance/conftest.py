@@ -103,7 +103,9 @@ def run_torch():
 
     from ema.torch_backend import EMAModel
 
-    def run(schedules, params, *, dtype, **options):
+    def run(schedules, params, *, dtype, accumulator_dtype=None, **options):
+        if accumulator_dtype is not None:
+            options["dtype"] = getattr(torch, accumulator_dtype)
         model = nn.ParameterDict(
             {
                 name: nn.Parameter(torch.tensor(values[0], dtype=getattr(torch, dtype)))
@@ -124,7 +126,7 @@ def run_torch():
             for name, ema_model in ema_models.items():
                 ema_model.update()
                 for leaf, average in ema_model.averaged_parameters().items():
-                    averages[name][leaf][step - 1] = average.detach().numpy()
+                    averages[name][leaf][step - 1] = average.detach().float().numpy()
         return averages
 
     return run

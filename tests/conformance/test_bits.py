@@ -4,6 +4,12 @@ import numpy as np
 import pytest
 
 DTYPES = ["float32", "bfloat16"]
+PRECISIONS = {
+    "compensated": {"compensated": True},
+    "by chance": {"accumulator_dtype": "bfloat16", "seed": 7},
+    "to nearest": {"accumulator_dtype": "bfloat16", "stochastic_rounding": False},
+    "guarded": {"on_nonfinite": "skip"},
+}
 OPTIMIZERS = ["adamw", "sgd"]
 
 
@@ -46,6 +52,22 @@ def test_plain_jitted_steps_have_the_same_bits(schedule, run_jax, run_torch, dty
     """One average in the chain, one jitted call a step: 0 differing elements."""
     run = run_jax(schedule, dtype=dtype, optimizer=optimizer, steps=40, scan=False)
     averages = run_torch(schedule, run.params, dtype=dtype)
+    assert differing(run.averages, averages)[0] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a bfloat16 average does not move")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_precision_has_the_same_bits(
+    schedules, run_jax, run_torch, dtype, optimizer, update_every, precision
+):
+    """300 steps in lax.scan, all schedules: 0 differing elements after any step."""
+    options = {"update_every": update_every, "update_after_step": 2, **PRECISIONS[precision]}
+    run = run_jax(schedules, dtype=dtype, optimizer=optimizer, steps=300, **options)
+    averages = run_torch(schedules, run.params, dtype=dtype, **options)
     assert differing(run.averages, averages)[0] == {}
 
 
