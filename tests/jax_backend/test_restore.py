@@ -141,6 +141,8 @@ def test_a_remainder_and_the_guard_come_and_go(several, target, after, through, 
     assert int(more[-1].skipped) == 0
     onward = after(precise, 2, more)
     assert any(np.any(leaf) for leaf in jax.tree.leaves(onward[-1].remainder))
+    skips = onward[-1]._replace(skipped=jnp.int32(3))
+    equal(adapt_opt_state((onward[0], skips), precise, params)[-1], skips)
     less = adapt_opt_state(onward, plain, params)
     equal(less[-1], onward[-1]._replace(remainder=(), skipped=()))
     after(plain, 1, less)
