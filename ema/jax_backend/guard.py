@@ -28,7 +28,6 @@ def all_finite(leaves: Sequence[jax.Array], stored: Sequence[bool]) -> jax.Array
     Returns:
         A bool scalar, the same on all devices.
     """
-    leaves = [lax.stop_gradient(leaf) for leaf in leaves]
     sums = [
         (leaf, s and not jnp.iscomplexobj(leaf)) for leaf, s in zip(leaves, stored, strict=True)
     ]

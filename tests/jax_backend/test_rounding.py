@@ -21,7 +21,7 @@ def rounded(values, name, count, seed):
     """float32 values as the docstring of ``ema.rounding`` rounds them, on Python numbers."""
     key = key_of(stream_of(name, seed), count)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).reshape(-1).tolist()
-    halves = [(b + (mix(index ^ key) >> 16)) >> 16 for index, b in enumerate(bits)]
+    halves = [(b + (mix(index ^ key) >> 16)) >> 16 & 0xFFFF for index, b in enumerate(bits)]
     return np.array(halves, np.uint16).reshape(np.shape(values))
 
 
