@@ -18,7 +18,14 @@ from ema.torch_backend.memory import allocate, is_dense
 from ema.torch_backend.offload import Offload
 from ema.torch_backend.selection import Selection, select
 from ema.torch_backend.settings import Settings
-from ema.torch_backend.sharding import place_of
+from ema.torch_backend.sharding import (
+    Place,
+    any_sharded,
+    is_sharded,
+    local_of,
+    place_of,
+    wrapped_like,
+)
 from ema.torch_backend.sweep import Entry, Sweep
 from ema.torch_backend.watch import Watch
 
@@ -29,9 +36,12 @@ __all__ = ["Average"]
 class _Bound:
     """Averages, the live tensors that they belong to, and what is prepared for the two.
 
+    Of a sharded tensor the averages are plain tensors for the part that is here, at its place.
+
     Attributes:
         slots: canonical name to the averages of a tensor and, where they are compensated, as many
             remainders after them.
+        places: where in the whole tensor these are.
         selection: the tensors.
         sweep: an update.
         guard: a look for what is not finite.
@@ -40,6 +50,7 @@ class _Bound:
     """
 
     slots: dict[str, tuple[Tensor, ...]]
+    places: dict[str, Place]
     selection: Selection
     sweep: Sweep
     guard: Guard
@@ -79,7 +90,10 @@ class Average:
         values = self._copied
         if self._bound is not None:
             values = [
-                {name: several[index].clone() for name, several in self._bound.slots.items()}
+                {
+                    name: wrapped_like(several[index].clone(), self._bound.selection.averaged[name])
+                    for name, several in self._bound.slots.items()
+                }
                 for index in range(self._slots)
             ]
         return {**self.__dict__, "_bound": None, "_copied": values}
@@ -115,7 +129,7 @@ class Average:
             self.assign(self._copied)
         if self._bound is None:
             found = select(self._model, self._settings.rules)
-            same = {n: t.detach().to(*self._kind(t, None)) for n, t in found.averaged.items()}
+            same = {n: local_of(t).to(*self._kind(t, None)) for n, t in found.averaged.items()}
             return {name: (tensor,) * self._number for name, tensor in same.items()}, found
         if self._bound.watch.changed():
             found = select(self._model, self._settings.rules, self._bound.slots)
@@ -188,16 +202,35 @@ class Average:
         bound = self._bind(found, {name: old[name] for name in old if name in names})
         for name, slots in bound.slots.items():
             for slot, given in zip(slots, values, strict=True):
-                slot.copy_(given[name]) if name in given else slot.zero_()
+                if name not in given:
+                    slot.zero_()
+                    continue
+                value = given[name]  # which may be read from a file each time
+                slot.copy_(place_of(value).part(local_of(value), bound.places[name]))
 
     def _bind(self, found: Selection, old: Mapping[str, tuple[Tensor, ...]]) -> _Bound:
-        """Average what was found, going on from the ``old`` averages; what has none starts live."""
+        """Average what was found, going on from the ``old`` averages; what has none starts live.
+
+        A tensor that was sharded since has its part of the average cut out: where every rank held
+        all of it, nothing need be communicated.
+        """
         self.wait()
-        live = found.averaged
+        if self._guards and any_sharded(found.averaged.values()):
+            raise ModelError(
+                "`on_nonfinite` must be 'propagate' or 'raise' for a sharded model, got 'skip': ranks"
+                " would have to agree on every update, and an update does not communicate"
+            )
+        places = {name: place_of(tensor) for name, tensor in found.averaged.items()}
+        live = {
+            name: local_of(tensor) if is_sharded(tensor) else tensor
+            for name, tensor in found.averaged.items()
+        }
+        before = {} if self._bound is None else self._bound.places
         mismatched = [
-            f"`{name}` has shape {tuple(live[name].shape)}, its average {tuple(first.shape)}"
-            for name, (first, *_) in old.items()
-            if name in live and live[name].shape != first.shape
+            phrase
+            for name in old
+            if name in live
+            for phrase in _moved(name, places[name], before[name])
         ]
         if text := difference([name for name in old if name not in live], (), mismatched):
             raise ModelError(f"the model has changed: {text}")
@@ -208,13 +241,15 @@ class Average:
         renew = {
             name: tensor
             for name, tensor in live.items()
-            if name not in old or not _suits(old[name][0], tensor, kinds[name])
+            if name not in old
+            or places[name] != before[name]
+            or not _suits(old[name][0], tensor, kinds[name])
         }
         fresh = [allocate(renew, kinds) for _ in range(self._slots)]
         for index, tensors in enumerate(fresh):
             for name, slot in tensors.items():
                 if name in old:
-                    slot.copy_(old[name][index])
+                    slot.copy_(before[name].part(old[name][index], places[name]))
                 elif index < self._number:
                     slot.copy_(live[name].detach())
                 else:
@@ -223,7 +258,9 @@ class Average:
             name: tuple(tensors[name] for tensors in fresh) if name in renew else old[name]
             for name in live
         }
-        entries = [self._entry(name, slots[name], tensor) for name, tensor in live.items()]
+        entries = [
+            self._entry(name, slots[name], tensor, places[name]) for name, tensor in live.items()
+        ]
         offload = None
         with torch.inference_mode(mode=False):  # its buffers are used in any mode
             if any(_is_offloaded(entry) for entry in entries):
@@ -237,16 +274,16 @@ class Average:
             beside = Lane(tensor.device for tensor in live.values())
             used = [tensor for several in slots.values() for tensor in several]
             beside.hold([*used, *live.values(), *sweep.tensors])
-        self._bound = _Bound(slots, found, sweep, Guard(live), watch, beside)
+        self._bound = _Bound(slots, places, found, sweep, Guard(live), watch, beside)
         self._copied = None
         return self._bound
 
-    def _entry(self, name: str, slots: tuple[Tensor, ...], live: Tensor) -> Entry:
+    def _entry(self, name: str, slots: tuple[Tensor, ...], live: Tensor, place: Place) -> Entry:
         precision = self._settings.precision
         stream = None
         if slots[0].dtype == torch.bfloat16 and precision.stochastic_rounding:
             stream = stream_of(name, precision.seed)
-        return Entry(slots, live, place_of(live), stream)
+        return Entry(slots, live, place, stream)
 
     def _kind(self, tensor: Tensor, old: Tensor | None) -> tuple[torch.device, torch.dtype]:
         """Device and dtype for the average of ``tensor``; one that exists never gets narrower."""
@@ -286,3 +323,12 @@ def _is_offloaded(entry: Entry) -> bool:
 def _suits(average: Tensor, tensor: Tensor, kind: tuple[torch.device, torch.dtype]) -> bool:
     same_layout = average.stride() == tensor.stride() or not is_dense(tensor)
     return (average.device, average.dtype) == kind and same_layout
+
+
+def _moved(name: str, place: Place, before: Place) -> list[str]:
+    """What keeps an average from following its tensor, in words."""
+    if place.shape != before.shape:
+        return [f"`{name}` has shape {place.shape}, its average {before.shape}"]
+    if not before.covers(place):
+        return [f"`{name}` was sharded anew: save() before and load() after that keep its average"]
+    return []

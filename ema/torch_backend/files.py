@@ -26,9 +26,10 @@ from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
 from ema.schedules import schedule_from_dict
+from ema.torch_backend.gather import Whole, on_first_rank
 from ema.torch_backend.selection import Selection
 
-__all__ = ["export", "load", "save", "source_of", "tensor_of"]
+__all__ = ["averaged_model", "export", "load", "save", "source_of", "tensor_of"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -68,6 +69,8 @@ def save(
 ) -> Path:
     """Write averages, and what else a :class:`~ema.torch_backend.state.State` holds.
 
+    Sharded averages are gathered to rank 0, which writes them: every rank must call this.
+
     Args:
         path: the file or folder.
         averages: by canonical name.
@@ -93,8 +96,12 @@ def save(
             parts=parts,
             extra=metadata,
         )
-    sources = {key: source_of(key, tensor) for key, tensor in tensors.items()}
-    return write_state(path, record, sources, max_shard_size=max_shard_size)
+
+    def write(whole: Whole) -> Path:
+        sources = {key: source_of(key, tensor, None, whole) for key, tensor in tensors.items()}
+        return write_state(path, record, sources, max_shard_size=max_shard_size)
+
+    return on_first_rank(list(tensors.values()), write)
 
 
 def load(
@@ -167,52 +174,70 @@ class _Averages(Mapping[str, Tensor]):
         return name in self._stored  # Mapping's own would make the tensor
 
 
-def export(
-    path: str | os.PathLike[str],
-    whole: Mapping[str, Any],
-    averages: Mapping[str, Tensor],
-    found: Selection,
-) -> Path:
-    """Write the state dict of a model with the averages in it, see :meth:`EMAModel.export`.
+def export(path: str | os.PathLike[str], tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> Path:
+    """Write an averaged model, see :meth:`EMAModel.export`.
+
+    What is sharded is gathered to rank 0, which writes it: every rank must call this.
 
     Args:
         path: the file.
-        whole: ``state_dict(keep_vars=True)`` of the bare model.
+        tensors: of :func:`averaged_model`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+
+    def write(whole: Whole) -> Path:
+        sources = {key: source_of(key, *source, whole) for key, source in tensors.items()}
+        return write_tensors(path, sources, {"format": "pt"})
+
+    return on_first_rank([tensor for tensor, _ in tensors.values()], write)
+
+
+def averaged_model(
+    state: Mapping[str, Any], averages: Mapping[str, Tensor], found: Selection
+) -> dict[str, tuple[Tensor, torch.dtype]]:
+    """The state dict of a model with the averages in it, and the dtype that each tensor has there.
+
+    Args:
+        state: ``state_dict(keep_vars=True)`` of the bare model.
         averages: by canonical name.
         found: the tensors of the model.
 
     Raises:
-        CheckpointError: it cannot be written.
-        ModelError: ``whole`` holds other things than tensors, or lacks what is averaged.
+        ModelError: ``state`` holds other things than tensors, or lacks what is averaged.
     """
     names = {id(tensor): name for name, tensor in found.averaged.items()}
     names |= {id(tensor): name for name, (first, tensor) in found.ties.items() if first in averages}
     names |= {id(tensor): first for first, tensor in found.ties.values() if first in averages}
-    sources = {}
+    tensors = {}
     seen = set()
-    for key, value in whole.items():
+    for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(f"`{key}` is a {type(value).__name__}, only tensors can be exported")
         name = names.get(id(value))
         if name is None:
-            sources[key] = source_of(key, value)
+            tensors[key] = value, value.dtype
         else:
             seen.add(name)
-            sources[key] = source_of(key, averages[name], value.dtype)
+            tensors[key] = averages[name], value.dtype
     # a buffer may be one that the model keeps out of its state dict
     parameters = [name for name, live in found.averaged.items() if isinstance(live, nn.Parameter)]
     if absent := [name for name in parameters if name not in seen]:
         raise ModelError(f"the state dict of the model lacks what is averaged: {listing(absent)}")
-    return write_tensors(path, sources, {"format": "pt"})
+    return tensors
 
 
-def source_of(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Source:
+def source_of(
+    name: str, tensor: Tensor, dtype: torch.dtype | None = None, whole: Whole | None = None
+) -> Source:
     """A tensor for the writer; it is copied, one at a time, only where its layout or device asks.
 
     Args:
         name: for the error.
         tensor: of any strided layout, on any device.
         dtype: to write it in; None: its own.
+        whole: what brings all of a sharded tensor here.
 
     Raises:
         CheckpointError: the format has no such dtype or layout.
@@ -223,10 +248,12 @@ def source_of(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> So
             f"`{name}` is {dtype} in the layout {tensor.layout} on {tensor.device.type}:"
             " the format has no such tensors"
         )
-    return Source(_NAMES[dtype], tuple(tensor.shape), partial(_bytes_of, tensor, dtype))
+    return Source(_NAMES[dtype], tuple(tensor.shape), partial(_bytes_of, tensor, dtype, whole))
 
 
-def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> Any:
+def _bytes_of(tensor: Tensor, dtype: torch.dtype, whole: Whole | None) -> Any:
+    if whole is not None:
+        tensor = whole(tensor)
     tensor = tensor.detach().resolve_conj().resolve_neg().to("cpu", dtype).contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy()
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ema.errors import ModelError, difference
 from ema.torch_backend.selection import Rules, Selection, select
+from ema.torch_backend.sharding import place_of
 
 __all__ = ["targets"]
 
@@ -17,15 +18,16 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
 
     Args:
         model: another model than the averaged one.
-        values: by canonical name.
+        values: by canonical name; of a sharded tensor the part that is here.
         ours: the tensors of the averaged model.
 
     Raises:
-        ModelError: the parameters of the two models, their ties or the shapes of these tensors
-            differ; all differences are listed.
+        ModelError: the parameters of the two models, their ties, or the shapes or shards of these
+            tensors differ; all differences are listed.
     """
     found = select(model, Rules.of(None, None, "copy"), tracked=values)
     theirs = {**found.averaged, **found.others, **found.buffers}
+    live = {**ours.averaged, **ours.others, **ours.buffers}
     names = {*values, *ours.averaged, *ours.others}
     text = difference(
         [name for name in names if name not in theirs or name in found.pending],
@@ -35,11 +37,20 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
             if name not in names
         ],
         [
-            f"`{name}` has shape {tuple(theirs[name].shape)}, here it is {tuple(value.shape)}"
-            for name, value in values.items()
-            if name in theirs and name not in found.pending and theirs[name].shape != value.shape
+            phrase
+            for name in values
+            if name in theirs and name not in found.pending
+            for phrase in _mismatch(name, theirs[name], live[name])
         ],
     )
     if text:
         raise ModelError(f"the average does not fit this model: {text}")
     return {name: theirs[name] for name in values}
+
+
+def _mismatch(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
+    if theirs.shape != ours.shape:
+        return [f"`{name}` has shape {tuple(theirs.shape)}, here it is {tuple(ours.shape)}"]
+    if place_of(theirs) != place_of(ours):
+        return [f"`{name}` is sharded in another way: save() and load() move an average"]
+    return []

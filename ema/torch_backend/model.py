@@ -26,6 +26,7 @@ from ema.torch_backend.guard import Flag
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
+from ema.torch_backend.sharding import local_of, wrapped_like
 from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap
 from ema.torch_backend.teacher import call_with
@@ -256,8 +257,8 @@ class EMAModel(Generic[ModelT]):
         Args:
             name: which average, where there are several; as for the methods below.
         """
-        averages, _ = self._look(name)
-        return dict(averages)
+        averages, found = self._look(name)
+        return _wrapped(averages, found)
 
     def relative_distance(self, name: str | None = None) -> float:
         """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once."""
@@ -360,7 +361,7 @@ class EMAModel(Generic[ModelT]):
         values = {**averages, **found.others, **found.buffers}
         theirs = targets(model, values, found)
         for key, value in values.items():
-            theirs[key].detach().copy_(value.detach())
+            local_of(theirs[key]).copy_(local_of(value))
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the averages, the counters and the schedule, see :class:`State`.
@@ -371,9 +372,11 @@ class EMAModel(Generic[ModelT]):
         copies, remainders = {}, {}
         for index, label in enumerate(self._settings.schedules):
             averages, found = self._look(label)
-            copies[label] = {key: average.detach().clone() for key, average in averages.items()}
+            own = {key: average.detach().clone() for key, average in averages.items()}
+            copies[label] = _wrapped(own, found)
             if rest := self._average.remainders(index):
-                remainders[label] = {key: remainder.clone() for key, remainder in rest.items()}
+                own = {key: remainder.clone() for key, remainder in rest.items()}
+                remainders[label] = _wrapped(own, found)
         return State(
             averages=copies,
             remainders=remainders,
@@ -438,7 +441,12 @@ class EMAModel(Generic[ModelT]):
         remainders = self._average.remainders(self._settings.index(name))
         notes = self._file_metadata if metadata is None else metadata
         return files.save(
-            path, averages, remainders, state, metadata=notes, max_shard_size=max_shard_size
+            path,
+            _wrapped(averages, found),
+            _wrapped(remainders, found),
+            state,
+            metadata=notes,
+            max_shard_size=max_shard_size,
         )
 
     def load(
@@ -476,10 +484,12 @@ class EMAModel(Generic[ModelT]):
         state, stored = files.load(path, ours, rename, transform)
         if name is not None:  # a state of all averages, of which this one is another
             state["schedule"] = {**self._settings.timing()["schedule"], name: state["schedule"]}
-            given = {label: self._look(label)[0] for label in self._settings.names}
+            given = {label: _wrapped(*self._look(label)) for label in self._settings.names}
             state["averages"] = {**given, name: state["averages"]}
+            found = self._look(name)[1]
             rests = {
-                label: self._average.remainders(self._settings.index(label)) for label in given
+                label: _wrapped(self._average.remainders(self._settings.index(label)), found)
+                for label in given
             }
             rests[name] = state.get("remainders", {})
             state["remainders"] = {label: rest for label, rest in rests.items() if rest}
@@ -505,10 +515,14 @@ class EMAModel(Generic[ModelT]):
             CheckpointError: it cannot be written, with the file and the reason.
             ModelError: the model's state dict holds something other than its tensors.
         """
+        return files.export(path, self._averaged_model(name))
+
+    def _averaged_model(self, name: str | None = None) -> dict[str, tuple[Tensor, torch.dtype]]:
+        """What a state dict of the model would hold with the averages in it, and in which dtypes."""
         # before the look: a hook of the model may end a swap here
-        whole = unwrap(self._model).state_dict(keep_vars=True)
+        state = unwrap(self._model).state_dict(keep_vars=True)
         averages, found = self._look(name)
-        return files.export(path, whole, averages, found)
+        return files.averaged_model(state, _wrapped(averages, found), found)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Check everything, then take over averages and counters."""
@@ -620,3 +634,8 @@ class EMAModel(Generic[ModelT]):
             swap.restore()
             if self._swap is swap:
                 self._swap = None
+
+
+def _wrapped(averages: Mapping[str, Tensor], found: Selection) -> dict[str, Tensor]:
+    """The averages as they are shown: sharded where the live tensors are."""
+    return {name: wrapped_like(average, found.averaged[name]) for name, average in averages.items()}

@@ -11,7 +11,15 @@ from torch.nn.parameter import is_lazy
 
 from ema.errors import ArgumentError, ArgumentTypeError, ModelError, listing
 from ema.torch_backend.memory import is_dense
-from ema.torch_backend.names import NamedTensors, is_of, named_tensors
+from ema.torch_backend.names import NamedTensors, named_tensors
+from ema.torch_backend.sharding import (
+    check_supported,
+    fully_sharded,
+    is_sharded,
+    local_of,
+    place_of,
+    reshard,
+)
 
 __all__ = ["Rules", "Selection", "select"]
 
@@ -134,9 +142,14 @@ def select(model: nn.Module, rules: Rules, tracked: Collection[str] = ()) -> Sel
     Raises:
         ArgumentTypeError: ``model`` is no module.
         ModelError: a pattern matches nothing; two tensors have one name or share a part of their
-            memory; one is to be averaged and cannot be (sharded, sparse, repeating its elements).
+            memory; one is to be averaged and cannot be (sparse, repeating its elements), or is kept by an engine
+            that leaves nothing to average (FSDP1, ZeRO-3).
     """
     found = named_tensors(model)
+    if gathered := fully_sharded(found.modules):
+        reshard(gathered)
+        found = named_tensors(model)
+    check_supported(found.modules, found.parameters)
     rules.check_used(found)
     selection = Selection(
         averaged={},
@@ -181,24 +194,26 @@ def _names_by_memory(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     for name, tensor in tensors.items():
         key: object = id(tensor)
         if tensor.layout == strided and not is_lazy(tensor) and _address(tensor):
-            shape = () if is_dense(tensor) else (tensor.shape, tensor.stride())
-            key = (_address(tensor), tensor.dtype, tensor.numel(), shape)
+            here = local_of(tensor)
+            shape = () if is_dense(here) else (here.shape, here.stride())
+            key = (_address(tensor), here.dtype, here.numel(), shape)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
 def _address(tensor: Tensor) -> int:
-    """Where its elements begin; 0 where there are none (meta, empty, wrapper subclasses)."""
-    if is_of(tensor, "torch.distributed.tensor", "DTensor") or not tensor.numel():
-        return 0
-    return tensor.data_ptr()
+    """Where its elements here begin; 0 where there are none (meta, empty, wrapper subclasses)."""
+    here = local_of(tensor) if is_sharded(tensor) else tensor
+    return here.data_ptr() if here.numel() else 0
 
 
 def _check_averageable(name: str, tensor: Tensor) -> None:
-    if is_of(tensor, "torch.distributed.tensor", "DTensor") or is_of(
-        tensor, "torch.distributed.fsdp._flat_param", "FlatParameter"
-    ):
-        raise ModelError(f"`{name}` is sharded: sharded models are not supported yet")
+    if is_sharded(tensor):
+        try:
+            place_of(tensor)
+        except ModelError as error:
+            raise ModelError(f"`{name}`: {error}") from None
+        tensor = local_of(tensor)
     if tensor.layout != strided:
         raise ModelError(f"`{name}` has the layout {tensor.layout}, only dense tensors average")
     if tensor.numel() and not _address(tensor):
@@ -215,11 +230,12 @@ def _check_disjoint(selection: Selection) -> None:
     for kind in (selection.averaged, selection.others, selection.buffers):
         for name, tensor in kind.items():
             if tensor.layout == strided and name not in selection.pending and _address(tensor):
+                here = local_of(tensor)
                 last = sum(
                     stride * (size - 1)
-                    for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+                    for stride, size in zip(here.stride(), here.shape, strict=True)
                 )
-                end = _address(tensor) + (last + 1) * tensor.element_size()
+                end = _address(tensor) + (last + 1) * here.element_size()
                 spans.append((_address(tensor), end, name, kind is selection.averaged))
     reach = {True: (0, ""), False: (0, "")}  # how far memory is taken, by averaged ones or not
     for start, end, name, averaged in sorted(spans):

@@ -11,15 +11,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema.errors import ModelError
 from ema.torch_backend.names import is_of
 
-__all__ = ["Place", "is_sharded", "local_of", "place_of", "wrapped_like"]
+__all__ = [
+    "Place",
+    "any_sharded",
+    "check_supported",
+    "counts_here",
+    "fully_sharded",
+    "is_sharded",
+    "local_of",
+    "place_at",
+    "place_of",
+    "reshard",
+    "wrapped_like",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +82,47 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_of(tensor, "torch.distributed.tensor", "DTensor")
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them is, so that their whole lies on all ranks together."""
+    return any(map(is_sharded, tensors))
+
+
+def fully_sharded(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that ``fully_shard`` was called on."""
+    return [module for module in modules if is_of(module, "torch.distributed.fsdp", "FSDPModule")]
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let go of the gathered copies that a forward pass has left in fully sharded modules.
+
+    While there is one the module holds it in place of its shard, and the next forward pass uses
+    it whatever has been written into the shard. Nothing is communicated.
+    """
+    for module in modules:
+        sharded: Any = module
+        sharded.reshard()
+
+
+def check_supported(modules: Iterable[nn.Module], parameters: Mapping[str, Tensor]) -> None:
+    """Look for engines that leave no shards that can be averaged where they are.
+
+    Raises:
+        ModelError: a module is wrapped by FSDP1, or a parameter partitioned by DeepSpeed ZeRO-3.
+    """
+    home, name = "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
+    if any(is_of(module, home, name) for module in modules):
+        raise ModelError(
+            f"the model is wrapped by {name} (FSDP version 1), which flattens its parameters into"
+            " one: use fully_shard (FSDP version 2)"
+        )
+    for key, parameter in parameters.items():
+        if hasattr(parameter, "ds_id"):
+            raise ModelError(
+                f"`{key}` is partitioned by DeepSpeed ZeRO-3, which leaves it empty between steps:"
+                " use ZeRO stage 1 or 2, or fully_shard (FSDP version 2)"
+            )
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that is here, all of a plain one: an alias, detached."""
     if not is_sharded(tensor):
@@ -96,12 +149,15 @@ def wrapped_like(local: Tensor, tensor: Tensor) -> Tensor:
     )
 
 
+def counts_here(tensor: Tensor) -> bool:
+    """Whether this is the first of the ranks that hold the same part of a sharded tensor."""
+    like: Any = tensor
+    axes = zip(like.device_mesh.get_coordinate(), like.placements, strict=True)
+    return not any(index for index, placement in axes if placement.is_replicate())
+
+
 def place_of(tensor: Tensor) -> Place:
     """Which part of the whole of ``tensor`` is here; no communication.
-
-    Shards are cut as ``torch.chunk`` cuts, one mesh dimension after the other. Under FSDP and
-    tensor parallelism of one dimension (``_StridedShard``) the mesh dimensions are taken in the
-    order in which the tensor was cut.
 
     Raises:
         ModelError: what is here is no box in the whole, or nothing that can be averaged.
@@ -110,10 +166,33 @@ def place_of(tensor: Tensor) -> Place:
     if not is_sharded(tensor):
         return Place(shape, (0,) * len(shape), shape)
     like: Any = tensor
-    mesh, placements = like.device_mesh, like.placements
-    coordinate = mesh.get_coordinate()
+    coordinate = like.device_mesh.get_coordinate()
     if coordinate is None:
-        raise ModelError(f"a tensor of shape {shape} lies on {mesh}, which this rank is no part of")
+        raise ModelError(
+            f"a tensor of shape {shape} lies on {like.device_mesh}, which this rank is no part of"
+        )
+    place = place_at(tensor, coordinate)
+    here = tuple(like._local_tensor.shape)
+    if here != place.local:
+        raise ModelError(
+            f"a tensor of shape {shape} with placements {like.placements} has {here} here,"
+            f" {place.local} is expected"
+        )
+    return place
+
+
+def place_at(tensor: Tensor, coordinate: Sequence[int]) -> Place:
+    """Which part of the whole of a sharded tensor is at this coordinate of its mesh.
+
+    Shards are cut as ``torch.chunk`` cuts, one mesh dimension after the other. Under FSDP and
+    tensor parallelism of one dimension (``_StridedShard``) the mesh dimensions are taken in the
+    order in which the tensor was cut.
+
+    Raises:
+        ModelError: what is there is no box in the whole, or nothing that can be averaged.
+    """
+    like: Any = tensor
+    shape, mesh, placements = tuple(like.shape), like.device_mesh, like.placements
     offsets, sizes = [0] * len(shape), list(shape)
     for dim in range(len(shape)):
         for axis in _order(dim, placements, [mesh.size(axis) for axis in range(mesh.ndim)]):
@@ -121,14 +200,7 @@ def place_of(tensor: Tensor) -> Place:
             first = min(coordinate[axis] * length, sizes[dim])
             offsets[dim] += first
             sizes[dim] = min(length, sizes[dim] - first)
-    place = Place(shape, tuple(offsets), tuple(sizes))
-    here = tuple(like._local_tensor.shape)
-    if here != place.local:
-        raise ModelError(
-            f"a tensor of shape {shape} with placements {placements} has {here} here,"
-            f" {place.local} is expected"
-        )
-    return place
+    return Place(shape, tuple(offsets), tuple(sizes))
 
 
 def _order(dim: int, placements: Sequence[Any], sizes: Sequence[int]) -> list[int]:

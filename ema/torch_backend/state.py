@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ema.errors import CheckpointError, difference, listing
 from ema.torch_backend.selection import Selection
+from ema.torch_backend.sharding import place_of
 
 __all__ = ["FORMAT_VERSION", "State"]
 
@@ -188,6 +189,11 @@ def _mismatched(averages: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> l
             )
         elif _kind(average) != _kind(tensor) or _kind(average) == "integer":
             phrases.append(f"`{name}` has dtype {tensor.dtype}, the state has {average.dtype}")
+        elif not place_of(average).covers(place_of(tensor)):
+            phrases.append(
+                f"`{name}` is sharded in another way: torch.distributed.checkpoint and save() move"
+                " an average"
+            )
     return phrases
 
 

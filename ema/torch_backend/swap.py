@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ema.errors import StateError
 from ema.torch_backend.memory import CHUNK, flat, is_dense
 from ema.torch_backend.selection import Selection
+from ema.torch_backend.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.steps import Progress, Step
 
 __all__ = ["Swap"]
@@ -31,7 +32,8 @@ class Swap:
     Args:
         model: is held for as long as the swap.
         averages: by name.
-        params: the parameters of the same names and shapes.
+        params: the parameters of the same names and shapes; of a sharded one, the part here has
+            the shape of its average.
         found: the tensors of the averaged model, for those who ask during the swap.
         name: of the averages, where there are several.
 
@@ -53,7 +55,8 @@ class Swap:
         self.found = found
         self._params = dict(params)
         self._averages = dict(averages)
-        self._views = {name: tensor.detach() for name, tensor in params.items()}
+        self._views = {name: local_of(tensor) for name, tensor in params.items()}
+        self._gathering = fully_sharded(model.modules())
         self._exchanged: set[str] = set()
         for key, tensor in self._params.items():
             holder = _swapped_in.get(id(tensor))
@@ -75,6 +78,7 @@ class Swap:
     def apply(self) -> None:
         """Put the averages in; if anything is raised, the live weights are back before."""
         try:
+            reshard(self._gathering)
             _swapped_in.update({id(tensor): self for tensor in self._params.values()})
             self._into = Progress(chain.from_iterable(into for into, _ in self._parts))
             self._into.run()
@@ -102,14 +106,14 @@ class Swap:
         }
 
     def _restore(self) -> None:
+        reshard(self._gathering)
         if self._back is None:
             self._back = Progress(self._way_back())
         self._back.run()
         for name, tensor in self._params.items():
-            view = self._views[name]
-            if tensor.data_ptr() != view.data_ptr():  # moved or cast meanwhile
-                with torch.no_grad():
-                    tensor.copy_(view)
+            view, here = self._views[name], local_of(tensor)
+            if here.data_ptr() != view.data_ptr():  # moved or cast meanwhile
+                here.copy_(view)
 
     def _way_back(self) -> list[Step]:
         """Finish the part that was begun, first of all, and undo every part."""

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ema.errors import ModelError
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
+from ema.torch_backend.sharding import fully_sharded, wrapped_like
 
 __all__ = ["call_with"]
 
@@ -26,9 +28,21 @@ def call_with(
     Averages are cast to the dtypes of the tensors that they stand for. Everything else is
     detached, so no gradient reaches the live parameters, and buffers are copies, so that
     the statistics of a BatchNorm in training mode stay as they are.
+
+    Raises:
+        ModelError: ``fully_shard`` was called on it, which gathers what it knows of and nothing else.
     """
+    if fully_sharded(selection.modules):
+        raise ModelError(
+            "under fully_shard a model can only be called with its own parameters: call it inside"
+            " use_ema()"
+        )
+    live = selection.averaged
     tensors = {
-        **{name: average.to(selection.averaged[name]) for name, average in averages.items()},
+        **{
+            name: wrapped_like(average.to(live[name].device, live[name].dtype), live[name])
+            for name, average in averages.items()
+        },
         **{name: tensor.detach() for name, tensor in selection.others.items()},
         **{name: tensor.clone() for name, tensor in selection.buffers.items()},
     }

@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ema.torch_backend.selection import Rules, Selection
+from ema.torch_backend.sharding import fully_sharded, is_sharded, reshard
 
 __all__ = ["Watch"]
 
 _nbytes = attrgetter("nbytes")
 _requires_grad = attrgetter("requires_grad")
+_local_tensor = attrgetter("_local_tensor")  # the same object until it is replaced
 
 
 class Watch:
@@ -41,11 +43,14 @@ class Watch:
         self._childless = [module._modules for module in modules if not module._modules]
         self._views = [holder.values() for holder in holders]
         self._held = self._hold()
+        self._gathering = fully_sharded(modules)
         self._waiting = selection.waiting
         self._pending = bool(selection.pending)
-        averaged = selection.averaged.values()
-        self._read = [tensor for tensor in averaged if id(tensor) in read]
-        rest = [tensor for tensor in averaged if id(tensor) not in read]
+        self._sharded = [live for live in selection.averaged.values() if is_sharded(live)]
+        self._locals = list(map(_local_tensor, self._sharded))
+        whole = [live for live in selection.averaged.values() if not is_sharded(live)]
+        self._read = [tensor for tensor in whole if id(tensor) in read]
+        rest = [*(tensor for tensor in whole if id(tensor) not in read), *self._locals]
         self._vectors = [tensor for tensor in rest if tensor.dim() == 1]
         self._others = [tensor for tensor in rest if tensor.dim() != 1]
         self._sizes = list(map(_nbytes, self._read))
@@ -55,7 +60,18 @@ class Watch:
         self._lengths = list(map(Tensor.numel, self._vectors))
 
     def changed(self) -> bool:
-        """Whether anything was replaced, added, removed, unfrozen, moved, cast or resized."""
+        """Whether anything was replaced, added, removed, unfrozen, moved, cast or resized.
+
+        What FSDP has gathered for a forward pass and kept since is given up first.
+        """
+        if not self._differs():
+            return False
+        if not self._gathering:
+            return True
+        reshard(self._gathering)
+        return self._differs()
+
+    def _differs(self) -> bool:
         held = self._hold()
         return (
             self._pending
@@ -67,6 +83,7 @@ class Watch:
             or list(map(Tensor.data_ptr, self._vectors)) != self._addresses
             or list(map(Tensor.numel, self._vectors)) != self._lengths
             or not all(map(Tensor.is_set_to, self._others, self._aliases))
+            or not all(map(is_, map(_local_tensor, self._sharded), self._locals))
             or any(map(_requires_grad, self._waiting))
         )
 
