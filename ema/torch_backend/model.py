@@ -24,6 +24,7 @@ from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.fit import targets
 from ema.torch_backend.guard import Flag
 from ema.torch_backend.names import unwrap
+from ema.torch_backend.ranks import verify_ranks
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.sharding import local_of, wrapped_like
@@ -55,7 +56,8 @@ class EMAModel(Generic[ModelT]):
     refused at the next update, before anything has changed.
 
     Args:
-        model: any module, wrapped (DDP, ``torch.compile``) or not; it is never copied.
+        model: any module, wrapped (DDP, ``torch.compile``) or sharded (``fully_shard``, DTensor),
+            also later on, or not; it is never copied.
         decay: the decay of one update in [0, 1], or a schedule; a mapping from names to these
             keeps several averages, which read the parameters once (``use_ema("long")``).
         update_after_step: through this step the average equals the live weights; updates count
@@ -91,7 +93,8 @@ class EMAModel(Generic[ModelT]):
         ArgumentError: an argument is out of range.
         ArgumentTypeError: an argument has the wrong type.
         ModelError: there is nothing to average, a pattern matches nothing, or a tensor cannot be
-            averaged (sharded, sparse, sharing a part of its memory with another).
+            averaged (sparse, sharing a part of its memory with another, or kept by FSDP1 or
+            ZeRO-3).
 
     Sources: Polyak and Juditsky 1992; Ruppert 1988.
 
@@ -261,17 +264,37 @@ class EMAModel(Generic[ModelT]):
         return _wrapped(averages, found)
 
     def relative_distance(self, name: str | None = None) -> float:
-        """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once."""
+        """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once.
+
+        Where the model is sharded, ranks add up two numbers: every rank must call it.
+        """
         self._refuse_while_swapped("relative_distance")
         averages, found = self._look(name)
         return relative_distance(averages, found.averaged)
+
+    def verify_ranks(self) -> None:
+        """Make sure that all ranks have the same average, where they should (DDP, replicas).
+
+        Communicates: every rank must call it. Without ``torch.distributed`` it does nothing.
+
+        Raises:
+            StateError: on every rank, with the tensors that differ and the ranks.
+        """
+        tensors = {}
+        for label in self._settings.schedules:
+            averages, found = self._look(label)
+            suffix = "" if label is None else f" ({label})"
+            for key, average in averages.items():
+                tensors[f"{key}{suffix}"] = average, found.averaged[key]
+        verify_ranks({"step": self._step, "count": self._count}, tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the averaged weights and leave the live ones alone: a teacher.
 
         No gradient reaches the live parameters, and buffers (the statistics of a BatchNorm) stay
         as they are. The bare model is called, without DDP and not compiled; for more than a
-        few calls in a row :meth:`use_ema` is cheaper.
+        few calls in a row :meth:`use_ema` is cheaper, and under ``fully_shard`` it is the only
+        way: calling raises a ``ModelError`` there.
         """
         if self._settings.names:
             raise StateError(
@@ -418,6 +441,8 @@ class EMAModel(Generic[ModelT]):
 
         What is written is what :meth:`state_dict` returns, without copying it; right also while
         averages are swapped in. :func:`ema.jax_backend.load_params_ema` reads the same file.
+        Where the model is sharded every rank must call it: rank 0 gathers the tensors one at a time
+        and writes the same file, which any number of ranks can go on from.
 
         Args:
             path: a file that ends in ``.safetensors``, or a folder, which is made.
@@ -502,7 +527,8 @@ class EMAModel(Generic[ModelT]):
 
         Names and dtypes are those of the (unwrapped) model's own ``state_dict()``, tied weights
         under each of their names, so ``model.load_state_dict(safetensors.torch.load_file(path))``
-        reads it where this library is not installed.
+        reads it where this library is not installed. Where the model is sharded every rank must
+        call it, as for :meth:`save`.
 
         Args:
             path: the file.
