@@ -29,7 +29,15 @@ from ema.schedules import schedule_from_dict
 from ema.torch_backend.gather import Whole, on_first_rank
 from ema.torch_backend.selection import Selection
 
-__all__ = ["averaged_model", "export", "load", "save", "source_of", "tensor_of"]
+__all__ = [
+    "averaged_model",
+    "averaged_state_dict",
+    "export",
+    "load",
+    "save",
+    "source_of",
+    "tensor_of",
+]
 
 DTYPES = {
     "F64": torch.float64,
@@ -226,6 +234,25 @@ def averaged_model(
     if absent := [name for name in parameters if name not in seen]:
         raise ModelError(f"the state dict of the model lacks what is averaged: {listing(absent)}")
     return tensors
+
+
+def averaged_state_dict(tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> dict[str, Tensor]:
+    """The tensors of :func:`averaged_model`, whole and on the CPU: on rank 0 if any is sharded.
+
+    What is one tensor under several names stays one.
+    """
+
+    def collect(whole: Whole) -> None:
+        for key, (tensor, dtype) in tensors.items():
+            same = (id(tensor), dtype)
+            if same not in made:
+                made[same] = whole(tensor).detach().to("cpu", dtype, copy=True)
+            state[key] = made[same]
+
+    made: dict[tuple[int, torch.dtype], Tensor] = {}
+    state: dict[str, Tensor] = {}
+    on_first_rank([tensor for tensor, _ in tensors.values()], collect)
+    return state
 
 
 def source_of(

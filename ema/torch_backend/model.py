@@ -27,7 +27,7 @@ from ema.torch_backend.names import unwrap
 from ema.torch_backend.ranks import verify_ranks
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
-from ema.torch_backend.sharding import local_of, wrapped_like
+from ema.torch_backend.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap
 from ema.torch_backend.teacher import call_with
@@ -201,6 +201,11 @@ class EMAModel(Generic[ModelT]):
         """Updates that were due and not made, since the live weights were not finite."""
         self._settle()
         return self._skipped
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is sharded, so that every rank must call :meth:`save` and the like."""
+        return any_sharded(self._look(next(iter(self._settings.schedules)))[1].averaged.values())
 
     def reset(self) -> None:
         """Start again from the live weights, at step 0.
@@ -542,6 +547,19 @@ class EMAModel(Generic[ModelT]):
             ModelError: the model's state dict holds something other than its tensors.
         """
         return files.export(path, self._averaged_model(name))
+
+    def averaged_state_dict(self, *, name: str | None = None) -> dict[str, Tensor]:
+        """The model's own state dict with the averaged weights in it, on the CPU: see :meth:`export`.
+
+        Where the model is sharded every rank must call it, and ranks other than 0 get an empty one.
+
+        Args:
+            name: which average, where there are several.
+
+        Raises:
+            ModelError: the model's state dict holds something other than its tensors.
+        """
+        return files.averaged_state_dict(self._averaged_model(name))
 
     def _averaged_model(self, name: str | None = None) -> dict[str, tuple[Tensor, torch.dtype]]:
         """What a state dict of the model would hold with the averages in it, and in which dtypes."""

@@ -373,7 +373,8 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Put the average into the checkpoint, as its last file."""
         self._evaluation.end()
-        if args.should_save:  # every process holds the same average, one writes it
+        # without shards every process holds the same average, and one writes it
+        if args.should_save or self.ema_model.sharded:
             folder = checkpoint_folder(args, state)
             notes = {**self._notes, **list_files(folder)}
             self.ema_model.save(folder / file_name(self.name), metadata=notes)
@@ -403,7 +404,8 @@ class EMACallback(TrainerCallback):
             if dist.is_available() and dist.is_initialized():
                 dist.barrier()  # the main process may still be writing the average of this step
             self._load_from(Path(best), "the last average is kept")
-        if self.save_ema_model and args.should_save and model is not None:
+        writes = args.should_save or average.sharded
+        if self.save_ema_model and writes and model is not None:
             self.save_pretrained(model, model_folder(args, state, self.name))
 
     def _expect(

@@ -40,7 +40,9 @@ class EvaluationSwap:
         with ExitStack() as inside:
             inside.enter_context(average.use_ema())
             model = average.model
-            inside.callback(model.register_forward_pre_hook(over_if_training).remove)
+            # before those of FSDP, which gather the weights as they are
+            hook = model.register_forward_pre_hook(over_if_training, prepend=True)
+            inside.callback(hook.remove)
             for module in model.modules():
                 for register in (
                     module.register_state_dict_pre_hook,

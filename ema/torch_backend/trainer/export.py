@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ema.errors import ArgumentTypeError
+from ema.errors import ArgumentTypeError, ModelError
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.names import unwrap
 
@@ -24,7 +24,9 @@ def save_pretrained(
     """Write ``model`` with averaged weights, as its own ``save_pretrained`` writes it.
 
     Everything that it saves is there: tied and frozen weights, buffers, shards of a large model; of
-    a PEFT model the adapter. A note in ``ema.json`` holds decay, step and schedule.
+    a PEFT model the adapter. Where the model is sharded every rank must call this; rank 0 gathers
+    the tensors in memory of the CPU and writes them. A note in ``ema.json`` holds decay, step and
+    schedule.
 
     Args:
         average: of the model.
@@ -42,8 +44,19 @@ def save_pretrained(
             f"`model` must have save_pretrained, which {type(inner).__name__} has not:"
             " EMAModel.export writes any module"
         )
-    with average.use_ema(model):
-        inner.save_pretrained(folder, **options)
+    if not average.sharded:
+        with average.use_ema(model):
+            inner.save_pretrained(folder, **options)
+        _write_note(average, folder)
+        return
+    if inner is not unwrap(average.model):
+        raise ModelError("a sharded average can only be written with the model that it belongs to")
+    if state := average.averaged_state_dict():
+        inner.save_pretrained(folder, state_dict=state, **options)
+        _write_note(average, folder)
+
+
+def _write_note(average: EMAModel[Any], folder: str | Path) -> None:
     note = {
         "weights": "ema",
         "decay": average.decay,
