@@ -307,59 +307,44 @@ def swaps(rank, ranks, folder):
     report = {}
     tokens = torch.arange(12) % 11
     for way in ways(ranks):
-        torch.manual_seed(0)
         model = way(make().eval(), ranks)
         average = EMAModel(model, 0.9)
         reference = Reference({"decay": 0.9})
         reference.model.eval()
-        result = {"differing": 0, "live": 0, "collectives": [], "forward": []}
-        result |= {"inside": 0.0, "after": 0.0, "apart": 1.0}
+        result = {"differing": 0, "live": 0, "inside": 0.0, "after": 0.0, "apart": 1.0}
+        counted, forward = [], []
         for step in (1, 2):
-            values = live_at(step, model)
-            put(model, values)
+            put(model, live_at(step, model))
             reference.go_to(step)
             if way is not by_hand:  # which leaves it to the user to bring his inputs onto a mesh
-                with torch.no_grad(), collectives(result["forward"]):
+                with torch.no_grad(), collectives(forward):
                     model(tokens)  # gathered copies of the live weights
-            with collectives(result["collectives"]):
+            with collectives(counted):
                 average.update()
             result["differing"] += count_differing(gathered(average), reference.averages())
             with torch.no_grad():
                 plain = reference.model(tokens)
                 with reference.average.use_ema():
                     expected = reference.model(tokens)
-                inside, after = expected, plain
-                entered = average.use_ema()
-                if way is not by_hand:
-                    model(tokens)
-                with collectives(result["collectives"]):
-                    entered.__enter__()
-                if way is not by_hand:
-                    inside = model(tokens)
-                with collectives(result["collectives"]):
-                    entered.__exit__(None, None, None)
-                if way is not by_hand:
-                    after = model(tokens)
-            result["inside"] = max(result["inside"], away(inside, expected))
-            result["after"] = max(result["after"], away(after, plain))
-            result["apart"] = min(result["apart"], away(expected, plain))
+                result["apart"] = min(result["apart"], away(expected, plain))
+                inside, after = swapped(average, None if way is by_hand else tokens, counted)
+            if inside is not None:
+                result["inside"] = max(result["inside"], away(inside, expected))
+                result["after"] = max(result["after"], away(after, plain))
             for module in model.modules():
                 if hasattr(module, "reshard"):
                     module.reshard()
             result["live"] += count_differing(
                 whole(dict(model.named_parameters())), dict(reference.model.named_parameters())
             )
-        distance = average.relative_distance()
-        expected = reference.average.relative_distance()
-        result["distance"] = abs(distance / expected - 1)
+        distance = reference.average.relative_distance()
+        result["distance"] = abs(average.relative_distance() / distance - 1)
         average.verify_ranks()
         with average.use_ema():
             inside = average.state_dict()["averages"]
-            result["state inside"] = count_differing(
-                whole(inside), dict(reference.average.averaged_parameters())
-            )
-        result["forward"] = sum(map(len, result["forward"]))
-        result["collectives"] = sum(map(len, result["collectives"]))
+            theirs = dict(reference.average.averaged_parameters())
+            result["state inside"] = count_differing(whole(inside), theirs)
+        result |= {"forward": sum(map(len, forward)), "collectives": sum(map(len, counted))}
         if way in (by_module, kept, replicas):
             try:
                 average(tokens)
@@ -367,6 +352,22 @@ def swaps(rank, ranks, folder):
                 result["called"] = str(error)
         report[way.__name__] = result
     return report
+
+
+def swapped(average, tokens, counted):
+    """Outputs inside ``use_ema`` and after it, each after a forward pass that kept its weights."""
+
+    def run():
+        return None if tokens is None else average.model(tokens)
+
+    run()
+    block = average.use_ema()
+    with collectives(counted):
+        block.__enter__()
+    inside = run()
+    with collectives(counted):
+        block.__exit__(None, None, None)
+    return inside, run()
 
 
 def away(found, expected):
@@ -472,7 +473,7 @@ def killed(rank, ranks, folder):
     """A rank is killed in the middle of a save; the others fail, and the last file is whole."""
     victim = int(os.environ["EMA_TEST_VICTIM"])
     model = by_module(make(), ranks)
-    average = EMAModel(model, 0.9)
+    average = new_average(model, {})
     run_to(average, model, 0, 1)
     average.save(folder / "ema.safetensors")
     run_to(average, model, 1, 2)

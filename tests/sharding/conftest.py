@@ -1,0 +1,111 @@
+"""Runs over several processes, each made once for all the tests that look at it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).parent
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(HOME.parents[1]),
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def end(processes):
+    """Kill those that are left, each by its own id."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def launch(scenario, ranks, folder, limit=170, may_fail=(), **environment):
+    """Run ``program.py`` on so many ranks; what each of them reports, None for one that was killed."""
+    logs = [folder / f"{scenario}-{ranks}-rank{rank}.log" for rank in range(ranks)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            command = [
+                *(sys.executable, str(HOME / "program.py"), scenario),
+                *(str(rank), str(ranks), str(folder)),
+            ]
+            with log.open("w") as stream:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env={**ENVIRONMENT, **environment},
+                        stdout=stream,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        deadline = time.monotonic() + limit
+        for process in processes:
+            process.wait(max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{scenario} on {ranks} ranks takes more than {limit} s")
+    finally:
+        end(processes)
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0 or rank in may_fail, logs[rank].read_text()[-5000:]
+    reports = [folder / f"{scenario}-{ranks}-rank{rank}.json" for rank in range(ranks)]
+    return [json.loads(report.read_text()) if report.exists() else None for report in reports]
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., list]:
+    """The function that runs the program."""
+    return launch
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[..., Path]:
+    """Fill a folder by a function of it, in one of the processes of pytest-xdist; all get it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name, fill, limit=280):
+        folder, end = base / name, base / f"{name}.end"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            deadline = time.monotonic() + limit
+            while not end.exists() and time.monotonic() < deadline:
+                time.sleep(0.2)
+        else:
+            message = "it was interrupted"
+            try:
+                fill(folder)
+                message = ""
+            finally:
+                end.with_suffix(".tmp").write_text(message)
+                end.with_suffix(".tmp").replace(end)
+        if not end.exists() or end.read_text():
+            pytest.fail(f"{name} has failed in another process of pytest")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared(once) -> Path:
+    """Where four ranks save and others go on, and what all of them have found."""
+
+    def fill(folder):
+        runs = {ranks: launch("all", ranks, folder) for ranks in (4, 3, 2, 1)}
+        (folder / "runs.json").write_text(json.dumps(runs))
+
+    return once("shards", fill, limit=700)
+
+
+@pytest.fixture(scope="session")
+def runs(shared) -> dict[int, list]:
+    """What each rank has found, by the number of ranks; four come first, the others resume."""
+    return {int(ranks): r for ranks, r in json.loads((shared / "runs.json").read_text()).items()}
