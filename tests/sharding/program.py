@@ -42,6 +42,9 @@ OPTIONS = {  # of EMAModel, by name; each is run on every number of ranks
     "bfloat16-params": {"params": torch.bfloat16},
     "several": {"decay": {"short": 0.9, "long": 0.999}},
     "buffers": {"buffers": "average"},
+    "compensated": {"compensated": True},
+    "rounded": {"params": torch.bfloat16, "dtype": torch.bfloat16, "seed": 3},
+    "several-compensated": {"decay": {"short": 0.9, "long": 0.999}, "compensated": True},
 }
 
 

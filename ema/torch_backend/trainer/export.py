@@ -49,7 +49,7 @@ def save_pretrained(
             inner.save_pretrained(folder, **options)
         _write_note(average, folder)
         return
-    if inner is not unwrap(average.model):
+    if id(unwrap(average.model)) != id(inner):
         raise ModelError("a sharded average can only be written with the model that it belongs to")
     if state := average.averaged_state_dict():
         inner.save_pretrained(folder, state_dict=state, **options)
