@@ -9,6 +9,7 @@ rank also computes them as a single process would, and compares.
 import faulthandler
 import json
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -532,8 +533,33 @@ def gathers(rank, ranks, folder):
     return report
 
 
+def page(rank, ranks, folder):
+    """The blocks of docs/sharding.md, one after the other."""
+    model = nn.Sequential()
+    model.layers = nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 3)])
+    model.forward = lambda x: model.layers[1](model.layers[0](x))
+    names = {
+        "model": model,
+        "folder": folder / f"page-{ranks}",
+        "loader": [(torch.ones(2, 3), torch.zeros(2, 3))] * 3,
+        "loss_function": nn.functional.mse_loss,
+    }
+    text = (Path(__file__).parents[2] / "docs" / "sharding.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    for block in blocks:
+        lines = block.replace("for inputs", f"{OPTIMIZER}\nfor inputs")
+        exec(lines, names)
+    same = count_differing(
+        whole(names["resumed"].averaged_parameters()),
+        whole(names["ema_model"].averaged_parameters()),
+    )
+    return {"blocks": len(blocks), "differing": same, "distance": names["distance"]}
+
+
+OPTIMIZER = "import torch; optimizer = torch.optim.SGD(model.parameters(), lr=0.1)"
+
 SCENARIOS = {
-    "all": [trajectories, gathers, swaps, training, replicated, failing],
+    "all": [trajectories, gathers, swaps, training, replicated, failing, page],
     "memory": [memory],
     "killed": [killed],
 }

@@ -146,6 +146,13 @@ def test_when_rank_0_cannot_write_every_rank_hears_of_it(runs):
             assert report["failing"]["written"]
 
 
+def test_the_blocks_of_the_page_run(runs):
+    for reports in runs.values():
+        for report in reports:
+            assert (report["page"]["blocks"], report["page"]["differing"]) == (4, 0)
+            assert 0 < report["page"]["distance"] < 1
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_during_a_save_leaves_the_last_file_whole(start, tmp_path, victim):
     """The other rank raises instead of waiting for good."""
