@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ema.checkpoint import MAX_SHARD_SIZE
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform
-from ema.errors import EMAWarning, ModelError, StateError, listing
+from ema.errors import EMAWarning, StateError, listing
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
@@ -225,9 +225,9 @@ class EMAModel(Generic[ModelT]):
         """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
 
         Raises:
-            StateError: averages are swapped in.
-            ModelError: an averaged parameter was resized or removed, or with
-                ``on_nonfinite="raise"`` one holds NaN or Inf. Nothing has changed.
+            StateError: averages are swapped in, or with ``on_nonfinite="raise"`` a live weight is
+                NaN or Inf.
+            ModelError: an averaged parameter was resized or removed. Nothing has changed.
         """
         self._refuse_while_swapped("update")
         step = self._step + 1
@@ -642,7 +642,7 @@ class EMAModel(Generic[ModelT]):
             return False
         names = self._average.nonfinite()
         if names and on_nonfinite == "raise":
-            raise ModelError(f"live weights must be finite to be averaged, got {listing(names)}")
+            raise StateError(f"live weights must be finite to be averaged, got {listing(names)}")
         return bool(names)
 
     def _refuse_while_swapped(self, call: str) -> None:

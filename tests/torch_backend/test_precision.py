@@ -265,7 +265,7 @@ class TestNonfinite:
         with torch.no_grad():
             model.v[0] = value
         before = average.state_dict()
-        with pytest.raises(ema.errors.ModelError, match=r"must be finite to be averaged, got `v`$"):
+        with pytest.raises(ema.errors.StateError, match=r"must be finite to be averaged, got `v`$"):
             average.update()
         assert same(average.state_dict(), before)
 
