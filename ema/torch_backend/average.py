@@ -20,7 +20,6 @@ from ema.torch_backend.selection import Selection, select
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.sharding import (
     Place,
-    any_sharded,
     is_sharded,
     local_of,
     place_of,
@@ -215,11 +214,6 @@ class Average:
         all of it, nothing need be communicated.
         """
         self.wait()
-        if self._guards and any_sharded(found.averaged.values()):
-            raise ModelError(
-                "`on_nonfinite` must be 'propagate' or 'raise' for a sharded model, got 'skip': ranks"
-                " would have to agree on every update, and an update does not communicate"
-            )
         places = {name: place_of(tensor) for name, tensor in found.averaged.items()}
         live = {
             name: local_of(tensor) if is_sharded(tensor) else tensor
@@ -268,13 +262,14 @@ class Average:
                 pairs = zip(entries, offload.staged, strict=True)
                 entries = [entry._replace(live=staged) for entry, staged in pairs]
             sweep = Sweep(entries, self._number, guarded=self._guards)
+        guard = Guard(found.averaged)
         watch = Watch(found, self._settings.rules, sweep.read)
         beside: Lane | Offload | None = offload
         if offload is None and self._settings.overlap:
             beside = Lane(tensor.device for tensor in live.values())
             used = [tensor for several in slots.values() for tensor in several]
             beside.hold([*used, *live.values(), *sweep.tensors])
-        self._bound = _Bound(slots, places, found, sweep, Guard(live), watch, beside)
+        self._bound = _Bound(slots, places, found, sweep, guard, watch, beside)
         self._copied = None
         return self._bound
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ema.torch_backend.kernels import all_finite
 from ema.torch_backend.memory import real
-from ema.torch_backend.sharding import local_of
+from ema.torch_backend.sharding import local_of, meshes_of
 
 __all__ = ["Guard"]
 
 
 class Guard:
     """The tensors of a model, ready to be looked through.
+
+    The ranks of a sharded model tell each other one number, so that all of them do the same.
 
     Args:
         tensors: by name.
@@ -24,16 +27,34 @@ class Guard:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         here = {name: real(local_of(tensor)) for name, tensor in tensors.items()}
         self._tensors = {name: tensor for name, tensor in here.items() if tensor.numel()}
+        self._meshes = meshes_of(tensors.values())
 
     def all_finite(self) -> Tensor:
         """Whether there is no NaN or Inf: a bool on the device, which nobody waits for."""
-        return all_finite(list(self._tensors.values()))
+        finite = all_finite(list(self._tensors.values()))
+        return self._bad_anywhere((~finite).float()) == 0 if self._meshes else finite
 
     def nonfinite(self) -> list[str]:
         """The names of the tensors that hold NaN or Inf; reads all of them once.
 
         An accelerator is waited for.
         """
+        names = self._nonfinite_here()
+        if self._meshes:
+            device = torch.device(self._meshes[0].device_type)
+            anywhere = self._bad_anywhere(torch.tensor(float(bool(names)), device=device))
+            if not names and bool(anywhere):
+                return ["(a shard of another rank)"]
+        return names
+
+    def _bad_anywhere(self, bad: Tensor) -> Tensor:
+        """The largest of the numbers of all ranks."""
+        for mesh in self._meshes:
+            for dim in range(mesh.ndim):
+                dist.all_reduce(bad, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        return bad
+
+    def _nonfinite_here(self) -> list[str]:
         if not self._tensors:
             return []
         # a sum is finite only if its terms are, and takes a third of the time of a closer look

@@ -27,6 +27,7 @@ __all__ = [
     "fully_sharded",
     "is_sharded",
     "local_of",
+    "meshes_of",
     "place_at",
     "place_of",
     "reshard",
@@ -85,6 +86,16 @@ def is_sharded(tensor: Tensor) -> bool:
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether one of them is, so that their whole lies on all ranks together."""
     return any(map(is_sharded, tensors))
+
+
+def meshes_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """The device meshes that they lie on, each once and in the same order on every rank."""
+    meshes: dict[Any, None] = {}
+    for tensor in tensors:
+        if is_sharded(tensor):
+            sharded: Any = tensor
+            meshes[sharded.device_mesh] = None
+    return list(meshes)
 
 
 def fully_sharded(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -430,6 +430,28 @@ def replicated(rank, ranks, folder):
     return report
 
 
+def guarded(rank, ranks, folder):
+    """One NaN in one shard: every rank skips, or raises, and none goes on alone."""
+    model = by_module(make(), ranks)
+    report = {}
+    for on_nonfinite in ("skip", "raise"):
+        average = EMAModel(model, 0.9, on_nonfinite=on_nonfinite)
+        put(model, live_at(1, model))
+        average.update()
+        values = live_at(2, model)
+        values["second.weight"][-1, -1] = float("nan")
+        put(model, values)
+        error = None
+        try:
+            average.update()
+        except StateError as raised:
+            error = str(raised)
+        put(model, live_at(3, model))
+        average.update()
+        report[on_nonfinite] = (average.step, average.count, average.skipped, error)
+    return report
+
+
 def flipped(average, name, rank, where):
     if rank == where:
         local_of(average.averaged_parameters()[name]).view(torch.int32).view(-1)[3] ^= 1
@@ -559,7 +581,7 @@ def page(rank, ranks, folder):
 OPTIMIZER = "import torch; optimizer = torch.optim.SGD(model.parameters(), lr=0.1)"
 
 SCENARIOS = {
-    "all": [trajectories, gathers, swaps, training, replicated, failing, page],
+    "all": [trajectories, gathers, swaps, training, guarded, replicated, failing, page],
     "memory": [memory],
     "killed": [killed],
 }

@@ -125,6 +125,19 @@ def test_an_optimizer_on_shards_moves_what_is_averaged(runs):
     assert {found for _, _, found in each(runs, "training")} == {0}
 
 
+def test_ranks_agree_on_what_is_not_finite(runs):
+    """One NaN in one shard: all of them skip the update, or all raise."""
+    for reports in runs.values():
+        for report in reports:
+            found = report["guarded"]
+            assert found["skip"] == [3, 2, 1, None]
+            *counters, error = found["raise"]
+            assert counters == [2, 2, 0]
+            assert "must be finite to be averaged" in error
+        texts = [report["guarded"]["raise"][-1] for report in reports]
+        assert sum("`second.weight`" in text for text in texts) == 1
+
+
 def test_a_bit_that_differs_between_replicas_is_found(runs):
     """Under DDP, on a mesh of replicas, and beside shards; every rank is told."""
     for ranks in (2, 3, 4):
