@@ -18,6 +18,7 @@ from ema.precision import OnNonfinite
 __all__ = ["CHUNK", "Plan", "Traffic", "plan_ema"]
 
 CHUNK = 1 << 20
+NARROW_CHUNK = 1 << 19
 """Elements that pass through a buffer at a time."""
 
 _ALIASES = {
@@ -102,9 +103,15 @@ class Plan:
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the chunk that is converted at a time: what an update needs besides the average."""
-        # narrow averages are updated in float32
-        return min(CHUNK, self.params_per_rank) * max(4, _BYTES[self.dtype])
+        """Of what is worked on at a time on a CPU: what an update needs besides the average.
+
+        A chunk of params is converted; a compensated average needs two chunks more, and one in
+        bfloat16, which is computed in float32, four for random bits.
+        """
+        chunks = min(CHUNK, self.params_per_rank) * (3 if self.compensated else 1)
+        if self.dtype == "bfloat16":
+            chunks += 4 * min(NARROW_CHUNK, self.params_per_rank)
+        return chunks * max(4, _BYTES[self.dtype])
 
     @property
     def traffic(self) -> Traffic:
@@ -177,8 +184,12 @@ class Plan:
 
     @property
     def communication_bytes(self) -> int:
-        """Between ranks, in updates and swaps: each rank averages what it holds."""
-        return 0
+        """Between ranks, in an update and a swap: each rank averages what it holds.
+
+        The guard has the ranks of a sharded model agree, by one number.
+        """
+        guarded = self.on_nonfinite != "propagate" and self.sharded and self.ranks > 1
+        return 4 if guarded else 0
 
     @property
     def swap_bytes(self) -> int:

@@ -75,7 +75,7 @@ def _time(plan: Plan) -> _Rows:
     return [
         ("Time an update:", update),
         ("Added to a step:", added),
-        ("Sent between ranks:", "nothing in updates and swaps"),
+        ("Sent between ranks:", _sent(plan)),
         ("Swap in and back:", f"{show_seconds(plan.swap_seconds)}, {aside} kept aside"),
     ]
 
@@ -92,3 +92,9 @@ def _files(plan: Plan) -> _Rows:
 
 def _over(count: float, bandwidth: float) -> str:
     return f"{show_bytes(count)}, {show_seconds(count / bandwidth)} at {show_bytes(bandwidth)}/s"
+
+
+def _sent(plan: Plan) -> str:
+    if not plan.communication_bytes:
+        return "nothing in updates and swaps"
+    return "one number an update, for the guard; nothing in swaps"

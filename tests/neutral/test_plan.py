@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import ema
 from ema import plan_ema
 from ema.cli import build_app
-from ema.plan import CHUNK
+from ema.plan import CHUNK, NARROW_CHUNK
 from ema.quantities import parse_quantity, show_bytes, show_count, show_seconds
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float64"])
@@ -152,11 +152,12 @@ def test_a_step_never_waits_longer_than_an_update_takes(params, ranks, offload, 
 
 
 def test_the_chunk_is_that_of_the_backend():
-    from ema.torch_backend.memory import CHUNK as OF_TORCH
+    from ema.torch_backend import memory
 
-    assert CHUNK == OF_TORCH
+    assert (CHUNK, NARROW_CHUNK) == (memory.CHUNK, memory.NARROW_CHUNK)
     assert plan_ema(1e9).buffer_bytes == 4 * CHUNK
-    assert plan_ema(1e9, dtype="bf16").buffer_bytes == 4 * CHUNK
+    assert plan_ema(1e9, dtype="bf16").buffer_bytes == 4 * (CHUNK + 4 * NARROW_CHUNK)
+    assert plan_ema(1e9, compensated=True).buffer_bytes == 12 * CHUNK
     assert plan_ema(1e9, dtype="fp64").buffer_bytes == 8 * CHUNK
     assert plan_ema(10).buffer_bytes == 40
 
@@ -371,7 +372,8 @@ def test_the_table_says_all_that_the_options_ask_for():
     for line in (
         "Average:                  float32 + float32 remainder of bfloat16 params",
         "Ranks:                    8, params sharded",
-        "Memory a rank:            7 GB, and a buffer of 4.19 MB",
+        "Memory a rank:            7 GB, and a buffer of 12.6 MB",
+        "Sent between ranks:       one number an update, for the guard; nothing in swaps",
         "Bytes moved a parameter:  20: params 2, guard 2, average 4 + 4, remainder 4 + 4",
         "Time an update:           6.22 ms at 3.35 TB/s, 1 ms of it overhead",
         "Added to a step:          1.56 ms, 0.31 % of a step, with an update every 4 steps",
