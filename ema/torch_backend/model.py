@@ -286,12 +286,15 @@ class EMAModel(Generic[ModelT]):
             StateError: on every rank, with the tensors that differ and the ranks.
         """
         tensors = {}
-        for label in self._settings.schedules:
+        for index, label in enumerate(self._settings.schedules):
             averages, found = self._look(label)
             suffix = "" if label is None else f" ({label})"
             for key, average in averages.items():
                 tensors[f"{key}{suffix}"] = average, found.averaged[key]
-        verify_ranks({"step": self._step, "count": self._count}, tensors)
+            for key, remainder in self._average.remainders(index).items():
+                tensors[f"{key}{suffix}, remainder"] = remainder, found.averaged[key]
+        counters = {"step": self.step, "count": self.count, "skipped": self.skipped}
+        verify_ranks(counters, tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the averaged weights and leave the live ones alone: a teacher.

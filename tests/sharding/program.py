@@ -418,6 +418,11 @@ def replicated(rank, ranks, folder):
     several.verify_ranks()
     several._step += rank == ranks - 1
     report["counter"] = refusal(several)
+    exact = EMAModel(make(), 0.9, compensated=True)
+    exact.verify_ranks()
+    remainder = exact._average.remainders(0)["first.weight"]
+    remainder[0, 0] = float(rank == ranks - 1)
+    report["remainder"] = refusal(exact)
     if ranks == 4:
         model = replicas(make(), ranks)
         average = EMAModel(model, 0.9)

@@ -145,6 +145,7 @@ def test_a_bit_that_differs_between_replicas_is_found(runs):
             found = report["replicated"]
             assert f"`first.weight` on rank {ranks - 1}," in found["ddp"]
             assert f"`step` on rank {ranks - 1}," in found["counter"]
+            assert f"`first.weight, remainder` on rank {ranks - 1}," in found["remainder"]
     for report in runs[4]:
         found = report["replicated"]
         assert "`embed.weight` on rank 3," in found["hsdp"]
