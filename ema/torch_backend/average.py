@@ -25,7 +25,8 @@ from ema.torch_backend.sharding import (
     place_of,
     wrapped_like,
 )
-from ema.torch_backend.sweep import Entry, Sweep
+from ema.torch_backend.stretches import Entry
+from ema.torch_backend.sweep import Sweep
 from ema.torch_backend.watch import Watch
 
 __all__ = ["Average"]

@@ -8,72 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ema.rounding import Stream
 from ema.torch_backend import kernels
 from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.memory import CHUNK, NARROW_CHUNK, SERIAL, SMALL, flat, is_dense, real
-from ema.torch_backend.rounding import Counters, Gathered, Indices, Run, Scratch
-from ema.torch_backend.sharding import Place
+from ema.torch_backend.rounding import Counters, Gathered, Scratch
 from ema.torch_backend.steps import Step, run
+from ema.torch_backend.stretches import Entry, Stretch, neighbors
 from ema.torch_backend.update import compensated, lerp, narrow
 
-__all__ = ["Entry", "Sweep"]
-
-
-class Entry(NamedTuple):
-    """What an update needs to know of one tensor.
-
-    Attributes:
-        slots: its averages and, where they are compensated, as many remainders after them; dense
-            and alike.
-        live: the tensor, of the same shape; it may have any strides, dtype and device.
-        place: where in a whole tensor it lies.
-        stream: of its random bits; None rounds to nearest.
-    """
-
-    slots: tuple[Tensor, ...]
-    live: Tensor
-    place: Place
-    stream: Stream | None
-
-
-class _Stretch(NamedTuple):
-    """Slots and params of an entry, or a chunk of them, as real tensors."""
-
-    slots: tuple[Tensor, ...]
-    live: Tensor
-    entry: Entry
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the averages are of fewer bits than they are computed in."""
-        return self.slots[0].dtype == torch.bfloat16
-
-    @property
-    def indices(self) -> Indices:
-        """Of the whole entry."""
-        return Indices.of(self.entry.slots[0], self.entry.place)
-
-    def counters(self) -> Run | None:
-        """Those of the random bits, where there are any."""
-        if not self.narrow or self.entry.stream is None:
-            return None
-        start = int(self.slots[0].storage_offset() - self.entry.slots[0].storage_offset())
-        return Run(self.entry.stream, self.indices, start)
-
-    def chunks(self) -> Iterator[_Stretch]:
-        """Pieces that fit into a buffer; what is not contiguous stays whole."""
-        slots, live = self.slots, self.live
-        if live.dim() == 0:
-            slots, live = tuple(slot.view(1) for slot in slots), live.view(1)
-        rows = len(live)
-        if slots[0].is_contiguous():  # otherwise a slice of it need not be dense
-            rows = max(1, (NARROW_CHUNK if self.narrow else CHUNK) * rows // live.numel())
-        parts = zip(*(torch.split(slot, rows) for slot in slots), strict=True)
-        for those, source in zip(parts, torch.split(live, rows), strict=True):
-            yield _Stretch(those, source, self.entry)
+__all__ = ["Sweep"]
 
 
 class _Part(NamedTuple):
@@ -116,30 +61,30 @@ class Sweep:
         self._scratch: dict[torch.device, Scratch] = {}
         self._parts: list[_Part] = []
         self.read: set[int] = set()
-        fused: list[_Stretch] = []
-        large: list[_Stretch] = []
-        small: list[_Stretch] = []
+        fused: list[Stretch] = []
+        large: list[Stretch] = []
+        small: list[Stretch] = []
         for entry in entries:
             first, live = entry.slots[0], entry.live
             if first.numel() == 0:
                 continue
             if not is_dense(live) or live.stride() != first.stride():
-                self._convert_rows(_Stretch(tuple(map(real, entry.slots)), real(live), entry))
+                self._convert_rows(Stretch(tuple(map(real, entry.slots)), real(live), entry))
                 continue
-            stretch = _Stretch(tuple(map(flat, entry.slots)), flat(live), entry)
+            stretch = Stretch(tuple(map(flat, entry.slots)), flat(live), entry)
             here = first.device == live.device
             in_order = stretch.counters() is None or stretch.indices.consecutive
             if here and in_order and self._has_kernel(stretch):
                 fused.append(stretch)
             elif here and in_order and first.numel() <= SMALL:
                 small.append(stretch)
-            elif here and live.dtype == _computed(first):
+            elif here and live.dtype == stretch.computed:
                 large.append(stretch)
             else:
                 self._convert_rows(stretch)
         self._kernels = [list(self._fuse(fused, index)) for index in range(number)]
-        for neighbors in _neighbors(small):
-            self._gather(neighbors)
+        for together in neighbors(small):
+            self._gather(together)
         self._read_in_place(large)
         self.on_device = bool(fused) and not self._parts
 
@@ -197,7 +142,7 @@ class Sweep:
         y, total = (self._buffer(average, average.dtype, index) for index in (1, 2))
         return compensated(average, remainder, source, weight, (y, total))
 
-    def _has_kernel(self, stretch: _Stretch) -> bool:
+    def _has_kernel(self, stretch: Stretch) -> bool:
         """Whether a kernel does it, and better than PyTorch's own operators."""
         average, live = stretch.slots[0], stretch.live
         plain = average.dtype == live.dtype == torch.float32 and len(stretch.slots) == self._number
@@ -207,14 +152,14 @@ class Sweep:
             and kernels.available(average.device)
         )
 
-    def _fuse(self, stretches: list[_Stretch], index: int) -> Iterator[kernels.Fused]:
+    def _fuse(self, stretches: list[Stretch], index: int) -> Iterator[kernels.Fused]:
         """The kernels of one average."""
-        alike: dict[tuple[torch.device, torch.dtype], list[_Stretch]] = {}
+        alike: dict[tuple[torch.device, torch.dtype], list[Stretch]] = {}
         for stretch in stretches:
             first = stretch.slots[0]
             alike.setdefault((first.device, first.dtype), []).append(stretch)
         for group in alike.values():
-            runs = [run for run in map(_Stretch.counters, group) if run is not None]
+            runs = [run for run in map(Stretch.counters, group) if run is not None]
             compensated = len(group[0].slots) > self._number
             yield kernels.Fused(
                 [stretch.slots[index] for stretch in group],
@@ -224,9 +169,9 @@ class Sweep:
                 [run.indices.offset for run in runs] if runs else None,
             )
 
-    def _read_in_place(self, stretches: list[_Stretch]) -> None:
+    def _read_in_place(self, stretches: list[Stretch]) -> None:
         """Average params without a copy: in one call, or a chunk at a time while it is in cache."""
-        together: dict[torch.dtype, list[_Stretch]] = {}
+        together: dict[torch.dtype, list[Stretch]] = {}
         for stretch in stretches:
             if len(stretch.slots) == 1 and not stretch.narrow:
                 together.setdefault(stretch.live.dtype, []).append(stretch)
@@ -237,34 +182,28 @@ class Sweep:
             averages = [average for stretch in alike for average in stretch.slots]
             self._parts.append(_Part((), (averages,), [each.live for each in alike], None))
 
-    def _convert_rows(self, stretch: _Stretch) -> None:
+    def _convert_rows(self, stretch: Stretch) -> None:
         """Copy the params into the dtype, device and memory order of the averages."""
         for chunk in stretch.chunks():
             like = chunk.slots[0]
-            buffer = self._buffer(like, _computed(like))
+            buffer = self._buffer(like, chunk.computed)
             load = partial(buffer.as_strided(like.shape, like.stride()).copy_, chunk.live)
             self._add((load,), tuple(map(flat, chunk.slots)), buffer, chunk.counters())
 
-    def _gather(self, stretches: list[_Stretch]) -> None:
+    def _gather(self, stretches: list[Stretch]) -> None:
         """Copy small params side by side, as their averages lie."""
-        sources = [_readable(stretch) for stretch in stretches]
-        self.read.update(
-            id(each.entry.live) for each in stretches if _readable(each) is each.entry.live
-        )
+        sources = [stretch.source for stretch in stretches]
+        self.read.update(id(each.source) for each in stretches if each.source is each.entry.live)
         size = sum(source.numel() for source in sources)
         slots = tuple(slot.as_strided((size,), (1,)) for slot in stretches[0].slots)
         like = slots[0]
         gathered = self._buffer(like, sources[0].dtype)
-        if len({source.numel() for source in sources}) == 1:  # three times as fast
-            rows = gathered.view(len(sources), -1)
-            loads: tuple[Step, ...] = (partial(torch.stack, sources, out=rows),)
-        else:
-            loads = (partial(torch.cat, sources, out=gathered),)
-        if gathered.dtype != _computed(like):
-            converted = self._buffer(like, _computed(like))
+        loads: tuple[Step, ...] = (partial(torch.cat, sources, out=gathered),)
+        if gathered.dtype != stretches[0].computed:
+            converted = self._buffer(like, stretches[0].computed)
             loads += (partial(converted.copy_, gathered),)
             gathered = converted
-        counted = [each for each in map(_Stretch.counters, stretches) if each is not None]
+        counted = [each for each in map(Stretch.counters, stretches) if each is not None]
         if counted:
             self._add(loads, slots, gathered, Gathered(counted, like.device))
         elif len(slots) > self._number or stretches[0].narrow:
@@ -299,39 +238,3 @@ class Sweep:
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = torch.empty(max(size, CHUNK), dtype=dtype, device=like.device)
         return self._buffers[key][:size]
-
-
-def _computed(average: Tensor) -> torch.dtype:
-    """The dtype that an average is computed in."""
-    return torch.float32 if average.dtype == torch.bfloat16 else average.dtype
-
-
-def _readable(stretch: _Stretch) -> Tensor:
-    """The live tensor itself where that is a plain vector, so that it may move; else its memory."""
-    live = stretch.entry.live
-    plain = type(live) in {Tensor, nn.Parameter, nn.Buffer} and not live.is_complex()
-    return live if plain and live.dim() == 1 else stretch.live
-
-
-def _neighbors(stretches: list[_Stretch]) -> Iterator[list[_Stretch]]:
-    """Runs of stretches whose slots lie side by side and whose params have one dtype."""
-    together: list[_Stretch] = []
-    size = 0
-    for stretch in stretches:
-        if together and (
-            not all(map(_follows, stretch.slots, together[-1].slots))
-            or stretch.live.dtype != together[-1].live.dtype
-            or size + stretch.live.numel() > (NARROW_CHUNK if stretch.narrow else CHUNK)
-        ):
-            yield together
-            together, size = [], 0
-        together.append(stretch)
-        size += stretch.live.numel()
-    if together:
-        yield together
-
-
-def _follows(average: Tensor, last: Tensor) -> bool:
-    """Whether ``average`` begins where ``last`` ends."""
-    same = average.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-    return same and average.storage_offset() == last.storage_offset() + last.numel()

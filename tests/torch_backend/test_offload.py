@@ -15,8 +15,9 @@ from ema.errors import StateError
 from ema.rounding import stream_of
 from ema.torch_backend.offload import Offload
 from ema.torch_backend.sharding import place_of
+from ema.torch_backend.stretches import Entry
 from ema.torch_backend.swap import Swap
-from ema.torch_backend.sweep import Entry, Sweep
+from ema.torch_backend.sweep import Sweep
 
 
 def sweep(kind, params, read):
