@@ -20,10 +20,11 @@ require("jax", "jax")
 require("optax", "jax")
 
 # Below the two lines above, so that a missing package is reported by the extra that brings it.
-from ema.jax_backend.access import get_params_ema  # noqa: E402
-from ema.jax_backend.files import load_params_ema, save_params_ema  # noqa: E402
-from ema.jax_backend.restore import adapt_opt_state  # noqa: E402
-from ema.jax_backend.transform import ParamsEMAState, params_ema  # noqa: E402
+from ema.jax_backend.access import get_params_ema
+from ema.jax_backend.files import load_params_ema, save_params_ema
+from ema.jax_backend.restore import adapt_opt_state
+from ema.jax_backend.state import ParamsEMAState
+from ema.jax_backend.transform import params_ema
 
 __all__ = [
     "ParamsEMAState",

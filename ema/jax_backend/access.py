@@ -12,7 +12,7 @@ import optax
 from ema.errors import ArgumentError, ModelError, difference, listing
 from ema.jax_backend.placement import check_placement
 from ema.jax_backend.selection import named_leaves, plain
-from ema.jax_backend.transform import ParamsEMAState
+from ema.jax_backend.state import ParamsEMAState
 
 __all__ = ["choose_states", "get_params_ema"]
 

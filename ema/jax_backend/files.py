@@ -30,7 +30,7 @@ from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import ArgumentError, CheckpointError, EMAWarning, difference, listing
 from ema.jax_backend.access import choose_states
 from ema.jax_backend.selection import is_hole, named_leaves, plain
-from ema.jax_backend.transform import ParamsEMAState
+from ema.jax_backend.state import ParamsEMAState
 from ema.schedules import Schedule, as_schedule
 
 __all__ = ["load_params_ema", "save_params_ema", "source_of"]

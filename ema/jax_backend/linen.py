@@ -11,13 +11,13 @@ import optax
 from ema.errors import ArgumentError
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
-from ema.jax_backend.transform import ParamsEMAState
+from ema.jax_backend.state import ParamsEMAState
 
 require("flax", "jax")
 
-from flax import struct  # noqa: E402  # after the line that says how to install it
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT  # noqa: E402
-from flax.training.train_state import TrainState  # noqa: E402
+from flax import struct  # after the line that says how to install it
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training.train_state import TrainState
 
 __all__ = ["EMATrainState"]
 

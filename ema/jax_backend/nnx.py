@@ -20,13 +20,14 @@ from ema.extras import require
 from ema.jax_backend.access import get_params_ema
 from ema.jax_backend.selection import is_inexact
 from ema.jax_backend.settings import accumulator, named_schedules, precision_of, steps
-from ema.jax_backend.transform import ParamsEMAState, transform_of
+from ema.jax_backend.state import ParamsEMAState
+from ema.jax_backend.transform import transform_of
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule, as_schedule
 
 require("flax", "jax")
 
-from flax import nnx  # noqa: E402  # after the line that says how to install it
+from flax import nnx  # after the line that says how to install it
 
 __all__ = ["EMA", "EMAVariable", "use_ema"]
 

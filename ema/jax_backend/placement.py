@@ -14,7 +14,7 @@ import optax
 from optax import contrib
 
 from ema.errors import EMAWarning, StateError
-from ema.jax_backend.transform import ParamsEMAState
+from ema.jax_backend.state import ParamsEMAState
 
 __all__ = ["check_placement"]
 

@@ -15,7 +15,7 @@ import optax
 
 from ema.errors import ArgumentError, ModelError, difference
 from ema.jax_backend.selection import plain
-from ema.jax_backend.transform import ParamsEMAState
+from ema.jax_backend.state import ParamsEMAState
 
 __all__ = ["adapt_opt_state"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from ema.jax_backend.selection import (
     named_leaves,
     new_params,
     plain,
-    require_alike,
     require_match,
 )
 from ema.jax_backend.settings import (
@@ -32,53 +31,14 @@ from ema.jax_backend.settings import (
     precision_of,
     steps,
 )
+from ema.jax_backend.state import ParamsEMAState, joined, trees_of
 from ema.jax_backend.sweep import Kept, keep, real_dtype, sweep
 from ema.jax_backend.update import update_weight
 from ema.precision import OnNonfinite, Precision
 from ema.rounding import stream_of
 from ema.schedules import Schedule
 
-__all__ = ["ParamsEMAState", "params_ema", "transform_of"]
-
-Label = dict[str, tuple[()]] | tuple[()]
-
-
-class ParamsEMAState(NamedTuple):
-    """State of :func:`params_ema`.
-
-    Attributes:
-        step: calls so far; int32 scalar, stays at its largest value.
-        count: updates of the average made so far; int32 scalar, likewise.
-        params_ema: the average, in the structure of the params; float32 or wider (or bfloat16), with
-            ``optax.MaskedNode()`` where a leaf is not averaged. Of several averages a dict, by name.
-        name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none, more keys for several
-            averages: a tree without leaves, so that names are static under ``jit`` and survive
-            serialization.
-        remainder: what ``compensated`` averages have beyond ``params_ema``, in its structure and
-            dtypes; ``()`` without it.
-        skipped: with ``on_nonfinite="skip"``, updates that were due and not made; int32 scalar,
-            stays at its largest value. ``()`` otherwise.
-    """
-
-    step: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # optax's name for it, and tuple's for a method
-    params_ema: optax.Params
-    name: Label = ()
-    remainder: Any = ()
-    skipped: Any = ()
-
-    def averages(self) -> dict[str | None, Any]:
-        """Each average by its name; ``None`` is the name of one without."""
-        if len(self.name) > 1:
-            return dict(self.params_ema)
-        return {next(iter(self.name), None): self.params_ema}
-
-    def remainders(self) -> dict[str | None, Any]:
-        """The remainder of each average by its name; ``()`` where there is none."""
-        if len(self.name) > 1 and isinstance(self.remainder, Mapping):
-            return dict(self.remainder)
-        return dict.fromkeys(self.name or (None,), self.remainder)
-
+__all__ = ["params_ema", "transform_of"]
 
 Decay = float | Schedule | jax.Array
 
@@ -200,9 +160,9 @@ def transform_of(
         return ParamsEMAState(
             step=jnp.zeros([], jnp.int32),
             count=jnp.zeros([], jnp.int32),
-            params_ema=_joined(trees),
+            params_ema=joined(trees),
             name=dict.fromkeys((label for label in schedules if label is not None), ()) or (),
-            remainder=_joined(remainders) if precision.compensated else (),
+            remainder=joined(remainders) if precision.compensated else (),
             skipped=jnp.zeros([], jnp.int32) if precision.on_nonfinite == "skip" else (),
         )
 
@@ -213,7 +173,7 @@ def transform_of(
             raise ArgumentError(
                 "`params` must be given to average them: tx.update(updates, opt_state, params)"
             )
-        trees, remainders = _trees(state, schedules, precision)
+        trees, remainders = trees_of(state, schedules, precision)
         for tree in trees.values():
             require_match(tree, params, chosen)
 
@@ -266,8 +226,8 @@ def transform_of(
                 due | (elapsed <= 0), sweep, keep, kept, news, weights, keys, anyway
             )
 
-        def joined(lists: list[list[Any]]) -> Any:
-            return _joined(
+        def filled(lists: list[list[Any]]) -> Any:
+            return joined(
                 {
                     label: _with_present(tree, values)
                     for (label, tree), values in zip(trees.items(), lists, strict=True)
@@ -275,9 +235,9 @@ def transform_of(
             )
 
         before = state
-        state = state._replace(step=step, count=number, params_ema=joined(kept.averages))
+        state = state._replace(step=step, count=number, params_ema=filled(kept.averages))
         if precision.compensated:
-            state = state._replace(remainder=joined(kept.remainders))
+            state = state._replace(remainder=filled(kept.remainders))
         if made is not None:
             state = state._replace(
                 count=jnp.where(made, number, before.count),
@@ -286,41 +246,6 @@ def transform_of(
         return updates, state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
-
-
-def _trees(
-    state: ParamsEMAState, schedules: Mapping[str | None, Schedule], precision: Precision
-) -> tuple[dict[str | None, Any], dict[str | None, Any]]:
-    """Averages and remainders of a state.
-
-    Raises:
-        ArgumentError: it has other ones than these options keep.
-    """
-    trees, remainders = state.averages(), state.remainders()
-    if trees.keys() != schedules.keys():
-        raise ArgumentError(
-            f"`opt_state` must hold the averages {_names(schedules)}, got {_names(trees)}"
-        )
-    for option, field, asked in (
-        ("compensated", "remainder", precision.compensated),
-        ("on_nonfinite", "skipped", precision.on_nonfinite == "skip"),
-    ):
-        # a tree without leaves is no remainder of anything
-        found = not _is_empty(getattr(state, field))
-        if asked != found and (field == "skipped" or jax.tree.leaves(trees)):
-            raise ArgumentError(
-                f"`opt_state` must {'' if asked else 'not '}hold `{field}`, for `{option}` is"
-                f" {getattr(precision, option)!r}: adapt_opt_state(opt_state, tx, params) makes a"
-                " state for other options"
-            )
-    if precision.compensated:
-        for label, tree in trees.items():
-            require_alike(tree, remainders[label])
-    return trees, remainders
-
-
-def _is_empty(node: Any) -> bool:
-    return isinstance(node, tuple) and not node
 
 
 def _keys(precision: Precision, average: Any, number: jax.Array) -> list[jax.Array | None]:
@@ -343,11 +268,3 @@ def _with_present(tree: Any, values: list[Any]) -> Any:
     _, leaves, structure = named_leaves(tree)
     rest = iter(values)
     return structure.unflatten([leaf if is_hole(leaf) else next(rest) for leaf in leaves])
-
-
-def _joined(trees: dict[str | None, Any]) -> Any:
-    return dict(trees) if len(trees) > 1 else next(iter(trees.values()))
-
-
-def _names(names: Iterable[str | None]) -> str:
-    return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
