@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,24 @@ def _yes(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _look(leaves: list[jax.Array]) -> jax.Array:
-    # both are one operation on the leaf as it lies there: isfinite would be written out
-    ends = [end(leaf, initial=0) for leaf in leaves for end in (jnp.min, jnp.max)]
-    return _all([jnp.isfinite(end) for end in ends])
+    return _all([jnp.isfinite(end) for leaf in leaves for end in _ends(leaf)])
+
+
+def _ends(leaf: jax.Array) -> Sequence[jax.Array]:
+    """Least and largest, NaN where there is one; read where it lies, isfinite would be written out.
+
+    Both in one reduction, of which XLA gathers the results of the devices and reduces those again.
+    Of one alone they would be reduced in the network, where a NaN may be lost.
+    """
+    zero = jnp.zeros((), leaf.dtype)
+    ends: Sequence[jax.Array] = lax.reduce(
+        (leaf, leaf), (zero, zero), _wider, tuple(range(leaf.ndim))
+    )
+    return ends
+
+
+def _wider(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+    return lax.min(a[0], b[0]), lax.max(a[1], b[1])
 
 
 def _all(flags: Sequence[jax.Array]) -> jax.Array:

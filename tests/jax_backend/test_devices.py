@@ -7,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_everything_holds_on_eight_devices():
-    tests = Path(__file__).with_name("eight_devices.py")
+
+@pytest.mark.parametrize(
+    "file", ["eight_devices.py", pytest.param("meshes.py", marks=pytest.mark.slow)]
+)
+def test_everything_holds_on_eight_devices(file):
+    tests = Path(__file__).with_name(file)
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
