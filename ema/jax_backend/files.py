@@ -29,6 +29,7 @@ from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import ArgumentError, CheckpointError, EMAWarning, difference, listing
 from ema.jax_backend.access import choose_states
+from ema.jax_backend.gather import Whole, is_everywhere, is_here, on_first_process
 from ema.jax_backend.selection import is_hole, named_leaves, plain
 from ema.jax_backend.state import ParamsEMAState
 from ema.schedules import Schedule, as_schedule
@@ -70,6 +71,9 @@ def save_params_ema(
     remainder of a compensated average ``remainder/layers.0.kernel``. :meth:`ema.EMAModel.load` reads
     the same file.
 
+    Of a state that is spread over several processes (``jax.distributed``) process 0 writes the file,
+    gathering the arrays one at a time: every process must call this.
+
     Args:
         path: a file that ends in ``.safetensors``, or a folder, which is made.
         opt_state: the optimizer's state, or anything that contains it.
@@ -82,11 +86,12 @@ def save_params_ema(
         max_shard_size: bytes in one file; a larger state is split.
 
     Returns:
-        The file.
+        The file, which is there by then.
 
     Raises:
         ArgumentError: there is no such average, or there are several.
-        CheckpointError: it cannot be written, with the file and the reason.
+        CheckpointError: it cannot be written, with the file and the reason; in every process.
+        ModelError: the processes hold different states.
 
     Example:
         >>> import tempfile
@@ -111,8 +116,8 @@ def save_params_ema(
             f" [{', '.join(steps)}], [{', '.join(counts)}] updates, [{', '.join(skips)}] skipped"
         )
     step, count, skipped = numbers.pop()
+    tensors = dict(leaves)
     with errors_of(path, "written"):
-        sources = {key: source_of(key, leaf) for key, leaf in leaves.items()}
         parts = {}
         for key, leaf in remainders.items():
             if (stored_as := f"{REMAINDER}/{key}") in leaves:
@@ -120,7 +125,7 @@ def save_params_ema(
                     f"`{stored_as}` is what the remainder of `{key}` is called in the file: give the"
                     " parameter another name"
                 )
-            sources[stored_as] = source_of(stored_as, leaf)
+            tensors[stored_as] = leaf
             parts[stored_as] = ("", REMAINDER, key)
         record = Record(
             step=step,
@@ -134,7 +139,13 @@ def save_params_ema(
             parts=parts,
             extra=metadata or {},
         )
-    return write_state(path, record, sources, max_shard_size=max_shard_size)
+
+    def write(whole: Whole) -> Path:
+        with errors_of(path, "written"):
+            sources = {key: source_of(key, leaf, whole) for key, leaf in tensors.items()}
+        return write_state(path, record, sources, max_shard_size=max_shard_size)
+
+    return on_first_process(list(tensors.values()), write)
 
 
 def load_params_ema(
@@ -148,8 +159,8 @@ def load_params_ema(
     """The optimizer's state with step, count and average of a file, from JAX or from PyTorch.
 
     Everything else of it stays. The average has the structure, dtypes and sharding that it has in
-    ``opt_state``; the schedule is that of ``params_ema``. A compensated average without a remainder
-    in the file begins with one of 0.
+    ``opt_state``, and every process takes its part of it; the schedule is that of ``params_ema``. A
+    compensated average without a remainder in the file begins with one of 0.
 
     Args:
         path: the file, or the folder with ``ema.safetensors`` in it.
@@ -309,13 +320,8 @@ def _read(old: Any, key: str, tensor: StoredTensor | None, transform: Transform)
     """A tensor of the file, or zeros, in the place of the leaf ``old``, in memory of its own."""
     leaf = jax.tree.leaves(old)[0]  # the dtype of an nnx Variable is of what it holds
     if tensor is None:
-        own = _aligned(leaf.shape, leaf.dtype)
-        own[...] = 0
-        return _like(old, own)
-    value = transformed(key, _array(tensor), transform)
-    own = _aligned(value.shape, leaf.dtype)
-    np.copyto(own, value, casting="unsafe")
-    return _like(old, own)
+        return _like(old, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape))
+    return _like(old, transformed(key, _array(tensor), transform))
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -327,25 +333,51 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def _like(old: Any, own: Any) -> Any:
-    """``own``, which JAX may keep as it is, in the place of ``old``, also in an nnx Variable."""
+def _like(old: Any, value: np.ndarray[Any, Any]) -> Any:
+    """The elements of ``value``, which may be a view of a file, in the place of ``old``.
+
+    ``old`` may be an nnx Variable.
+    """
 
     def put(leaf: Any) -> Any:
+        def own(index: Any = ...) -> np.ndarray[Any, Any]:
+            part = value[index]
+            memory = _aligned(part.shape, leaf.dtype)  # which JAX may keep as it is
+            np.copyto(memory, part, casting="unsafe")
+            return memory
+
         if isinstance(leaf, np.ndarray):
-            return own
-        # an abstract leaf (jax.eval_shape) may have a sharding on a mesh without devices
-        sharding = leaf.sharding if getattr(leaf, "committed", False) else None
-        return jax.device_put(own, sharding).block_until_ready()  # none waits in a queue
+            return own()
+        sharding = _sharding_of(leaf)
+        if sharding is None or sharding.is_fully_addressable:
+            array = jax.device_put(own(), sharding)
+        else:  # device_put would ask the other processes whether they got the same
+            array = jax.make_array_from_callback(leaf.shape, sharding, own)
+        return array.block_until_ready()  # none waits in a queue
 
     return jax.tree.map(put, old)
+
+
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where an array was put on purpose, or an abstract one (``jax.ShapeDtypeStruct``) is to be."""
+    if isinstance(leaf, jax.Array):
+        return leaf.sharding if leaf.committed else None
+    sharding: jax.sharding.Sharding | None = getattr(leaf, "sharding", None)
+    abstract = isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
+    return None if abstract else sharding
 
 
 def _counter(old: Any, value: int) -> Any:
     return _like(old, np.array(min(value, _LARGEST), np.int32))
 
 
-def source_of(name: str, leaf: Any) -> Source:
+def source_of(name: str, leaf: Any, whole: Whole | None = None) -> Source:
     """A leaf for the writer.
+
+    Args:
+        name: for the error.
+        leaf: an array.
+        whole: where other processes are ready to help, what gathers the leaf.
 
     Raises:
         CheckpointError: the format has no such dtype, or a part of it is in another process.
@@ -353,13 +385,20 @@ def source_of(name: str, leaf: Any) -> Source:
     dtype = jnp.dtype(leaf.dtype)
     if dtype not in _NAMES or not isinstance(leaf, jax.Array | np.ndarray):
         raise CheckpointError(f"`{name}` is {leaf!r:.80}, of which the format knows nothing")
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise CheckpointError(f"`{name}` has a part in another process: gather it first")
-    read: Callable[[], Any] = partial(_bytes_of, leaf)
+    if not is_here(leaf):
+        if whole is None:
+            raise CheckpointError(f"`{name}` has a part in another process: gather it first")
+        if not is_everywhere(leaf):
+            raise CheckpointError(
+                f"`{name}` has parts in some processes and none in others: gather it first"
+            )
+    read: Callable[[], Any] = partial(_bytes_of, leaf, whole)
     return Source(_NAMES[dtype], tuple(leaf.shape), read)
 
 
-def _bytes_of(leaf: Any) -> Any:
+def _bytes_of(leaf: Any, whole: Whole | None) -> Any:
+    if whole is not None:
+        leaf = whole(leaf)
     if isinstance(leaf, jax.Array) and not (
         len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
     ):

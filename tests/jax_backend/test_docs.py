@@ -13,10 +13,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "jax.md"
 def test_the_blocks_of_the_jax_page_run():
     names = {}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 10
     with jax.numpy_dtype_promotion("standard"):  # optax's adamw mixes dtypes itself
         for block in blocks:
             exec(block, names)
     assert int(names["opt_state"][-1].count) == 0
     assert names["averaged"].keys() == {"w", "b"}
+    assert names["target"][-1].params_ema["w"].sharding.is_equivalent_to(names["split"], 2)
     assert names["prediction"].shape == (8, 2)

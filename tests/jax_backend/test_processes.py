@@ -1,0 +1,81 @@
+"""Two real processes with ``jax.distributed``, beside one alone."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ema.jax_backend import load_params_ema, save_params_ema
+
+PROGRAM = Path(__file__).with_name("processes.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes have left."""
+    path = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    outputs = [path / f"output {index}" for index in range(2)]
+    processes = []
+    for index, output in enumerate(outputs):
+        command = [sys.executable, str(PROGRAM), str(index), str(port), str(path)]
+        with output.open("w") as stream:
+            processes.append(subprocess.Popen(command, env=env, stdout=stream, stderr=stream))
+    end = time.monotonic() + 150
+    try:
+        while None in (codes := [p.poll() for p in processes]) and time.monotonic() < end:
+            if any(codes):
+                time.sleep(2)  # the other one may have something to say too
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(
+        f"process {index}:\n{output.read_text()[-4000:]}" for index, output in enumerate(outputs)
+    )
+    return path
+
+
+def narrowed(wide, dtype):
+    """What complex64 holds beside zeros, in its own dtype."""
+    return jnp.asarray(wide if dtype == wide.dtype else wide.real.astype(dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "precise", "narrow"])
+def test_two_processes_write_the_file_of_one(kind, folder, tmp_path):
+    """Of the same parameters, byte for byte; and it loads in one."""
+    program = runpy.run_path(str(PROGRAM))
+    tx, seen = program["average"](kind), np.load(folder / kind / "seen.npz")
+    params = jax.tree.map(jnp.asarray, program["start"]())
+    state = tx.init(params)
+    untouched = jax.tree.map(lambda _: None, params)
+    update = jax.jit(tx.update)
+    for k in range(program["STEPS"]):
+        params = {n: narrowed(seen[f"{k}/{n}"], p.dtype) for n, p in params.items()}
+        _, state = update(untouched, state, params)
+    loaded = tx.init(params)
+    for name in program["DECAYS"]:
+        file = save_params_ema(tmp_path / name, state, name)
+        theirs = folder / kind / name / file.name
+        assert file.read_bytes() == theirs.read_bytes()
+        loaded = load_params_ema(theirs, loaded, name)
+    jax.tree.map(np.testing.assert_array_equal, loaded, state)
