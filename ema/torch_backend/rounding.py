@@ -1,7 +1,8 @@
 """Stochastic rounding to bfloat16, a chunk at a time; :mod:`ema.rounding` says what and why.
 
 The hash is of 32-bit integers without a sign, which PyTorch computes with int32: products wrap, and
-what a right shift brings in from the sign is masked.
+what a right shift brings in from the sign is masked. Its first step, ``x ⊕ (x >> 16)``, distributes
+over ⊕, so that of ``index ⊕ key`` it is taken of each: of the indices once, of the key on the host.
 """
 
 from __future__ import annotations
@@ -77,12 +78,14 @@ class Scratch(NamedTuple):
 
     Attributes:
         counters: 0, 1, 2, …; int32.
+        folded: the same after the first step of the hash.
         bits: int32.
         spare: int32.
         wide: float32, for the average.
     """
 
     counters: Tensor
+    folded: Tensor
     bits: Tensor
     spare: Tensor
     wide: Tensor
@@ -90,8 +93,10 @@ class Scratch(NamedTuple):
     @classmethod
     def allocate(cls, size: int, device: torch.device) -> Scratch:
         """Scratch for chunks of up to ``size`` elements."""
+        counters = torch.arange(size, dtype=torch.int32, device=device)
         return cls(
-            torch.arange(size, dtype=torch.int32, device=device),
+            counters,
+            _folded(counters),
             torch.empty(size, dtype=torch.int32, device=device),
             torch.empty(size, dtype=torch.int32, device=device),
             torch.empty(size, dtype=torch.float32, device=device),
@@ -116,17 +121,22 @@ class Run(NamedTuple):
     start: int
 
     def seed(self, scratch: Scratch, count: int) -> list[Step]:
-        """Leave ``index ⊕ key`` in ``scratch.bits``."""
-        counters, bits = scratch.counters, scratch.bits
-        key = _signed(key_of(self.stream, count))
+        """Leave ``index ⊕ key`` in ``scratch.bits``, after the first step of the hash."""
+        bits = scratch.bits
+        key = key_of(self.stream, count)
+        begin = (self.indices.offset + self.start) & 0xFFFFFFFF
+        if self.indices.consecutive and begin % (1 << (len(bits) - 1).bit_length()) == 0:
+            # no carry: begin + counter = begin ⊕ counter
+            both = _signed(_fold(begin ^ key))
+            return [partial(torch.bitwise_xor, scratch.folded, both, out=bits)]
         if self.indices.consecutive:
-            begin = _signed(self.indices.offset + self.start)
             return [
-                partial(torch.add, counters, begin, out=bits),
-                partial(bits.bitwise_xor_, key),
+                partial(torch.add, scratch.counters, _signed(begin), out=bits),
+                partial(bits.bitwise_xor_, _signed(key)),
+                *_folding(scratch),
             ]
-        index = self.indices.stretch(self.start, len(bits), bits.device)
-        return [partial(torch.bitwise_xor, index, key, out=bits)]
+        index = _folded(self.indices.stretch(self.start, len(bits), bits.device))
+        return [partial(torch.bitwise_xor, index, _signed(_fold(key)), out=bits)]
 
 
 class Gathered:
@@ -146,7 +156,7 @@ class Gathered:
         self._begins = torch.from_numpy(begins.astype(np.uint32).view(np.int32)).to(device)
 
     def seed(self, scratch: Scratch, count: int) -> list[Step]:
-        """Leave ``index ⊕ key`` in ``scratch.bits``."""
+        """Leave ``index ⊕ key`` in ``scratch.bits``, after the first step of the hash."""
         counters, bits = scratch.counters, scratch.bits
         keys = _mixed(_mixed(np.uint32(count & 0xFFFFFFFF) ^ self._low) ^ self._high)
         spread = partial(torch.repeat_interleave, repeats=self._lengths, output_size=len(bits))
@@ -155,6 +165,7 @@ class Gathered:
             partial(
                 bits.bitwise_xor_, spread(torch.from_numpy(keys.view(np.int32)).to(bits.device))
             ),
+            *_folding(scratch),
         ]
 
 
@@ -167,16 +178,13 @@ def round_into(average: Tensor, exact: Tensor, seed: list[Step], scratch: Scratc
     Args:
         average: bfloat16, flat.
         exact: float32, of as many elements; it is overwritten.
-        seed: steps that leave ``index ⊕ key`` in ``scratch.bits``.
+        seed: steps that leave ``index ⊕ key`` in ``scratch.bits``, after the first step of the hash.
         scratch: of as many elements.
     """
     bits, spare = scratch.bits, scratch.spare
     rounded, nan = bits.view(torch.float32), spare.view(torch.float32)
     return [
         *seed,
-        partial(torch.bitwise_right_shift, bits, 16, out=spare),
-        partial(spare.bitwise_and_, 0xFFFF),
-        partial(bits.bitwise_xor_, spare),
         partial(bits.mul_, _signed(FIRST)),
         partial(torch.bitwise_right_shift, bits, 15, out=spare),
         partial(spare.bitwise_and_, 0x1FFFF),
@@ -191,6 +199,26 @@ def round_into(average: Tensor, exact: Tensor, seed: list[Step], scratch: Scratc
         partial(nan.sub_, nan),
         partial(rounded.sub_, nan),
         partial(average.copy_, rounded),
+    ]
+
+
+def _fold(x: int) -> int:
+    """The first step of the hash."""
+    return x ^ x >> 16
+
+
+def _folded(x: Tensor) -> Tensor:
+    """The first step of the hash of each element of an int32 tensor."""
+    return x.bitwise_xor(x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
+
+
+def _folding(scratch: Scratch) -> list[Step]:
+    """The first step of the hash of ``scratch.bits``, in place."""
+    bits, spare = scratch.bits, scratch.spare
+    return [
+        partial(torch.bitwise_right_shift, bits, 16, out=spare),
+        partial(spare.bitwise_and_, 0xFFFF),
+        partial(bits.bitwise_xor_, spare),
     ]
 
 

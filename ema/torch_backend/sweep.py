@@ -199,6 +199,9 @@ class Sweep:
         like = slots[0]
         gathered = self._buffer(like, sources[0].dtype)
         loads: tuple[Step, ...] = (partial(torch.cat, sources, out=gathered),)
+        if len({source.numel() for source in sources}) == 1:  # on this thread, as below
+            rows = gathered.view(len(sources), -1)
+            loads = (partial(torch.stack, sources, out=rows),)
         if gathered.dtype != stretches[0].computed:
             converted = self._buffer(like, stretches[0].computed)
             loads += (partial(converted.copy_, gathered),)
