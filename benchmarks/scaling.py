@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing, nn
 
-from benchmarks.report import machine
+from benchmarks.machine import machine
 from ema import EMAModel, Plan, plan_ema
 
 TENSORS = 16
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
-    console, about = Console(), machine()
+    console, about = Console(), machine("cpu")
     console.print("  ".join(f"{key} {value}" for key, value in about.items()), style="dim")
     runs = [measure(ranks, arguments.params, arguments.rounds) for ranks in arguments.ranks]
     results = [result for case in zip(*runs, strict=True) for result in case]

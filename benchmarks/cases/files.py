@@ -32,21 +32,25 @@ def build_save(setting: Setting) -> Case:
         average.save(folder / "ours")
 
     def pickled() -> None:
-        torch.save(average.state_dict(), folder / "state.pt")
+        with (folder / "state.pt").open("wb") as stream:
+            torch.save(average.state_dict(), stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # what it left would be written while another is timed
 
     def write() -> None:
-        (folder / "raw").unlink(missing_ok=True)  # a save writes a new file each time too
-        with (folder / "raw").open("wb", buffering=0) as stream:
+        # beside the old file, as a save must: its pages of the cache are not there to be used again
+        with (folder / "new").open("wb", buffering=0) as stream:
             rest = content
             while rest:
                 rest = rest[stream.write(rest) :]
             os.fsync(stream.fileno())
+        (folder / "new").replace(folder / "raw")
 
     return Case(
         title=f"save: GPT-2, {size(model)}",
         contenders=[
             Contender(name="ema", call=safely, kind="ours"),
-            Contender(name="torch.save, not flushed", call=pickled),
+            Contender(name="torch.save and fsync", call=pickled),
             Contender(name="write and fsync", call=write, kind="limit"),
         ],
         references=["write and fsync"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import subprocess
@@ -202,3 +203,8 @@ def test_the_command_measures_in_new_processes(tmp_path):
     fields = json.loads(file.read_text())
     assert [*fields["cases"]] == ["many-small", "memory-swap"]
     assert fields["machine"] == machine("cpu") | {"threads": fields["machine"]["threads"]}
+
+
+@pytest.mark.parametrize("name", ["page", "scaling", "scaling_picture", "trainer_overhead"])
+def test_what_is_run_by_itself_can_be_imported(name):
+    assert callable(getattr(importlib.import_module(f"benchmarks.{name}"), "main", print))
