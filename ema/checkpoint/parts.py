@@ -29,7 +29,10 @@ def joined(
     """
     parts = {f"{REMAINDER}/{name}": ("", REMAINDER, name) for name in remainders}
     if taken := [key for key in parts if key in averages]:
-        raise CheckpointError(f"`{taken[0]}` is the name of an average and of a remainder")
+        raise CheckpointError(
+            f"`{taken[0]}` is what the remainder of `{parts[taken[0]][2]}` is called in the file: give"
+            " the parameter another name"
+        )
     keyed = {f"{REMAINDER}/{name}": tensor for name, tensor in remainders.items()}
     return {**averages, **keyed}, parts
 
@@ -46,9 +49,7 @@ def separated(stored: StoredState) -> tuple[dict[str, StoredTensor], dict[str, S
         if label or part != REMAINDER:
             raise CheckpointError(f"`{key}` is the {part} of {label!r}, which nobody here reads")
         if key not in averages or name in remainders:
-            raise CheckpointError(
-                f"`parts` must name each remainder once, got {key!r} twice or not"
-            )
+            raise CheckpointError(f"`parts` must name each remainder once, got {key!r:.80}")
         remainders[name] = averages.pop(key)
     if remainders:
         mismatched = [

@@ -20,11 +20,11 @@ from ema.checkpoint import (
     MAX_SHARD_SIZE,
     Record,
     Source,
-    StoredState,
     StoredTensor,
     read_state,
     write_state,
 )
+from ema.checkpoint.parts import joined, separated
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import ArgumentError, CheckpointError, EMAWarning, difference, listing
@@ -45,9 +45,6 @@ DTYPES = {
     "C64": np.dtype(np.complex64),
 }
 """What an average can be."""
-
-REMAINDER = "remainder"
-"""The part of a compensated average that is beside it, in the file and before the names there."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST = np.iinfo(np.int32).max  # where the counters of a state stay
@@ -116,17 +113,8 @@ def save_params_ema(
             f" [{', '.join(steps)}], [{', '.join(counts)}] updates, [{', '.join(skips)}] skipped"
         )
     step, count, skipped = numbers.pop()
-    tensors = dict(leaves)
     with errors_of(path, "written"):
-        parts = {}
-        for key, leaf in remainders.items():
-            if (stored_as := f"{REMAINDER}/{key}") in leaves:
-                raise CheckpointError(
-                    f"`{stored_as}` is what the remainder of `{key}` is called in the file: give the"
-                    " parameter another name"
-                )
-            tensors[stored_as] = leaf
-            parts[stored_as] = ("", REMAINDER, key)
+        tensors, parts = joined(leaves, remainders)
         record = Record(
             step=step,
             count=count,
@@ -188,7 +176,7 @@ def load_params_ema(
     kept, _ = _leaves([state.remainders()[label] for state in states])
     stored = read_state(path)
     with errors_of(stored.place, "read"):
-        found, lost = _split(stored)
+        found, lost = separated(stored)
     names = renamed([*found, *stored.record.not_averaged], rename)
     tensors = {new: found[old] for new, old in names.items() if old in found}
     remainders = {new: lost[old] for new, old in names.items() if old in lost}
@@ -236,29 +224,6 @@ def load_params_ema(
 def _is_absent(field: Any) -> bool:
     """Whether a state has nothing there, for its options do not ask for it."""
     return isinstance(field, tuple)
-
-
-def _split(
-    stored: StoredState,
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The averages of a file by name, and their remainders."""
-    averages: dict[str, StoredTensor] = {}
-    remainders: dict[str, StoredTensor] = {}
-    for key, tensor in stored.tensors.items():
-        label, part, name = stored.record.parts.get(key, ("", "average", key))
-        if label:
-            raise CheckpointError(
-                "it holds more than one average, which load_params_ema does not read"
-            )
-        if part not in ("average", REMAINDER):
-            raise CheckpointError(f"`{key}` is the {part!r:.80} of `{name}`: update `ema`")
-        into = remainders if part == REMAINDER else averages
-        if name in into:
-            raise CheckpointError(f"`{key}` is the second {part} of `{name}`")
-        into[name] = tensor
-    if orphans := [name for name in remainders if name not in averages]:
-        raise CheckpointError(f"it has a remainder and no average of {listing(orphans)}")
-    return averages, remainders
 
 
 def _leaves(trees: list[Any]) -> tuple[dict[str, Any], list[str]]:

@@ -206,3 +206,16 @@ def test_complex128_goes_as_pairs_of_reals(tmp_path):
     other = EMAModel(model)
     other.load(file)
     assert_same(other.averaged_parameters(), ema_model.averaged_parameters())
+
+
+def test_a_remainder_whose_name_is_taken_is_refused(tmp_path):
+    """Nothing is written; without remainders both names are fine."""
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(torch.ones(2)))
+    model.register_parameter("remainder/w", nn.Parameter(torch.ones(2)))
+    with pytest.raises(
+        CheckpointError, match="`remainder/w` is what the remainder of `w` is called"
+    ):
+        EMAModel(model, 0.9, compensated=True).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    EMAModel(model, 0.9).save(tmp_path)
