@@ -124,7 +124,7 @@ def record_to(record: Record) -> dict[str, str]:
         if (value := getattr(record, name)) is not None:
             own[name] = str(value)
     if record.parts:
-        own["parts"] = to_json({key: list(part) for key, part in record.parts.items()})
+        own["parts"] = to_json({key: list(part) for key, part in sorted(record.parts.items())})
     return {**own, **dict(sorted(record.extra.items()))}
 
 

@@ -21,16 +21,27 @@ SCHEDULES = [
     ema.PowerFunction(gamma=6.94),
     ema.InverseGammaWarmup(decay=0.999),
 ]
+PRECISIONS = {
+    "plain": {},
+    "compensated": {"compensated": True},
+    "bfloat16": {"dtype": torch.bfloat16, "seed": 5},
+    "guarded": {"on_nonfinite": "skip"},
+}
+NAN_AT = (7, 600, 1200)
+"""Steps after which a parameter is NaN, for guarded averages."""
 SHAPES = {"a.weight": (37, 20), "a.bias": (37,), "b.weight": (5, 37), "b.bias": ()}
 
 
-def values_of(step, dtype):
+def values_of(step, dtype, precision=None):
     """The parameters after a step, the same for both."""
     rng = np.random.default_rng(step)
-    return {
+    values = {
         name: torch.tensor(rng.normal(size=shape), dtype=torch.float32).to(dtype)
         for name, shape in SHAPES.items()
     }
+    if step in NAN_AT and precision == PRECISIONS["guarded"]:
+        values["b.bias"].fill_(float("nan"))
+    return values
 
 
 def to_jax(values):
@@ -43,18 +54,19 @@ def to_jax(values):
 
 
 class TorchSide:
-    def __init__(self, schedule, dtype, start):
+    def __init__(self, schedule, dtype, start, precision):
+        self.precision = precision
         self.params = {n.replace(".", "_"): nn.Parameter(v) for n, v in start.items()}
         model = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
         for name, value in start.items():
             module, key = name.split(".")
             model[module].register_parameter(key, nn.Parameter(value.clone()))
         self.model, self.dtype = model, dtype
-        self.average = EMAModel(model, schedule)
+        self.average = EMAModel(model, schedule, **precision)
 
     def run(self, first, last):
         for step in range(first, last):
-            self.model.load_state_dict(values_of(step, self.dtype))
+            self.model.load_state_dict(values_of(step, self.dtype, self.precision))
             self.average.update()
 
     def save(self, path):
@@ -66,13 +78,17 @@ class TorchSide:
             self.average.load(path)
 
     def averages(self):
-        return {name: v.numpy() for name, v in self.average.averaged_parameters().items()}
+        return {name: v.float().numpy() for name, v in self.average.averaged_parameters().items()}
 
 
 class JaxSide:
-    def __init__(self, schedule, dtype, start):
-        self.schedule, self.dtype = schedule, dtype
-        tx = params_ema(schedule)
+    def __init__(self, schedule, dtype, start, precision):
+        self.schedule, self.dtype, self.precision = schedule, dtype, precision
+        options = dict(precision)
+        if "dtype" in options:
+            options["accumulator_dtype"] = jnp.bfloat16
+            del options["dtype"]
+        tx = params_ema(schedule, **options)
         self.params = to_jax(start)
         self.state = tx.init(self.params)
 
@@ -86,11 +102,17 @@ class JaxSide:
 
     def run(self, first, last):
         for step in range(first, last):
-            self.state, self.params = self.step(self.state, to_jax(values_of(step, self.dtype)))
+            values = to_jax(values_of(step, self.dtype, self.precision))
+            self.state, self.params = self.step(self.state, values)
 
     def save(self, path):
         return save_params_ema(
-            path, self.state, decay=self.schedule, update_after_step=0, update_every=1
+            path,
+            self.state,
+            decay=self.schedule,
+            update_after_step=0,
+            update_every=1,
+            seed=self.precision.get("seed"),
         )
 
     def load(self, path):
@@ -98,7 +120,7 @@ class JaxSide:
 
     def averages(self):
         tree = get_params_ema(self.state)
-        return {name: np.asarray(tree[name[0]][name[2:]]) for name in SHAPES}
+        return {name: np.asarray(tree[name[0]][name[2:]], np.float32) for name in SHAPES}
 
 
 def differing(ours, theirs):
@@ -109,12 +131,18 @@ def differing(ours, theirs):
     )
 
 
+@pytest.mark.parametrize(
+    ("schedule", "precision"),
+    [(s, "plain") for s in SCHEDULES] + [(SCHEDULES[0], p) for p in PRECISIONS if p != "plain"],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
-def test_to_jax_and_back_500_updates_on_each_side_and_no_element_differs(tmp_path, schedule, dtype):
-    start = values_of(0, dtype)
+def test_to_jax_and_back_500_updates_on_each_side_and_no_element_differs(
+    tmp_path, schedule, precision, dtype
+):
+    start, options = values_of(0, dtype), PRECISIONS[precision]
     first, second, third = (
-        side(schedule, dtype, start) for side in (TorchSide, JaxSide, TorchSide)
+        side(schedule, dtype, start, options) for side in (TorchSide, JaxSide, TorchSide)
     )
     first.run(1, 501)
     first.save(tmp_path / "1")
@@ -124,15 +152,19 @@ def test_to_jax_and_back_500_updates_on_each_side_and_no_element_differs(tmp_pat
     third.load(tmp_path / "2")
     third.run(1001, 1501)
     for side in (TorchSide, JaxSide):
-        alone = side(schedule, dtype, start)
+        alone = side(schedule, dtype, start, options)
         alone.run(1, 1501)
         assert differing(third.averages(), alone.averages()) == 0
+        if precision == "guarded":
+            assert third.average.skipped == len(NAN_AT)
 
 
-def test_both_write_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_both_write_the_same_bytes(tmp_path, precision):
     files = []
     for side in (TorchSide, JaxSide):
-        one = side(SCHEDULES[0], torch.float32, values_of(0, torch.float32))
+        start = values_of(0, torch.float32)
+        one = side(SCHEDULES[0], torch.float32, start, PRECISIONS[precision])
         one.run(1, 6)
         files.append(one.save(tmp_path / side.__name__))
     assert files[0].read_bytes() == files[1].read_bytes()
