@@ -205,6 +205,15 @@ def test_the_command_measures_in_new_processes(tmp_path):
     assert fields["machine"] == machine("cpu") | {"threads": fields["machine"]["threads"]}
 
 
-@pytest.mark.parametrize("name", ["page", "scaling", "scaling_picture", "trainer_overhead"])
+@pytest.mark.slow
+def test_the_first_swaps_are_measured_in_new_processes():
+    command = [sys.executable, "-m", "benchmarks.first_swap", "--size", "tiny", "--rounds", "1"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    assert next(line.split()[0] for line in text.splitlines() if " first " in line) == "ema"
+
+
+@pytest.mark.parametrize(
+    "name", ["first_swap", "page", "scaling", "scaling_picture", "trainer_overhead"]
+)
 def test_what_is_run_by_itself_can_be_imported(name):
     assert callable(getattr(importlib.import_module(f"benchmarks.{name}"), "main", print))
