@@ -193,16 +193,23 @@ def test_ten_thousand_damaged_files_are_refused(tmp_path, intact):
             error.value.__str__().encode(errors="backslashreplace")
 
 
+@pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-def test_a_damaged_file_assigns_nothing(tmp_path, mutate):
+def test_a_damaged_file_assigns_nothing(tmp_path, mutate, compensated):
+    """Also one that holds remainders, and the parts that say whose they are."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
-    ema_model = EMAModel(model, 0.9)
+    ema_model = EMAModel(model, 0.9, compensated=compensated)
+
+    def step():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        ema_model.update()
+
+    step()  # remainders of 0 could change places unnoticed, and rightly so
     intact = ema_model.save(tmp_path).read_bytes()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    ema_model.update()
+    step()
     before = ema_model.state_dict()
     rng = random.Random(1)
     for _ in range(30):
@@ -213,9 +220,10 @@ def test_a_damaged_file_assigns_nothing(tmp_path, mutate):
         with pytest.raises(CheckpointError):
             ema_model.load(tmp_path)
         after = ema_model.state_dict()
-        assert (after["step"], after["count"]) == (1, 1)
-        for name, average in before["averages"].items():
-            assert torch.equal(after["averages"][name], average)
+        assert (after["step"], after["count"]) == (2, 2)
+        for kind in ("averages", "remainders") if compensated else ("averages",):
+            for name, tensor in before[kind].items():
+                assert torch.equal(after[kind][name], tensor)
 
 
 def test_every_flipped_bit_of_a_small_file_is_found(tmp_path, record, sources_of):

@@ -143,9 +143,8 @@ def test_a_model_is_averaged_where_it_lies(layout, axis):
 
     def loss(params, x):
         if explicit:  # what a compiler does by itself: gather what is split over the batch's axis
-            keep = lambda axis: None if axis == "data" else axis  # noqa: E731
             params = {
-                n: jax.sharding.reshard(p, P(*(keep(a) for a in specs[n])))
+                n: jax.sharding.reshard(p, P(*(None if a == "data" else a for a in specs[n])))
                 for n, p in params.items()
             }
         out = {"out_sharding": P("data", None)} if explicit else {}
@@ -238,7 +237,10 @@ def test_what_is_not_finite_on_one_device_is_seen_on_all(value, axis):
     """Wherever it is; and finite numbers whose sum overflows are averaged."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
     tx = params_ema(0.5, on_nonfinite="skip")
-    place = lambda x: {"w": jax.device_put(x, NamedSharding(mesh, P("data")))}  # noqa: E731
+
+    def place(x):
+        return {"w": jax.device_put(x, NamedSharding(mesh, P("data")))}
+
     step = jax.jit(lambda state, params: tx.update({"w": None}, state, params)[1])
     with jax.set_mesh(mesh):
         state = tx.init(place(np.zeros(16, np.float32)))

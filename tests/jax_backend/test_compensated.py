@@ -82,7 +82,10 @@ def test_accuracy_against_float64():
     reference = weights.astype(np.float64)
     for row in targets.astype(np.float64):
         reference += w * (row - reference)
-    error = lambda a: np.max(np.abs(a - reference)) / np.max(np.abs(reference))  # noqa: E731
+
+    def error(a):
+        return np.max(np.abs(a - reference)) / np.max(np.abs(reference))
+
     assert error(average(params_ema(0.99999, compensated=True))) <= 2e-7
     assert error(average(params_ema(0.99999))) > 1e-6
 
