@@ -63,7 +63,9 @@ def measure_memory(name: str, setting: Setting) -> Report:
     for contender, p in found.items():
         each = [f"{n / p.parameters:.2f}" for n in (p.made, p.held, p.used)]
         cells = [*each, f"{p.used / 2**20:.0f}"]
-        rows.append(Row(name=contender, kind="ours" if contender == "ema" else "peer", cells=cells))
+        rows.append(
+            Row(name=contender, kind="ours" if contender.startswith("ema") else "peer", cells=cells)
+        )
     note = "Bar: ema at most 16 MiB." if name == "memory-swap" else "Bar: 0 for ema."
     return Report(title=found["ema"].title, columns=COLUMNS, rows=rows, note=note)
 

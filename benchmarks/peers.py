@@ -134,11 +134,11 @@ def updates(
     ]
 
 
-def swap_ours(model: nn.Module) -> Update:
+def swap_ours(model: nn.Module, *, assign: bool) -> Update:
     average = EMAModel(model, DECAY)
 
     def swap() -> None:
-        with average.use_ema():
+        with average.use_ema(assign=assign):
             pass
 
     return swap
@@ -166,7 +166,8 @@ def swap_diffusers(model: nn.Module, *, foreach: bool) -> Update:
 
 
 SWAPS: Mapping[str, Callable[[nn.Module], Update]] = {
-    "ema": swap_ours,
+    "ema": partial(swap_ours, assign=False),
+    "ema assign": partial(swap_ours, assign=True),
     "torch-ema": swap_torch_ema,
     "diffusers": partial(swap_diffusers, foreach=False),
     "diffusers foreach": partial(swap_diffusers, foreach=True),
@@ -176,6 +177,6 @@ SWAPS: Mapping[str, Callable[[nn.Module], Update]] = {
 def swaps(model: nn.Module) -> list[Contender]:
     """The average into ``model`` and the live weights back."""
     return [
-        Contender(name=name, call=make(model), kind="ours" if name == "ema" else "peer")
+        Contender(name=name, call=make(model), kind="ours" if name.startswith("ema") else "peer")
         for name, make in SWAPS.items()
     ]

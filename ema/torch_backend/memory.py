@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["CHUNK", "NARROW_CHUNK", "SERIAL", "SMALL", "allocate", "flat", "is_dense", "real"]
+__all__ = [
+    "CHUNK",
+    "NARROW_CHUNK",
+    "PLAIN",
+    "SERIAL",
+    "SMALL",
+    "allocate",
+    "flat",
+    "is_dense",
+    "real",
+]
 
 CHUNK = 1 << 20
 """Elements that pass through a buffer at a time: 4 MiB of float32, which stay in cache."""
@@ -17,6 +27,9 @@ NARROW_CHUNK = 1 << 19
 
 SMALL = 1 << 12
 """Tensors of up to this many elements share an allocation and are averaged side by side."""
+
+PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
+"""Types of tensors that are nothing but their memory."""
 
 SERIAL = 1 << 15
 """Elements that PyTorch handles on one CPU thread (``at::internal::GRAIN_SIZE``)."""

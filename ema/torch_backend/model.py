@@ -311,22 +311,30 @@ class EMAModel(Generic[ModelT]):
         averages, found = self._look()
         return call_with(self._model, found, averages, args, kwargs)
 
-    def apply_ema(self, model: nn.Module | None = None, *, name: str | None = None) -> None:
+    def apply_ema(
+        self, model: nn.Module | None = None, *, name: str | None = None, assign: bool = False
+    ) -> None:
         """Swap the averaged weights into ``model``, by default the live one; no-op a second time.
 
-        Parameters keep their storage. If anything is raised on the way, Ctrl-C included, the
-        weights are what they were. The model is held until :meth:`restore_original`.
+        Parameters keep their storage, unless ``assign`` says otherwise. If anything is raised on
+        the way, Ctrl-C included, the weights are what they were. The model is held until
+        :meth:`restore_original`.
 
         Args:
             model: another model with the same names and shapes.
             name: which average, where there are several.
+            assign: let the parameters refer to the memory of the averages, which costs no time at
+                any size. Whatever holds the memory of a parameter and not the parameter itself
+                goes on seeing live weights: captured CUDA graphs, NumPy arrays, views, other
+                processes. Tensors of a sharded model, and those that share their memory, are
+                exchanged all the same.
 
         Raises:
             ArgumentError: there are several averages and ``name`` is none of theirs.
             ModelError: names or shapes differ; all differences are listed.
             StateError: these averages are in another model, or another average is in this one.
         """
-        swap = self._prepare_swap(model, name)
+        swap = self._prepare_swap(model, name, assign=assign)
         if swap is not None:
             swap.apply()
 
@@ -347,7 +355,11 @@ class EMAModel(Generic[ModelT]):
 
     @contextmanager
     def use_ema(
-        self, model: nn.Module | str | None = None, *, name: str | None = None
+        self,
+        model: nn.Module | str | None = None,
+        *,
+        name: str | None = None,
+        assign: bool = False,
     ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, the live ones after it, whatever is raised.
 
@@ -356,6 +368,7 @@ class EMAModel(Generic[ModelT]):
         Args:
             model: another model with the same names and shapes.
             name: which average, where there are several; may stand first: ``use_ema("long")``.
+            assign: see :meth:`apply_ema`.
 
         Raises:
             ModelError: see :meth:`apply_ema`.
@@ -363,7 +376,7 @@ class EMAModel(Generic[ModelT]):
         """
         if isinstance(model, str):
             model, name = None, model
-        swap = self._prepare_swap(model, name)
+        swap = self._prepare_swap(model, name, assign=assign)
         try:
             try:
                 if swap is not None:
@@ -656,7 +669,9 @@ class EMAModel(Generic[ModelT]):
         swap = self._swap
         return swap is not None and swap.active and unwrap(swap.model) is unwrap(model)
 
-    def _prepare_swap(self, model: nn.Module | None, name: str | None) -> Swap | None:
+    def _prepare_swap(
+        self, model: nn.Module | None, name: str | None, *, assign: bool
+    ) -> Swap | None:
         """A swap of the averages into a model, or None where they are in it already."""
         target = self._model if model is None else model
         if self._swap is not None and self._swap.active:
@@ -673,7 +688,7 @@ class EMAModel(Generic[ModelT]):
                 averages = {key: average.clone() for key, average in averages.items()}
         elif not self._average.started:
             params = averages = {}
-        self._swap = Swap(target, averages, params, found, name)
+        self._swap = Swap(target, averages, params, found, name=name, assign=assign)
         return self._swap
 
     def _end(self, swap: Swap | None) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ema.rounding import Stream
-from ema.torch_backend.memory import CHUNK, NARROW_CHUNK
+from ema.torch_backend.memory import CHUNK, NARROW_CHUNK, PLAIN
 from ema.torch_backend.rounding import Indices, Run
 from ema.torch_backend.sharding import Place
 
@@ -54,7 +54,7 @@ class Stretch(NamedTuple):
     def source(self) -> Tensor:
         """What to read: the live tensor itself where that is a plain vector, so that it may move."""
         live = self.entry.live
-        plain = type(live) in {Tensor, nn.Parameter, nn.Buffer} and not live.is_complex()
+        plain = type(live) in PLAIN and not live.is_complex()
         return live if plain and live.dim() == 1 else self.live
 
     @property

@@ -1,24 +1,27 @@
-"""Averages into a model and the live weights back, in place, wholly or not at all.
+"""Averages into a model and the live weights back, wholly or not at all.
 
-Where an average has the dtype of its parameter the two change places, a chunk at a time through
-one small buffer: no third copy. Elsewhere the live values are kept aside, in their own dtype.
+Parameters keep their memory and the values change: where an average has the dtype of its parameter
+the two change places, a chunk at a time through one small buffer, with no third copy; elsewhere the
+live values are kept aside, in their own dtype. With ``assign`` the values stay where they are and
+the parameters refer to other memory for the time.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
-from ema.torch_backend.memory import CHUNK, flat, is_dense
+from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.steps import Progress, Step
+from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
 
 __all__ = ["Swap"]
 
@@ -36,6 +39,7 @@ class Swap:
             the shape of its average.
         found: the tensors of the averaged model, for those who ask during the swap.
         name: of the averages, where there are several.
+        assign: whether plain parameters that share their memory with no other refer to the averages.
 
     Raises:
         StateError: another average is in one of these parameters, or one of them cannot be
@@ -48,14 +52,17 @@ class Swap:
         averages: Mapping[str, Tensor],
         params: Mapping[str, Tensor],
         found: Selection,
+        *,
         name: str | None = None,
+        assign: bool = False,
     ) -> None:
         self.model = model
         self.name = name
         self.found = found
         self._params = dict(params)
         self._averages = dict(averages)
-        self._views = {name: local_of(tensor) for name, tensor in params.items()}
+        self._assigned = _sole(model, params) if assign else {}
+        self._views = {key: local_of(tensor) for key, tensor in params.items()}
         self._gathering = fully_sharded(model.modules())
         self._exchanged: set[str] = set()
         for key, tensor in self._params.items():
@@ -80,8 +87,9 @@ class Swap:
         try:
             reshard(self._gathering)
             _swapped_in.update({id(tensor): self for tensor in self._params.values()})
-            self._into = Progress(chain.from_iterable(into for into, _ in self._parts))
+            self._into = Progress(chain.from_iterable(part.into for part in self._parts))
             self._into.run()
+            increment_version(self._assigned.values())
         except BaseException:
             self.restore()
             raise
@@ -110,6 +118,7 @@ class Swap:
         if self._back is None:
             self._back = Progress(self._way_back())
         self._back.run()
+        increment_version(self._assigned.values())  # graphs built before must not be used now
         for name, tensor in self._params.items():
             view, here = self._views[name], local_of(tensor)
             if here.data_ptr() != view.data_ptr():  # moved or cast meanwhile
@@ -119,44 +128,37 @@ class Swap:
         """Finish the part that was begun, first of all, and undo every part."""
         done = 0 if self._into is None else self._into.done
         begun: list[list[Step]] = []
-        for into, back in self._parts:
+        for part in self._parts:
             if done <= 0:
                 break
-            begun.append([*into[done:], *back])
-            done -= len(into)
+            begun.append([*part.into[done:], *part.back()])
+            done -= len(part.into)
         # the latest first: the buffer still holds what that part has put there
         return list(chain.from_iterable(reversed(begun)))
 
-    def _prepare(self) -> list[tuple[list[Step], list[Step]]]:
-        """Steps into the model and back, a part for each chunk."""
-        parts: list[tuple[list[Step], list[Step]]] = []
-        buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    def _prepare(self) -> list[Part]:
+        parts: list[Part] = []
+        buffers = Buffers(max((tensor.numel() for tensor in self._averages.values()), default=0))
         for name, average in self._averages.items():
             view = self._views[name]
-            exchange = (
-                average.dtype == view.dtype
-                and average.device == view.device
-                and average.stride() == view.stride()
-                and is_dense(view)
-            )
-            if not exchange:
-                kept = torch.empty_like(view)  # in the dtype of the parameter
-                into: list[Step] = [partial(kept.copy_, view), partial(view.copy_, average)]
-                parts.append((into, [partial(view.copy_, kept)]))
-                continue
-            self._exchanged.add(name)
-            ours, theirs = flat(average), flat(view)
-            if (key := (ours.device, ours.dtype)) not in buffers:
-                largest = max(tensor.numel() for tensor in self._averages.values())
-                size = min(CHUNK, 2 * largest)  # a complex number is two reals
-                buffers[key] = torch.empty(size, dtype=ours.dtype, device=ours.device)
-            for start in range(0, ours.numel(), CHUNK):
-                a, p = ours[start : start + CHUNK], theirs[start : start + CHUNK]
-                kept = buffers[key][: a.numel()]
-                both: list[Step] = [
-                    partial(kept.copy_, p),
-                    partial(p.copy_, a),
-                    partial(a.copy_, kept),
-                ]
-                parts.append((both, both))
+            if name in self._assigned:
+                parts.append(Assignment(self._params[name], average))
+            elif alike(average, view):
+                self._exchanged.add(name)
+                parts.extend(buffers.exchanges(view, average))
+            else:
+                parts.append(Copying(view, average))
         return parts
+
+
+def _sole(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plain ones whose memory no other tensor of the model refers to."""
+    holders: dict[int, set[int]] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        if type(tensor) in PLAIN:
+            holders.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
+    return {
+        key: tensor
+        for key, tensor in params.items()
+        if type(tensor) in PLAIN and holders[tensor.untyped_storage().data_ptr()] == {id(tensor)}
+    }

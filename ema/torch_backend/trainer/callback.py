@@ -87,7 +87,7 @@ class EMACallback(TrainerCallback):
         ema_callback = EMACallback(decay=0.999)
         trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[ema_callback])
         trainer.train()
-        ema_callback.apply_ema(model)
+        ema_callback.apply_ema(model, assign=assign)
     """
 
     def __init__(
@@ -167,12 +167,13 @@ class EMACallback(TrainerCallback):
         """
         return self._run.ema_model
 
-    def apply_ema(self, model: nn.Module | None = None) -> None:
+    def apply_ema(self, model: nn.Module | None = None, *, assign: bool = False) -> None:
         """Swap the averaged weights into ``model``, see :meth:`EMAModel.apply_ema`.
 
         Args:
             model: the model that was trained, or another with the same names and shapes. It may
                 only be left out after training.
+            assign: let its parameters refer to the memory of the averages.
 
         Raises:
             StateError: there is no average, or it is swapped into another model.
@@ -180,7 +181,7 @@ class EMACallback(TrainerCallback):
             CheckpointError: the loaded state does not fit ``model``.
         """
         self._evaluation.end()  # from now on it is for the caller to restore
-        self._run.fit(model).apply_ema(model)
+        self._run.fit(model).apply_ema(model, assign=assign)
 
     def restore_original(self, model: nn.Module | None = None) -> None:
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
@@ -191,9 +192,12 @@ class EMACallback(TrainerCallback):
         self.ema_model.restore_original(model)
 
     @contextmanager
-    def use_ema(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+    def use_ema(
+        self, model: nn.Module | None = None, *, assign: bool = False
+    ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, see :meth:`EMAModel.use_ema`."""
-        with self._evaluation.suspended(), self._run.fit(model).use_ema(model) as averaged:
+        ema_model = self._run.fit(model)
+        with self._evaluation.suspended(), ema_model.use_ema(model, assign=assign) as averaged:
             yield averaged
 
     def get_ema_state(self) -> dict[str, Any]:
