@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from ema.errors import ModelError, difference
 from ema.rounding import stream_of
-from ema.torch_backend.guard import Flag, Guard
-from ema.torch_backend.lane import Lane
-from ema.torch_backend.memory import allocate, is_dense
-from ema.torch_backend.offload import Offload
-from ema.torch_backend.selection import Selection, select
-from ema.torch_backend.settings import Settings
-from ema.torch_backend.sharding import (
+from ema.torch_backend.distributed.sharding import (
     Place,
     is_sharded,
     local_of,
     place_of,
     wrapped_like,
 )
+from ema.torch_backend.gpu.lane import Lane
+from ema.torch_backend.gpu.offload import Offload
+from ema.torch_backend.guard import Flag, Guard
+from ema.torch_backend.memory import allocate, is_dense
+from ema.torch_backend.selection import Selection, select
+from ema.torch_backend.settings import Settings
 from ema.torch_backend.stretches import Entry
 from ema.torch_backend.sweep import Sweep
 from ema.torch_backend.watch import Watch

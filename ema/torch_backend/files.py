@@ -26,7 +26,7 @@ from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
 from ema.schedules import schedule_from_dict
-from ema.torch_backend.gather import Whole, on_first_rank
+from ema.torch_backend.distributed.gather import Whole, on_first_rank
 from ema.torch_backend.selection import Selection
 
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ema.errors import ModelError, difference
+from ema.torch_backend.distributed.sharding import place_of
 from ema.torch_backend.selection import Rules, Selection, select
-from ema.torch_backend.sharding import place_of
 
 __all__ = ["targets"]
 

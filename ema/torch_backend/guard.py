@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema.torch_backend.kernels import all_finite
+from ema.torch_backend.distributed.sharding import local_of, meshes_of
+from ema.torch_backend.gpu.kernels import all_finite
 from ema.torch_backend.memory import real
-from ema.torch_backend.sharding import local_of, meshes_of
 
 __all__ = ["Guard"]
 

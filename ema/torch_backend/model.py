@@ -21,13 +21,13 @@ from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
 from ema.torch_backend.distance import relative_distance
+from ema.torch_backend.distributed.ranks import verify_ranks
+from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.fit import targets
 from ema.torch_backend.guard import Flag
 from ema.torch_backend.names import unwrap
-from ema.torch_backend.ranks import verify_ranks
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
-from ema.torch_backend.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap
 from ema.torch_backend.teacher import call_with

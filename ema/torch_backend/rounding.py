@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ema.rounding import FIRST, SECOND, Stream, key_of
-from ema.torch_backend.sharding import Place
+from ema.torch_backend.distributed.sharding import Place
 from ema.torch_backend.steps import Step
 
 __all__ = ["Counters", "Gathered", "Indices", "Run", "Scratch", "round_into"]

@@ -10,9 +10,7 @@ from torch import Tensor, nn, strided
 from torch.nn.parameter import is_lazy
 
 from ema.errors import ArgumentError, ArgumentTypeError, ModelError, listing
-from ema.torch_backend.memory import is_dense
-from ema.torch_backend.names import NamedTensors, named_tensors
-from ema.torch_backend.sharding import (
+from ema.torch_backend.distributed.sharding import (
     check_supported,
     fully_sharded,
     is_sharded,
@@ -20,6 +18,8 @@ from ema.torch_backend.sharding import (
     place_of,
     reshard,
 )
+from ema.torch_backend.memory import is_dense
+from ema.torch_backend.names import NamedTensors, named_tensors
 
 __all__ = ["Rules", "Selection", "select"]
 

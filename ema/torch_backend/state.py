@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from ema.errors import CheckpointError, difference, listing
+from ema.torch_backend.distributed.sharding import place_of
 from ema.torch_backend.selection import Selection
-from ema.torch_backend.sharding import place_of
 
 __all__ = ["FORMAT_VERSION", "State"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ema.rounding import Stream
+from ema.torch_backend.distributed.sharding import Place
 from ema.torch_backend.memory import CHUNK, NARROW_CHUNK, PLAIN
 from ema.torch_backend.rounding import Indices, Run
-from ema.torch_backend.sharding import Place
 
 __all__ = ["Entry", "Stretch", "neighbors"]
 

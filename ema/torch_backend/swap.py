@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
+from ema.torch_backend.distributed.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
-from ema.torch_backend.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.steps import Progress, Step
 from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ema.torch_backend import kernels
+from ema.torch_backend.gpu import kernels
 from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.memory import CHUNK, NARROW_CHUNK, SERIAL, SMALL, flat, is_dense, real
 from ema.torch_backend.rounding import Counters, Gathered, Scratch

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ema.errors import ModelError
+from ema.torch_backend.distributed.sharding import fully_sharded, wrapped_like
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
-from ema.torch_backend.sharding import fully_sharded, wrapped_like
 
 __all__ = ["call_with"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ema.torch_backend.distributed.sharding import fully_sharded, is_sharded, reshard
 from ema.torch_backend.selection import Rules, Selection
-from ema.torch_backend.sharding import fully_sharded, is_sharded, reshard
 
 __all__ = ["Watch"]
 

@@ -90,7 +90,7 @@ def _fused(_, x, y, z):
 def interpreted(monkeypatch):
     """Import the kernels so that they run here; nothing else is interpreted."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    importlib.import_module("ema.torch_backend.device_code")
+    importlib.import_module("ema.torch_backend.gpu.device_code")
     builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     monkeypatch.setattr(builder, "create_fma", _fused)
     with np.errstate(all="ignore"):  # Inf − Inf is among what is tested

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ema.errors import StateError
+from ema.torch_backend.gpu.lane import Lane
 from ema.torch_backend.interrupts import uninterrupted
-from ema.torch_backend.lane import Lane
 from ema.torch_backend.memory import is_dense
 from ema.torch_backend.steps import Step, run
 
@@ -62,7 +62,7 @@ class Offload:
     def run(self, work: Callable[[], object]) -> None:
         """Copy the params as they are now and do the work on the copies, both later.
 
-        Waits for the work before. Optimizers wait for the copies, see :mod:`ema.torch_backend.lane`.
+        Waits for the work before. Optimizers wait for the copies, see :mod:`ema.torch_backend.gpu.lane`.
 
         Raises:
             StateError: a CUDA graph is being captured, of which the host cannot be a part.

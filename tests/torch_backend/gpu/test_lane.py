@@ -13,8 +13,8 @@ from collections import deque
 import pytest
 import torch
 
-from ema.torch_backend import lane as lane_module
-from ema.torch_backend.lane import Lane
+from ema.torch_backend.gpu import lane as lane_module
+from ema.torch_backend.gpu.lane import Lane
 
 GPU = torch.device("cuda", 0)
 OTHER = torch.device("cuda", 1)
@@ -336,7 +336,7 @@ def test_without_a_gpu_work_is_done_at_once():
     code = """
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-from ema.torch_backend.lane import Lane
+from ema.torch_backend.gpu.lane import Lane
 done = []
 lane = Lane([torch.device("cpu"), torch.device("meta")])
 lane.run(lambda: done.append(1))

@@ -13,8 +13,8 @@ from torch import nn
 
 from ema.errors import StateError
 from ema.rounding import stream_of
-from ema.torch_backend.offload import Offload
-from ema.torch_backend.sharding import place_of
+from ema.torch_backend.distributed.sharding import place_of
+from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.stretches import Entry
 from ema.torch_backend.swap import Swap
 from ema.torch_backend.sweep import Sweep
@@ -123,7 +123,7 @@ def test_what_the_thread_raised_is_raised_once_at_the_next_call(call):
 def test_control_c_while_waiting_leaves_the_update_whole():
     code = """
 import signal, threading, time, torch
-from ema.torch_backend.offload import Offload
+from ema.torch_backend.gpu.offload import Offload
 
 offload, seen = Offload([torch.ones(3)]), []
 offload.run(lambda: (time.sleep(1), seen.append(1)))
@@ -159,7 +159,7 @@ def test_the_thread_ends_with_the_average():
 def test_a_process_ends_after_the_work(ending):
     code = f"""
 import time, torch
-from ema.torch_backend.offload import Offload
+from ema.torch_backend.gpu.offload import Offload
 
 offload = Offload([torch.ones(3)])
 offload.run(lambda: (time.sleep(0.5), print("done", flush=True)))
@@ -176,7 +176,7 @@ def test_a_fork_finds_the_update_done_and_can_go_on():
     """As the workers of a loader do; parent and child both make further updates."""
     code = """
 import os, time, torch
-from ema.torch_backend.offload import Offload
+from ema.torch_backend.gpu.offload import Offload
 
 average, offload = torch.zeros(3), Offload([torch.ones(3)])
 work = lambda: (time.sleep(0.3), average.add_(offload.staged[0]))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ema import rounding
-from ema.torch_backend import kernels
+from ema.torch_backend.gpu import kernels
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -242,7 +242,7 @@ def test_what_does_not_match_is_refused():
 
 def test_control_c_waits_for_the_end_of_an_update(monkeypatch):
     """Two launches, with a signal in the first: both are made, then it is raised."""
-    from ema.torch_backend import device_code
+    from ema.torch_backend.gpu import device_code
 
     class Launches:
         made = 0
@@ -279,7 +279,7 @@ def test_there_are_no_kernels_for_the_cpu():
 
 def test_nothing_loads_triton_where_there_is_no_gpu():
     code = (
-        "import sys, torch; from torch import nn; from ema.torch_backend import EMAModel, kernels;"
+        "import sys, torch; from torch import nn; from ema.torch_backend import EMAModel; from ema.torch_backend.gpu import kernels;"
         "model = nn.Linear(3, 3).bfloat16(); EMAModel(model).update();"
         "kernels.available(torch.device('cpu')); assert 'triton' not in sys.modules"
     )
@@ -291,7 +291,7 @@ import re, sys
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from ema.torch_backend.device_code import update
+from ema.torch_backend.gpu.device_code import update
 
 names = ("COMPENSATED", "STOCHASTIC", "GUARDED", "ON_DEVICE", "WHOLE")
 for average, params, flags, multiplies in [

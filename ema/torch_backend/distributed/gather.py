@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ema.errors import CheckpointError, EMAError, ModelError
-from ema.torch_backend.sharding import (
+from ema.torch_backend.distributed.sharding import (
     Place,
     any_sharded,
     counts_here,

@@ -1,6 +1,6 @@
 """What runs on the GPU: one update of many tensors in one pass over their memory, in Triton.
 
-Only :mod:`ema.torch_backend.kernels` imports this, once there is a GPU to compile it for.
+Only :mod:`ema.torch_backend.gpu.kernels` imports this, once there is a GPU to compile it for.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def update(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one tensor, see :class:`ema.torch_backend.kernels.Fused` for the arguments."""
+    """One block of one tensor, see :class:`ema.torch_backend.gpu.kernels.Fused` for the arguments."""
     if GUARDED:
         if tl.load(finite) == 0:
             return

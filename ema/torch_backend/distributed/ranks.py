@@ -12,8 +12,8 @@ import xxhash
 from torch import Tensor
 
 from ema.errors import StateError, listing
+from ema.torch_backend.distributed.sharding import is_sharded, place_of
 from ema.torch_backend.memory import CHUNK, flat, is_dense, real
-from ema.torch_backend.sharding import is_sharded, place_of
 
 __all__ = ["verify_ranks"]
 

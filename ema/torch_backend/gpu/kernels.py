@@ -106,7 +106,7 @@ class Fused:
             count through; None: 0.
 
     Attributes:
-        tensors: whose memory a call uses, for :meth:`ema.torch_backend.lane.Lane.hold`.
+        tensors: whose memory a call uses, for :meth:`ema.torch_backend.gpu.lane.Lane.hold`.
 
     Raises:
         ValueError: the sequences do not match.
@@ -191,7 +191,7 @@ class Fused:
             return
         import triton.language as tl
 
-        from ema.torch_backend import device_code
+        from ema.torch_backend.gpu import device_code
 
         names: dict[torch.dtype, Any] = {
             torch.float32: tl.float32,

@@ -13,7 +13,8 @@ from torch import nn
 
 import ema
 from ema import EMAModel
-from ema.torch_backend import average, guard, kernels
+from ema.torch_backend import average, guard
+from ema.torch_backend.gpu import kernels
 
 
 def make(dtype=torch.float32):
