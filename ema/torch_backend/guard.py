@@ -25,13 +25,12 @@ class Guard:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        here = {name: real(local_of(tensor)) for name, tensor in tensors.items()}
-        self._tensors = {name: tensor for name, tensor in here.items() if tensor.numel()}
+        self._tensors = dict(tensors)
         self._meshes = meshes_of(tensors.values())
 
     def all_finite(self) -> Tensor:
         """Whether there is no NaN or Inf: a bool on the device, which nobody waits for."""
-        finite = all_finite(list(self._tensors.values()))
+        finite = all_finite(list(self._here().values()))
         return self._bad_anywhere((~finite).float()) == 0 if self._meshes else finite
 
     def nonfinite(self) -> list[str]:
@@ -55,16 +54,22 @@ class Guard:
         return bad
 
     def _nonfinite_here(self) -> list[str]:
-        if not self._tensors:
+        here = self._here()
+        if not here:
             return []
         # a sum is finite only if its terms are, and takes a third of the time of a closer look
         sums = [
             tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).double().cpu()
-            for tensor in self._tensors.values()
+            for tensor in here.values()
         ]
         finite = torch.stack(sums).isfinite().tolist()
-        suspects = [name for name, fine in zip(self._tensors, finite, strict=True) if not fine]
-        return [name for name in suspects if not bool(self._tensors[name].isfinite().all())]
+        suspects = [name for name, fine in zip(here, finite, strict=True) if not fine]
+        return [name for name in suspects if not bool(here[name].isfinite().all())]
+
+    def _here(self) -> dict[str, Tensor]:
+        """What is here of them now: an update reads some wherever their memory is by then."""
+        here = {name: real(local_of(tensor)) for name, tensor in self._tensors.items()}
+        return {name: tensor for name, tensor in here.items() if tensor.numel()}
 
 
 class Flag:

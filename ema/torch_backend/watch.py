@@ -7,6 +7,7 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ema.torch_backend.distributed.sharding import fully_sharded, is_sharded, reshard
@@ -15,6 +16,7 @@ from ema.torch_backend.selection import Rules, Selection
 __all__ = ["Watch"]
 
 _nbytes = attrgetter("nbytes")
+_dtype = attrgetter("dtype")
 _requires_grad = attrgetter("requires_grad")
 _local_tensor = attrgetter("_local_tensor")  # the same object until it is replaced
 
@@ -25,7 +27,7 @@ class Watch:
     Aliases keep that memory alive, so no address is given away while it is compared with. A glance
     at 1 000 vectors takes about a quarter of what averaging them takes, so it is built from calls
     into C alone: addresses and lengths for vectors, ``is_set_to`` for what has more of a shape. Of a
-    vector that is read through the module's own tensor only the size matters.
+    vector that is read through the module's own tensor only the size and the dtype matter.
 
     Args:
         selection: the tensors.
@@ -54,6 +56,9 @@ class Watch:
         self._vectors = [tensor for tensor in rest if tensor.dim() == 1]
         self._others = [tensor for tensor in rest if tensor.dim() != 1]
         self._sizes = list(map(_nbytes, self._read))
+        # no two kinds of real numbers take 4 bytes: there the size tells
+        self._castable = [tensor for tensor in self._read if tensor.dtype != torch.float32]
+        self._dtypes = list(map(_dtype, self._castable))
         self._device = self._read[0].device if self._read else None
         self._aliases = [tensor.detach() for tensor in (*self._others, *self._vectors)]
         self._addresses = list(map(Tensor.data_ptr, self._vectors))
@@ -79,6 +84,7 @@ class Watch:
             or not all(map(is_, held, self._held))
             or any(self._childless)
             or list(map(_nbytes, self._read)) != self._sizes
+            or list(map(_dtype, self._castable)) != self._dtypes
             or (bool(self._read) and self._read[0].device != self._device)
             or list(map(Tensor.data_ptr, self._vectors)) != self._addresses
             or list(map(Tensor.numel, self._vectors)) != self._lengths

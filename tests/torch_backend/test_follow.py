@@ -257,3 +257,14 @@ class TestSmallVectors:
             ema_model.update()
         assert ema_model.step == 0
         assert all(map(torch.equal, ema_model._average.held()["0"], [before["averages"]["0"]]))
+
+
+def test_vectors_cast_to_a_dtype_of_the_same_size_are_followed():
+    """Numbers that float16 does not hold are read as they are."""
+    model = nn.LayerNorm(8).half()
+    ema_model = EMAModel(model, 0.5)
+    model.bfloat16()
+    with torch.no_grad():
+        model.weight.fill_(2.0**20)
+    ema_model.update()
+    assert torch.equal(ema_model.averaged_parameters()["weight"], torch.full((8,), 0.5 + 2.0**19))

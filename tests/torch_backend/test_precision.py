@@ -270,6 +270,20 @@ class TestNonfinite:
         assert same(average.state_dict(), before)
 
 
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+def test_a_vector_whose_memory_was_replaced_is_looked_at_where_it_is(on_nonfinite):
+    model = nn.LayerNorm(8)
+    average = EMAModel(model, 0.5, on_nonfinite=on_nonfinite)
+    model.weight.data = torch.full((8,), torch.nan)
+    if on_nonfinite == "raise":
+        with pytest.raises(ema.StateError, match="got `weight`"):
+            average.update()
+    else:
+        average.update()
+        assert average.skipped == 1
+    assert torch.equal(average.averaged_parameters()["weight"], torch.ones(8))
+
+
 def test_large_numbers_are_no_infinities():
     """The sum that is looked at first may overflow where the weights do not."""
     model = bag(w=torch.full((1_000,), 3e38), h=torch.full((1_000,), 60_000.0).half())
