@@ -29,7 +29,7 @@ from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import FORMAT_VERSION, State
-from ema.torch_backend.swap import Swap
+from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
 from ema.torch_backend.teacher import call_with
 
 __all__ = ["EMAModel"]
@@ -148,7 +148,7 @@ class EMAModel(Generic[ModelT]):
         self._swap: Swap | None = None
         self._pending: Flag | None = None  # whether the last update was made, not yet asked
         self._file_metadata: dict[str, str] = {}
-        self.reset()
+        self._begin()
 
     def __repr__(self) -> str:
         return (
@@ -211,9 +211,13 @@ class EMAModel(Generic[ModelT]):
         """Start again from the live weights, at step 0.
 
         Raises:
-            StateError: averages are swapped in.
+            StateError: averages are swapped in, these or another one's.
         """
         self._refuse_while_swapped("reset")
+        self._refuse_others()
+        self._begin()
+
+    def _begin(self) -> None:
         if self._settings.update_after_step:
             self._average.forget()
         else:
@@ -225,11 +229,12 @@ class EMAModel(Generic[ModelT]):
         """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
 
         Raises:
-            StateError: averages are swapped in, or with ``on_nonfinite="raise"`` a live weight is
-                NaN or Inf.
+            StateError: averages are swapped in, these or another one's, or with
+                ``on_nonfinite="raise"`` a live weight is NaN or Inf.
             ModelError: an averaged parameter was resized or removed. Nothing has changed.
         """
         self._refuse_while_swapped("update")
+        self._refuse_others()
         step = self._step + 1
         since = step - self._settings.update_after_step
         if since < 0:
@@ -274,6 +279,7 @@ class EMAModel(Generic[ModelT]):
         Where the model is sharded, ranks add up two numbers: every rank must call it.
         """
         self._refuse_while_swapped("relative_distance")
+        self._refuse_others()
         averages, found = self._look(name)
         return relative_distance(averages, found.averaged)
 
@@ -406,6 +412,7 @@ class EMAModel(Generic[ModelT]):
         theirs = targets(model, values, found)
         for key, value in values.items():
             local_of(theirs[key]).copy_(local_of(value))
+        torch.clear_autocast_cache()
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the averages, the counters and the schedule, see :class:`State`.
@@ -634,6 +641,8 @@ class EMAModel(Generic[ModelT]):
         swap = self._swap
         if swap is None or not swap.active or not self._average.started:
             several, found = self._average.follow()
+            if not self._average.started:  # these are the live weights
+                refuse_if_swapped(found.averaged)
         elif swap.name == name:
             return swap.averages(), swap.found
         else:  # the model is not looked at while it holds averages
@@ -664,6 +673,11 @@ class EMAModel(Generic[ModelT]):
     def _refuse_while_swapped(self, call: str) -> None:
         if self._swap is not None and self._swap.active:
             raise StateError(f"{call} is not possible while averages are swapped in")
+
+    def _refuse_others(self) -> None:
+        """Another average may be in the model, where this one would take it for live weights."""
+        if any_swapped():
+            refuse_if_swapped(self._average.follow()[1].averaged)
 
     def _is_swapped_into(self, model: nn.Module) -> bool:
         swap = self._swap

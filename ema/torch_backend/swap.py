@@ -9,7 +9,7 @@ the parameters refer to other memory for the time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 
 import torch
@@ -23,7 +23,7 @@ from ema.torch_backend.selection import Selection
 from ema.torch_backend.steps import Progress, Step
 from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
 
-__all__ = ["Swap"]
+__all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
 
 _swapped_in: weakref.WeakValueDictionary[int, Swap] = weakref.WeakValueDictionary()
 """By ``id`` of a parameter: the swap that has put an average into it, while it is alive."""
@@ -65,10 +65,8 @@ class Swap:
         self._views = {key: local_of(tensor) for key, tensor in params.items()}
         self._gathering = fully_sharded(model.modules())
         self._exchanged: set[str] = set()
+        refuse_if_swapped(self._params)
         for key, tensor in self._params.items():
-            holder = _swapped_in.get(id(tensor))
-            if holder is not None and holder.active:
-                raise StateError(f"another average is swapped into `{key}`: restore it first")
             if tensor.is_inference():
                 raise StateError(f"`{key}` was made in inference mode and cannot be written")
         # the buffers may be used in another mode than this one
@@ -87,7 +85,7 @@ class Swap:
         try:
             reshard(self._gathering)
             _swapped_in.update({id(tensor): self for tensor in self._params.values()})
-            self._into = Progress(chain.from_iterable(part.into for part in self._parts))
+            self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
             self._into.run()
             increment_version(self._assigned.values())
         except BaseException:
@@ -116,7 +114,7 @@ class Swap:
     def _restore(self) -> None:
         reshard(self._gathering)
         if self._back is None:
-            self._back = Progress(self._way_back())
+            self._back = Progress(_noticed(self._way_back()))
         self._back.run()
         increment_version(self._assigned.values())  # graphs built before must not be used now
         for name, tensor in self._params.items():
@@ -149,6 +147,28 @@ class Swap:
             else:
                 parts.append(Copying(view, average))
         return parts
+
+
+def any_swapped() -> bool:
+    """Whether averages may be in some model; no look at any tensor."""
+    return bool(_swapped_in)
+
+
+def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
+    """Make sure that these tensors hold live weights.
+
+    Raises:
+        StateError: an average is in one of them.
+    """
+    for key, tensor in params.items():
+        holder = _swapped_in.get(id(tensor))
+        if holder is not None and holder.active:
+            raise StateError(f"another average is swapped into `{key}`: restore it first")
+
+
+def _noticed(steps: Iterable[Step]) -> Iterable[Step]:
+    """And forget what autocast keeps of the values before: it casts a weight once a block."""
+    return chain(steps, [torch.clear_autocast_cache])
 
 
 def _sole(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -338,3 +338,55 @@ def test_backward_through_weights_that_a_swap_has_touched_is_loud(model, step):
         pass
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@assigned_or_not
+def test_autocast_casts_the_weights_that_are_in(assign):
+    """Within one autocast block PyTorch casts a weight once and keeps the result."""
+    model = nn.Linear(80, 80)
+    ema_model = EMAModel(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(2)
+    ema_model.update()
+    inputs = torch.ones(1, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = model(inputs)
+        with ema_model.use_ema(assign=assign):
+            inside, expected = model(inputs), ema_model(inputs)
+        after = model(inputs)
+        ema_model.copy_to(model)
+        written = model(inputs)
+    assert torch.equal(inside, expected)
+    assert not torch.equal(inside, live)
+    assert torch.equal(after, live)
+    assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_the_averages_of_another_are_not_taken_for_live_weights(model, step, after):
+    """Neither by an update nor where an average still equals the live weights."""
+    short, long = EMAModel(model, 0.5), EMAModel(model, 0.9, update_after_step=after)
+    step(model)
+    short.update()
+    calls = [long.update, long.reset, long.relative_distance]
+    if after:
+        calls += [long.state_dict, long.averaged_parameters, long.apply_ema]
+    before = (long.step, long.count)
+    with short.use_ema():
+        for call in calls:
+            with pytest.raises(StateError, match="another average is swapped into `first.weight`"):
+                call()
+    assert (long.step, long.count) == before
+    long.update()
+
+
+def test_averages_of_other_tensors_are_no_hindrance(model, step):
+    """Two averages that share no tensor go on independently of each other."""
+    first = EMAModel(model, 0.5, include="first.*")
+    second = EMAModel(model, 0.5, include="second.*")
+    step(model)
+    with first.use_ema(), second.use_ema():
+        pass
+    with first.use_ema():
+        second.update()
+    assert second.count == 1

@@ -22,7 +22,7 @@ from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.trainer.attachment import Attachment
 from ema.torch_backend.trainer.claims import claim
-from ema.torch_backend.trainer.evaluation import EvaluationSwap
+from ema.torch_backend.trainer.evaluation import EvaluationSwap, live_weights
 from ema.torch_backend.trainer.export import save_pretrained
 from ema.torch_backend.trainer.run_average import RunAverage
 from ema.torch_backend.trainer.run_folder import (
@@ -87,7 +87,7 @@ class EMACallback(TrainerCallback):
         ema_callback = EMACallback(decay=0.999)
         trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[ema_callback])
         trainer.train()
-        ema_callback.apply_ema(model, assign=assign)
+        ema_callback.apply_ema(model)
     """
 
     def __init__(
@@ -304,13 +304,14 @@ class EMACallback(TrainerCallback):
         self._notes = {}
         smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
         self._batch_size = state.train_batch_size
-        go_on = self._run.begin(
-            model,
-            again=args.auto_find_batch_size and smaller,
-            may_begin_again=args.auto_find_batch_size,
-        )
-        if state.global_step > 0 and not go_on:
-            self._resume(args, state)
+        with live_weights(model):
+            go_on = self._run.begin(
+                model,
+                again=args.auto_find_batch_size and smaller,
+                may_begin_again=args.auto_find_batch_size,
+            )
+            if state.global_step > 0 and not go_on:
+                self._resume(args, state)
         self._warn_if_too_slow(state.max_steps)
         if args.eval_on_start:
             self._begin_evaluation()
@@ -354,7 +355,8 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Update after an optimizer step, unless the gradient scaler skipped it."""
         if not self._skipped.skipped(optimizer):
-            self.ema_model.update()
+            with live_weights(self.ema_model.model):
+                self.ema_model.update()
         self._expect(args, state, control)
 
     def on_epoch_end(

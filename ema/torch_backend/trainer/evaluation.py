@@ -8,6 +8,7 @@ the weights through a state dict, of the model or of a part of it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,10 @@ from torch import nn
 
 from ema.torch_backend.model import EMAModel
 
-__all__ = ["EvaluationSwap"]
+__all__ = ["EvaluationSwap", "live_weights"]
+
+_begun: weakref.WeakSet[EvaluationSwap] = weakref.WeakSet()
+"""Those that have averages in a model."""
 
 
 class EvaluationSwap:
@@ -50,11 +54,17 @@ class EvaluationSwap:
                 ):
                     inside.callback(register(over).remove)  # type: ignore[no-untyped-call]
             self._inside, self._average = inside.pop_all(), average
+            _begun.add(self)
 
     def end(self) -> None:
         """Put the live weights back, if they are not there."""
         self._average = None
+        _begun.discard(self)
         self._inside.close()
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it has averages in ``model``."""
+        return self._average is not None and self._average.model is model
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -66,3 +76,12 @@ class EvaluationSwap:
         finally:
             if average is not None:
                 self.begin(average)
+
+
+@contextmanager
+def live_weights(model: nn.Module) -> Iterator[None]:
+    """Live weights inside the block, for a callback that comes after one that has begun to evaluate."""
+    with ExitStack() as suspended:
+        for swap in [swap for swap in _begun if swap.is_of(model)]:
+            suspended.enter_context(swap.suspended())
+        yield
