@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ema.errors import ModelError, difference
 from ema.torch_backend.distributed.sharding import place_of
@@ -28,9 +29,10 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
     found = select(model, Rules.of(None, None, "copy"), tracked=values)
     theirs = {**found.averaged, **found.others, **found.buffers}
     live = {**ours.averaged, **ours.others, **ours.buffers}
-    names = {*values, *ours.averaged, *ours.others}
+    names = dict.fromkeys([*values, *ours.averaged, *ours.others])
+    unbuilt = {*found.pending, *(name for name, tensor in found.buffers.items() if is_lazy(tensor))}
     text = difference(
-        [name for name in names if name not in theirs or name in found.pending],
+        [name for name in names if name not in theirs or name in unbuilt],
         [
             name
             for name in (*found.others, *found.averaged, *(found.ties.keys() - ours.ties.keys()))
@@ -39,7 +41,7 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
         [
             phrase
             for name in values
-            if name in theirs and name not in found.pending
+            if name in theirs and name not in unbuilt
             for phrase in _mismatch(name, theirs[name], live[name])
         ],
     )

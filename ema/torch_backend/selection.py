@@ -121,7 +121,8 @@ class Selection:
         buffers: buffers that are not averaged.
         ties: further names of any of these, to the first name and the tensor of this name.
         waiting: those of ``others`` that are averaged as soon as they require grad.
-        pending: names of ``others`` that have no memory yet (lazy modules, the meta device).
+        pending: names of parameters, and of buffers to be averaged, that have no memory yet (lazy
+            modules, the meta device).
         paths: canonical name to the path in the model as it is wrapped now.
         modules: every module once.
     """
@@ -169,7 +170,7 @@ def select(model: nn.Module, rules: Rules, tracked: Collection[str] = ()) -> Sel
         tensor = tensors[first]
         if is_lazy(tensor) or tensor.is_meta:
             wanted = False
-            selection.pending.update(names if parameters else ())
+            selection.pending.update(names if parameters or rules.wants_buffer(first) else ())
         elif not (tensor.is_floating_point() or tensor.is_complex()):
             wanted = False
         elif parameters:
@@ -179,7 +180,7 @@ def select(model: nn.Module, rules: Rules, tracked: Collection[str] = ()) -> Sel
                 selection.waiting.extend(parameters)
         else:
             wanted = rules.wants_buffer(first)
-        if wanted or first in tracked:
+        if wanted or (first in tracked and not is_lazy(tensor)):
             _check_averageable(first, tensor)
             selection.averaged[first] = tensor
         else:
@@ -216,6 +217,8 @@ def _check_averageable(name: str, tensor: Tensor) -> None:
         tensor = local_of(tensor)
     if tensor.layout != strided:
         raise ModelError(f"`{name}` has the layout {tensor.layout}, only dense tensors average")
+    if tensor.is_conj() or tensor.is_neg():
+        raise ModelError(f"`{name}` is a view that conjugates or negates: take its resolve_conj()")
     if tensor.numel() and not _address(tensor):
         raise ModelError(
             f"`{name}` is a {type(tensor).__name__} without memory of its own: exclude it"
@@ -229,7 +232,7 @@ def _check_disjoint(selection: Selection) -> None:
     spans = []
     for kind in (selection.averaged, selection.others, selection.buffers):
         for name, tensor in kind.items():
-            if tensor.layout == strided and name not in selection.pending and _address(tensor):
+            if tensor.layout == strided and not is_lazy(tensor) and _address(tensor):
                 here = local_of(tensor)
                 last = sum(
                     stride * (size - 1)

@@ -234,3 +234,33 @@ def test_lazy_modules_join_when_they_are_built(step, after):
     ema_model.update()
     expected = before.lerp(model[0].weight.detach(), 0.5)
     assert torch.equal(ema_model.averaged_parameters()["0.weight"], expected)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_lazy_buffers_join_when_they_are_built(buffers):
+    """Also those of a layer without parameters, of which nothing else tells."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d(affine=False))
+    ema_model = EMAModel(model, 0.5, buffers=buffers)
+    ema_model.update()
+    with ema_model.use_ema():
+        assert names(ema_model) == {"0.weight", "0.bias"}
+    model(torch.randn(4, 3))
+    ema_model.update()
+    statistics = {"1.running_mean", "1.running_var"} if buffers == "average" else set()
+    assert names(ema_model) == {"0.weight", "0.bias"} | statistics
+
+
+def test_a_model_that_is_not_built_yet_takes_no_average():
+    ema_model = EMAModel(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False)), 0.5)
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False))
+    with pytest.raises(ModelError, match=r"missing: `0.weight`, `0.bias`$"):
+        ema_model.apply_ema(lazy)
+    with pytest.raises(ModelError, match=r"missing: `0.weight`, `0.bias`, `1.running_mean`, "):
+        ema_model.copy_to(lazy)
+
+
+def test_a_conjugated_view_is_refused():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64).conj())
+    with pytest.raises(ModelError, match=r"`weight` .* conjugates .* resolve_conj"):
+        EMAModel(model)
