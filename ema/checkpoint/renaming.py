@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from ema.errors import ArgumentError, ArgumentTypeError, listing
 
-__all__ = ["Rename", "Transform", "renamed", "transformed"]
+__all__ = ["Rename", "Transform", "check_transform", "renamed", "transformed"]
 
 Rename = Callable[[str], str | None] | Mapping[str, str | None] | None
 """From a name in the file to that of the model; None leaves the tensor out."""
 
 Transform = Callable[[str, Any], Any] | Mapping[str, Callable[[Any], Any]] | None
-"""What is done to a tensor, by its new name; a table may leave names out."""
+"""What is done to a tensor, by its new name; a table may leave names out, and has no other ones."""
 
 
 def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
@@ -45,6 +45,22 @@ def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
             raise ArgumentError(f"`rename` gives `{old_of[name]}` and `{old}` one name, `{name}`")
         old_of[name] = old
     return old_of
+
+
+def check_transform(transform: Transform, names: Collection[str]) -> None:
+    """Refuse a table with a name that no tensor gets: its tensor would stay as it is, unnoticed.
+
+    Raises:
+        ArgumentError: it has one.
+        ArgumentTypeError: ``transform`` is neither a table nor a function.
+    """
+    if isinstance(transform, Mapping):
+        if unknown := [name for name in transform if name not in names]:
+            raise ArgumentError(
+                f"`transform` must have new names of tensors of the file, got {listing(unknown)}"
+            )
+    elif not (transform is None or callable(transform)):
+        raise ArgumentTypeError(f"`transform` must be a table or a function, got {transform!r:.80}")
 
 
 def transformed(name: str, tensor: Any, transform: Transform) -> Any:

@@ -26,7 +26,7 @@ from ema.checkpoint import (
 )
 from ema.checkpoint.parts import joined, separated
 from ema.checkpoint.places import errors_of
-from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
+from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed, transformed
 from ema.errors import ArgumentError, CheckpointError, EMAWarning, difference, listing
 from ema.jax_backend.access import choose_states
 from ema.jax_backend.gather import Whole, is_everywhere, is_here, on_first_process
@@ -164,7 +164,7 @@ def load_params_ema(
 
     Raises:
         ArgumentError: there is no such average, or there are several; ``rename`` gives two tensors
-            one name, or has a name the file lacks.
+            one name, or has a name the file lacks; ``transform`` has a name that no tensor gets.
         CheckpointError: the file cannot be read, is damaged, of a newer version, or of other
             params: all that is missing, unexpected or of another shape is listed.
 
@@ -178,6 +178,7 @@ def load_params_ema(
     with errors_of(stored.place, "read"):
         found, lost = separated(stored)
     names = renamed([*found, *stored.record.not_averaged], rename)
+    check_transform(transform, names)
     tensors = {new: found[old] for new, old in names.items() if old in found}
     remainders = {new: lost[old] for new, old in names.items() if old in lost}
     with errors_of(stored.place, "read"):

@@ -23,7 +23,7 @@ from ema.checkpoint import (
 )
 from ema.checkpoint.parts import joined, separated
 from ema.checkpoint.places import errors_of
-from ema.checkpoint.renaming import Rename, Transform, renamed, transformed
+from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
 from ema.schedules import schedule_from_dict
 from ema.torch_backend.distributed.gather import Whole, on_first_rank
@@ -141,6 +141,7 @@ def load(
         if odd := [name for name, tensor in stored.tensors.items() if tensor.dtype not in DTYPES]:
             raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
     names = renamed([*averages, *record.not_averaged], rename)
+    check_transform(transform, names)
 
     def under_new_names(tensors: Mapping[str, StoredTensor]) -> _Averages:
         new = {new: tensors[old] for new, old in names.items() if old in tensors}

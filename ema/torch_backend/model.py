@@ -524,7 +524,8 @@ class EMAModel(Generic[ModelT]):
         Raises:
             CheckpointError: the file cannot be read, is damaged, of a newer version, or of another
                 model. Nothing has changed.
-            ArgumentError: ``rename`` gives two tensors one name, or has a name the file lacks.
+            ArgumentError: ``rename`` gives two tensors one name, or has a name the file lacks;
+                ``transform`` has a name that no tensor gets.
             StateError: averages are swapped in.
 
         Warns:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ema
-from ema import ArgumentError, CheckpointError, EMAModel, EMAWarning, StateError
+from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning, StateError
 from ema.checkpoint import read_state
 
 
@@ -154,6 +154,21 @@ def test_a_rename_that_cannot_be_is_refused(tmp_path):
         ema_model.load(tmp_path, rename={"conv.bias": "scale"})
     with pytest.raises(CheckpointError, match="missing: `scale`"):
         ema_model.load(tmp_path, rename={"scale": None})
+
+
+def test_a_transform_that_would_do_nothing_is_refused(tmp_path):
+    """Of a square weight nobody would notice: the old name, or one with a slip in it."""
+    source, target = (nn.ModuleDict({name: nn.Linear(2, 2)}) for name in "ab")
+    EMAModel(source).save(tmp_path)
+    ema_model = EMAModel(target)
+    before = ema_model.state_dict()["averages"]
+    rename = {"a.weight": "b.weight", "a.bias": "b.bias"}
+    for name in ("a.weight", "b.wieght"):
+        with pytest.raises(ArgumentError, match=f"`transform` must have new .* got `{name}`"):
+            ema_model.load(tmp_path, rename=rename, transform={name: torch.t})
+    with pytest.raises(ArgumentTypeError, match="`transform` must be a table or a function"):
+        ema_model.load(tmp_path, rename=rename, transform=[torch.t])
+    assert_same(ema_model.state_dict()["averages"], before)
 
 
 def test_notes_are_kept_from_load_to_save(tmp_path):
