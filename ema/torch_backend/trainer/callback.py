@@ -379,6 +379,7 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Put the average into the checkpoint, as its last file."""
         self._evaluation.end()
+        _wait_for_everyone()  # each process writes a file with the state of its random numbers
         # without shards every process holds the same average, and one writes it
         if args.should_save or self.ema_model.sharded:
             folder = checkpoint_folder(args, state)
@@ -407,8 +408,7 @@ class EMACallback(TrainerCallback):
             )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and self.eval_with_ema and best is not None:
-            if dist.is_available() and dist.is_initialized():
-                dist.barrier()  # the main process may still be writing the average of this step
+            _wait_for_everyone()  # the main process may still be writing the average of this step
             self._load_from(Path(best), "the last average is kept")
         writes = args.should_save or average.sharded
         if self.save_ema_model and writes and model is not None:
@@ -478,3 +478,8 @@ class EMACallback(TrainerCallback):
                 EMAWarning,
                 stacklevel=2,
             )
+
+
+def _wait_for_everyone() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,13 +27,25 @@ class Recorder(TrainerCallback):
         self.history.append({n: p.detach().clone() for n, p in model.named_parameters()})
 
 
-def run(config, folder, seed, attached, resume):
+class Killed(Trainer):
+    """The second process ends in the middle of the second save, after the first has had its time."""
+
+    def _save_rng_state(self, folder):
+        if os.environ["RANK"] == "1" and self.state.global_step == 4:
+            while not (Path(folder) / "trainer_state.json").exists():
+                time.sleep(0.01)
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(folder)
+
+
+def run(config, folder, seed, attached, resume, kind=Trainer):
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**config))
     rows = torch.randint(0, 32, (24, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in rows]
     record, callback = Recorder(), EMACallback(0.6, eval_with_ema=True, save_ema_model=True)
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         args=TrainingArguments(
             str(folder),
@@ -101,4 +115,7 @@ def main(config, home):
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    config, home = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if "kill" in sys.argv:
+        run(config, home / "run", 0, attached=False, resume=None, kind=Killed)
+    main(config, home)

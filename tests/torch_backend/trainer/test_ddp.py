@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from ema.torch_backend.trainer import last_complete_checkpoint
+
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 
 
-@pytest.fixture
-def ranks(config, tmp_path):
-    """What the two processes have found."""
+def run(config, folder, *arguments):
+    """Both processes to their end: the exit code and what they have said."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(PROGRAM), json.dumps(config), str(tmp_path)),
+        *(str(PROGRAM), json.dumps(config), str(folder), *arguments),
     ]
     with subprocess.Popen(
         command,
@@ -32,7 +33,14 @@ def ranks(config, tmp_path):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)  # torchrun and both of its processes
             raise
-    assert process.returncode == 0, output
+    return process.returncode, output
+
+
+@pytest.fixture
+def ranks(config, tmp_path):
+    """What the two processes have found."""
+    code, output = run(config, tmp_path)
+    assert code == 0, output
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -56,3 +64,14 @@ def test_every_process_holds_the_same_average_and_one_writes_it(ranks, assert_sa
         assert_same(rank["resumed_state"]["averages"], rank["state"]["averages"])
         assert_same(rank["resumed_weights"], rank["weights"])
         assert rank["resumed_metrics"] == rank["metrics"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_another_process_did_not_finish_is_not_complete(config, tmp_path):
+    """The main one has written all of its own, and waits; without it the average would be there."""
+    code, _ = run(config, tmp_path, "kill")
+    assert code != 0
+    files = {file.name for file in (tmp_path / "run" / "checkpoint-4").iterdir()}
+    assert "trainer_state.json" in files
+    assert not files & {"rng_state_1.pth", "ema.safetensors"}
+    assert last_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
