@@ -46,7 +46,12 @@ def call_with(
         **{name: tensor.detach() for name, tensor in selection.others.items()},
         **{name: tensor.clone() for name, tensor in selection.buffers.items()},
     }
+    kinds = (live, selection.others, selection.buffers)
+    given = {id(tensor) for kind in kinds for tensor in kind.values()}
     for name, (first, tied) in selection.ties.items():
+        if id(tied) in given:  # functional_call replaces it under each of its names
+            continue
+        given.add(id(tied))
         same = tied.shape == tensors[first].shape and tied.stride() == tensors[first].stride()
         tensors[name] = (
             tensors[first] if same else tensors[first].as_strided(tied.shape, tied.stride())

@@ -60,6 +60,26 @@ def test_tied_weights_are_tied_in_the_teacher(step, separate):
     assert torch.equal(ema_model(x), expected)
 
 
+def test_weights_that_are_tied_and_in_a_shared_module():
+    """As in an encoder and a decoder that share their embeddings, and a head tied to those."""
+    model = nn.Module()
+    model.embedding = nn.Embedding(5, 3)
+    model.inner = nn.Module()
+    model.inner.embedding = model.embedding
+    model.head = nn.Linear(3, 5, bias=False)
+    model.head.weight = model.embedding.weight
+    model.forward = lambda x: model.head(model.inner.embedding(x) + model.embedding(x))
+    ema_model = EMAModel(model, 0.5)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    ema_model.update()
+    x = torch.arange(5)
+    with ema_model.use_ema():
+        expected = model(x)
+    assert torch.equal(ema_model(x), expected)
+    assert not torch.equal(model(x), expected)
+
+
 def test_half_precision_weights_are_cast(model, step):
     model.bfloat16()
     ema_model = EMAModel(model, 0.5)
