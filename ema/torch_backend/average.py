@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -96,6 +97,9 @@ class Average:
                 }
                 for index in range(self._slots)
             ]
+        if (child := get_spawning_popen()) is not None:
+            # the memory goes to a process that is started, which opens it later than now
+            vars(child).setdefault("_averages", []).append(values)
         return {**self.__dict__, "_bound": None, "_copied": values}
 
     @property

@@ -1,9 +1,11 @@
 """The state: whole, plain, validated before anything is assigned."""
 
 import copy
+import importlib
 import io
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +233,34 @@ def test_pickle_size_is_that_of_the_tensors():
     """Small averages share an allocation; each is saved as what it is."""
     model = nn.ParameterList([nn.Parameter(torch.randn(256)) for _ in range(100)])
     assert len(pickle.dumps(EMAModel(model))) < 3 * 100 * 256 * 4
+
+
+def _in_a_process(ema_model, results):
+    ema_model.update()
+    with ema_model.use_ema():
+        results.put({n: a.numpy().copy() for n, a in ema_model.averaged_parameters().items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_that_is_started_gets_a_copy(method, monkeypatch):
+    """With the model, as ``torch.multiprocessing`` sends it; our averages stay ours."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    target = importlib.import_module(Path(__file__).stem)._in_a_process
+    model = nn.Linear(80, 80)
+    ema_model = EMAModel(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    before = {n: a.clone() for n, a in ema_model.averaged_parameters().items()}
+    context = torch.multiprocessing.get_context(method)
+    results = context.Queue()
+    process = context.Process(target=target, args=(ema_model, results))
+    process.start()
+    try:
+        theirs = results.get(timeout=60)
+    finally:
+        process.join()
+    assert all(torch.equal(a, before[n]) for n, a in ema_model.averaged_parameters().items())
+    ema_model.update()
+    ours = ema_model.averaged_parameters()
+    assert all(torch.equal(ours[name], torch.from_numpy(theirs[name])) for name in ours)
