@@ -88,12 +88,14 @@ def discard(file: Path) -> None:
 def list_files(folder: Path) -> dict[str, str]:
     """Metadata for the average of a checkpoint: the files that the Trainer has put there.
 
-    Without averages and hidden files, which a save that comes after this one may replace.
+    Without averages and hidden files, which a save that comes after this one may replace, but with
+    the index of a sharded checkpoint, without which nothing can be read from that.
     """
     names = sorted(
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
-        if file.is_file() and not file.name.startswith((".", "ema"))
+        if file.name == ".metadata" or not file.name.startswith((".", "ema"))
+        if file.is_file()
     )
     return {_FILES: json.dumps(names)}
 

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 from ema import (
     CheckpointError,
@@ -336,6 +338,22 @@ def test_a_checkpoint_that_is_half_removed_is_not_complete(gpt2, train, folder):
         assert last_complete_checkpoint(folder) == folder / "checkpoint-6", file.name
         file.write_bytes(content)
     assert last_complete_checkpoint(folder) == last
+
+
+class Sharded(Trainer):
+    """Writes an index as torch.distributed.checkpoint does for shards."""
+
+    def _save_optimizer_and_scheduler(self, folder):
+        super()._save_optimizer_and_scheduler(folder)
+        (Path(folder) / "optimizer_0").mkdir()
+        (Path(folder) / "optimizer_0" / ".metadata").write_bytes(b"")
+
+
+def test_a_checkpoint_whose_shards_have_lost_their_index_is_not_complete(gpt2, train, folder):
+    train(gpt2, [EMACallback(0.6)], kind=Sharded, **SAVING)
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-8"
+    (folder / "checkpoint-8" / "optimizer_0" / ".metadata").unlink()
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-6"
 
 
 def test_notes_in_the_file_outlive_a_resumed_run(interrupted, new_gpt2, train, folder):
