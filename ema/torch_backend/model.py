@@ -23,6 +23,7 @@ from ema.torch_backend.average import Average
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.distributed.ranks import verify_ranks
 from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
+from ema.torch_backend.eager import eager
 from ema.torch_backend.fit import targets
 from ema.torch_backend.guard import Flag
 from ema.torch_backend.names import unwrap
@@ -225,6 +226,7 @@ class EMAModel(Generic[ModelT]):
         self._step = self._count = self._skipped = 0
         self._pending = None
 
+    @eager
     def update(self) -> None:
         """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
 
@@ -684,6 +686,7 @@ class EMAModel(Generic[ModelT]):
         swap = self._swap
         return swap is not None and swap.active and unwrap(swap.model) is unwrap(model)
 
+    @eager
     def _prepare_swap(
         self, model: nn.Module | None, name: str | None, *, assign: bool
     ) -> Swap | None:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, strided
 
 from ema.errors import CheckpointError, difference, listing
 from ema.torch_backend.distributed.sharding import place_of
@@ -165,6 +165,11 @@ def _by_name(
                 )
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"`{where}[{name!r}]` must be a tensor, got {value!r:.80}")
+            if value.is_meta or value.layout != strided:
+                raise CheckpointError(
+                    f"`{where}[{name!r}]` must be a dense tensor with values, got {value.layout} on"
+                    f" {value.device}"
+                )
     first = next(iter(several.values()))
     for tensors in several.values():
         if text := _difference_of(first, tensors):

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
 from ema.torch_backend.distributed.sharding import fully_sharded, local_of, reshard
+from ema.torch_backend.eager import eager
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.steps import Progress, Step
@@ -83,15 +84,12 @@ class Swap:
     def apply(self) -> None:
         """Put the averages in; if anything is raised, the live weights are back before."""
         try:
-            reshard(self._gathering)
-            _swapped_in.update({id(tensor): self for tensor in self._params.values()})
-            self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
-            self._into.run()
-            increment_version(self._assigned.values())
+            self._apply()
         except BaseException:
             self.restore()
             raise
 
+    @eager
     def restore(self) -> None:
         """Put the live weights back; nothing happens where they are."""
         if not self.active:
@@ -110,6 +108,14 @@ class Swap:
             name: self._views[name] if name in self._exchanged else average
             for name, average in self._averages.items()
         }
+
+    @eager
+    def _apply(self) -> None:
+        reshard(self._gathering)
+        _swapped_in.update({id(tensor): self for tensor in self._params.values()})
+        self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
+        self._into.run()
+        increment_version(self._assigned.values())
 
     def _restore(self) -> None:
         reshard(self._gathering)

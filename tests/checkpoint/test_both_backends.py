@@ -181,5 +181,7 @@ def test_a_linear_layer_and_a_kernel_are_transposes_of_each_other(tmp_path):
         loaded = load_params_ema(file, state, rename={"weight": "kernel"}, transform=transform)
         expected = linear.weight.detach().numpy().T
         np.testing.assert_array_equal(loaded.params_ema["kernel"], expected)
-    with pytest.raises(ema.ArgumentError, match="`transform` must have new .* got `weight`"):
-        load_params_ema(file, state, rename={"weight": "kernel"}, transform={"weight": np.transpose})
+    with pytest.raises(ema.ArgumentError, match=r"`transform` must have new .* got `weight`"):
+        load_params_ema(
+            file, state, rename={"weight": "kernel"}, transform={"weight": np.transpose}
+        )

@@ -140,6 +140,14 @@ def damage(**changes):
             r"`averages\['first.bias'\]` must be a tensor",
         ),
         (
+            lambda s: {**s, "averages": {n: a.to("meta") for n, a in s["averages"].items()}},
+            r"`averages\['first.weight'\]` must be a dense tensor with values, .* on meta",
+        ),
+        (
+            lambda s: {**s, "averages": {n: a.to_sparse() for n, a in s["averages"].items()}},
+            r"`averages\['first.weight'\]` must be a dense tensor with values, got torch.sparse",
+        ),
+        (
             lambda s: {**s, "averages": {**s["averages"], "first.bias": torch.ones(8).int()}},
             "`first.bias` has dtype torch.float32, the state has torch.int32",
         ),

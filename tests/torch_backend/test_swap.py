@@ -374,7 +374,7 @@ def test_the_averages_of_another_are_not_taken_for_live_weights(model, step, aft
     before = (long.step, long.count)
     with short.use_ema():
         for call in calls:
-            with pytest.raises(StateError, match="another average is swapped into `first.weight`"):
+            with pytest.raises(StateError, match=r"another average .* `first.weight`"):
                 call()
     assert (long.step, long.count) == before
     long.update()
