@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -20,12 +21,12 @@ from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
+from ema.torch_backend.counters import Counters
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.distributed.ranks import verify_ranks
 from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.eager import eager
 from ema.torch_backend.fit import targets
-from ema.torch_backend.guard import Flag
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
@@ -147,7 +148,7 @@ class EMAModel(Generic[ModelT]):
         self._settings = settings
         self._average = Average(model, settings)
         self._swap: Swap | None = None
-        self._pending: Flag | None = None  # whether the last update was made, not yet asked
+        self._counters = Counters()
         self._file_metadata: dict[str, str] = {}
         self._begin()
 
@@ -189,19 +190,17 @@ class EMAModel(Generic[ModelT]):
     @property
     def step(self) -> int:
         """Calls of :meth:`update` so far."""
-        return self._step
+        return self._counters.step
 
     @property
     def count(self) -> int:
         """Updates that were made by them."""
-        self._settle()
-        return self._count
+        return self._settled().count
 
     @property
     def skipped(self) -> int:
         """Updates that were due and not made, since the live weights were not finite."""
-        self._settle()
-        return self._skipped
+        return self._settled().skipped
 
     @property
     def sharded(self) -> bool:
@@ -223,8 +222,7 @@ class EMAModel(Generic[ModelT]):
             self._average.forget()
         else:
             self._average.start()
-        self._step = self._count = self._skipped = 0
-        self._pending = None
+        self._counters = Counters()
 
     @eager
     def update(self) -> None:
@@ -237,7 +235,7 @@ class EMAModel(Generic[ModelT]):
         """
         self._refuse_while_swapped("update")
         self._refuse_others()
-        step = self._step + 1
+        step = self._counters.step + 1
         since = step - self._settings.update_after_step
         if since < 0:
             self._average.forget()
@@ -247,17 +245,20 @@ class EMAModel(Generic[ModelT]):
             self._average.follow(join=True)
         every = self._settings.update_every
         if since <= 0 or since % every:
-            self._step = step
+            self._counters = dataclasses.replace(self._counters, step=step)
             return
-        self._settle()
+        settled = self._settled()
+        count, skipped = settled.count, settled.skipped
         if self._is_refused():
-            self._step, self._skipped = step, self._skipped + 1
+            self._counters = Counters(step, count, skipped + 1)
             return
+        count += 1
         schedules = self._settings.schedules.values()
-        weights = [schedule.weight(float(self._count + 1), every) for schedule in schedules]
+        weights = [schedule.weight(float(count), every) for schedule in schedules]
         # counted first: Ctrl-C that arrives during the update is raised right after it
-        self._step, self._count = step, self._count + 1
-        self._pending = self._average.update(weights, self._count)
+        self._counters = Counters(step, count, skipped)
+        made = self._average.update(weights, count)
+        self._counters = Counters(step, count, skipped, made)
 
     def before_write(self) -> None:
         """With ``overlap``, before anything but a PyTorch optimizer writes live weights."""
@@ -617,16 +618,14 @@ class EMAModel(Generic[ModelT]):
                 stacklevel=3,
             )
         self._average.assign(values)
-        self._step, self._count = loaded.step, loaded.count
-        self._skipped = loaded.skipped or 0
-        self._pending = None
+        self._counters = Counters(loaded.step, loaded.count, loaded.skipped or 0)
 
     def _progress(self) -> dict[str, Any]:
         """How far the averages are, and the seed that their next rounding depends on."""
-        self._settle()
-        progress: dict[str, Any] = {"step": self._step, "count": self._count}
+        counters = self._settled()
+        progress: dict[str, Any] = {"step": counters.step, "count": counters.count}
         if self._settings.precision.on_nonfinite == "skip":
-            progress["skipped"] = self._skipped
+            progress["skipped"] = counters.skipped
         if self._settings.rounds:
             progress["seed"] = self._settings.precision.seed
         return progress
@@ -634,8 +633,7 @@ class EMAModel(Generic[ModelT]):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
-        self._settle()
-        return {**self.__dict__, "_swap": None}
+        return {**self.__dict__, "_counters": self._settled(), "_swap": None}
 
     def _look(self, name: str | None = None) -> tuple[dict[str, Tensor], Selection]:
         """The averages of a name, wherever they are, and the tensors of the live model."""
@@ -657,11 +655,9 @@ class EMAModel(Generic[ModelT]):
             return f"{self.schedule}"
         return f"{self._settings.schedules}"
 
-    def _settle(self) -> None:
-        """Ask whether the last update was made, where only the device knew; it was counted."""
-        if self._pending is not None and not self._pending:
-            self._count, self._skipped = self._count - 1, self._skipped + 1
-        self._pending = None
+    def _settled(self) -> Counters:
+        self._counters = self._counters.settled()
+        return self._counters
 
     def _is_refused(self) -> bool:
         """Whether the update that is due is to be skipped."""

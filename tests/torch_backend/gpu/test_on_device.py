@@ -14,6 +14,7 @@ from torch import nn
 import ema
 from ema import EMAModel
 from ema.torch_backend import average, guard
+from ema.torch_backend.counters import Counters
 from ema.torch_backend.gpu import kernels
 
 
@@ -128,7 +129,6 @@ def test_a_flag_is_asked_once(monkeypatch):
     monkeypatch.setattr(guard.Flag, "__bool__", lambda self: asked.append(self) or False)
     model = make()
     one = EMAModel(model, 0.9, on_nonfinite="skip")
-    one._pending = guard.Flag(torch.tensor(False))
-    one._step = one._count = 1
+    one._counters = Counters(step=1, count=1, pending=guard.Flag(torch.tensor(False)))
     assert (one.count, one.skipped, one.count, one.step) == (0, 1, 0, 1)
     assert len(asked) == 1
