@@ -17,9 +17,9 @@ R = TypeVar("R")
 def eager(function: Callable[P, R]) -> Callable[P, R]:
     """Keep Dynamo out of ``function`` and of whatever that calls.
 
-    Traced, integers of NumPy become tensors that cannot be shifted, and calls into C that nothing can
-    part are parted.
-    ``torch.compiler.disable`` does it, and loads Dynamo: so not before there is anything compiled.
+    Traced, integers of NumPy become tensors that cannot be shifted, and calls into C that nothing
+    can part are parted. ``torch.compiler.disable`` does it, and loads Dynamo: so not before there
+    is anything compiled.
     """
 
     @functools.wraps(function)

@@ -311,7 +311,8 @@ class EMAModel(Generic[ModelT]):
         No gradient reaches the live parameters, and buffers (the statistics of a BatchNorm) stay
         as they are. The bare model is called, without DDP and not compiled; for more than a
         few calls in a row :meth:`use_ema` is cheaper, and under ``fully_shard`` it is the only
-        way: calling raises a ``ModelError`` there.
+        way: calling raises a ``ModelError`` there. Gradients with respect to the inputs are not
+        right through what is checkpointed: that is computed again, from the live weights.
         """
         if self._settings.names:
             raise StateError(

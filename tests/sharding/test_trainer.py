@@ -101,6 +101,23 @@ def test_the_averaged_model_is_written_whole(ranks, home):
     assert ranks[0]["first"]["metrics"][6] == pytest.approx(loss, rel=1e-4)
 
 
+def test_an_adapter_in_sharded_checkpoints(ranks, home):
+    """Averaged, resumed and exported; the base takes no part."""
+    for found in ranks:
+        adapter = found["adapter"]
+        assert adapter["sharded"]
+        assert len(adapter["averages"]) == 6
+        assert_same(adapter["averages"], adapter["by hand"])
+        assert_same(found["adapter resumed"]["averages"], adapter["averages"])
+        assert found["adapter resumed"]["metrics"][6] == adapter["metrics"][6]
+    written = safetensors.torch.load_file(home / "adapter" / "ema" / "adapter_model.safetensors")
+    averages = {
+        name.replace(".default", "").replace(".modules_to_save", ""): value
+        for name, value in ranks[0]["adapter"]["averages"].items()
+    }
+    assert_same(written, averages)
+
+
 def test_a_loop_with_accelerate(ranks, home, plain):
     """Begun before ``prepare`` or after it, the average is the same; evaluated and exported."""
     for found in ranks:

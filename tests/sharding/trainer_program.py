@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -57,18 +58,36 @@ def whole(tensors):
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
 
 
-def train(folder, seed, resume=None):
+def new_adapter(seed):
+    """A LoRA model and a layer that trains with it; the base is always the same."""
+    model = new_model(0)
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=2,
+        target_modules=["c_attn"],
+        modules_to_save=["ln_f"],
+        fan_in_fan_out=True,
+        init_lora_weights=False,
+    )
+    return get_peft_model(model, settings)
+
+
+def train(folder, seed, resume=None, make=new_model, kind="FULL_STATE_DICT"):
     """A run of the Trainer, and what its callback holds at the end."""
     callback = EMACallback(0.9, eval_with_ema=True, save_ema_model=True)
     seen = []
     update = Model.update
 
+    def trained(model):
+        return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
     def recorded(self):
         update(self)
-        seen.append(whole(dict(self.model.named_parameters())))
+        seen.append(whole(trained(self.model)))
 
-    model = new_model(seed)
-    initial = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model = make(seed)
+    initial = {name: value.detach().clone() for name, value in trained(model).items()}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -86,7 +105,11 @@ def train(folder, seed, resume=None):
             disable_tqdm=True,
             dataloader_pin_memory=False,
             fsdp=True,
-            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]},
+            fsdp_config={
+                "version": 2,
+                "transformer_layer_cls_to_wrap": ["GPT2Block"],
+                "state_dict_type": kind,
+            },
         ),
         train_dataset=data(),
         eval_dataset=data()[:8],
@@ -154,7 +177,17 @@ def main(home):
     first = train(home / "run", 0)
     dist.barrier()
     resumed = train(home / "again", 1, resume=str(home / "run" / "checkpoint-3"))
-    result = {"first": first, "resumed": resumed, "accelerate": accelerated(home)}
+    shards = {"make": new_adapter, "kind": "SHARDED_STATE_DICT"}
+    adapter = train(home / "adapter", 0, **shards)
+    dist.barrier()
+    checkpoint = str(home / "adapter" / "checkpoint-3")
+    result = {
+        "first": first,
+        "resumed": resumed,
+        "adapter": adapter,
+        "adapter resumed": train(home / "adapter again", 1, resume=checkpoint, **shards),
+        "accelerate": accelerated(home),
+    }
     torch.save(result, home / f"rank{rank}.pt")
     (home / "config.json").write_text(json.dumps(CONFIG))
     dist.barrier()
