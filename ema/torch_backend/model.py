@@ -328,7 +328,8 @@ class EMAModel(Generic[ModelT]):
 
         Parameters keep their storage, unless ``assign`` says otherwise. If anything is raised on
         the way, Ctrl-C included, the weights are what they were. The model is held until
-        :meth:`restore_original`.
+        :meth:`restore_original`. Until then it is for reading: what is written into its weights is
+        lost, or goes into the average.
 
         Args:
             model: another model with the same names and shapes.
