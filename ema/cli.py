@@ -275,7 +275,7 @@ def _print_selftest(result: "SelfTest") -> None:
     console.print(table)
     console.print(
         "differing: elements whose bits are not equal in PyTorch and JAX, over all steps;"
-        " error: max |Δ| / max |reference| against NumPy in float64"
+        " error: max |difference| / max |reference| against NumPy in float64"
     )
     for line in result.missing:
         console.print(escape(line), style="yellow", soft_wrap=True)

@@ -275,6 +275,12 @@ def test_selftest_prints_what_it_found_and_exits_accordingly(monkeypatch, result
         assert line in printed.stdout
 
 
+def test_selftest_prints_what_any_code_page_can(monkeypatch):
+    monkeypatch.setattr(ema.selftest, "run", lambda: RESULT)
+    printed = invoke("selftest").stdout  # rich draws its table as the terminal can
+    assert {c for c in printed if not c.isascii() and not "\u2500" <= c <= "\u257f"} == set()
+
+
 def test_selftest_without_any_framework_says_what_to_install(monkeypatch):
     for module in ("torch", "jax", "optax"):
         monkeypatch.setitem(sys.modules, module, None)

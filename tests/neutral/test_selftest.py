@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import ema
+import ema.jax_backend
+import ema.torch_backend
 from ema import selftest
 from ema.schedules import SCHEDULES
+
+PRECISIONS = {"compensated", "in bfloat16", "skipping NaN"}
 
 
 def test_every_schedule_is_in_the_self_test():
     assert {type(schedule).__name__ for schedule in selftest._SCHEDULES} == set(SCHEDULES)
 
 
+def test_every_precision_is_in_the_self_test():
+    options = [
+        (k.compensated, k.narrow, k.guarded) for k in selftest._KINDS if k.name in PRECISIONS
+    ]
+    assert options == [(True, False, False), (False, True, False), (False, False, True)]
+
+
 @pytest.mark.slow
-def test_the_backends_agree_in_every_bit_on_this_machine():
-    result = selftest.run()
-    assert len(result.checks) == 2 * len(SCHEDULES)
-    assert {check.name: check.differing for check in result.checks} == dict.fromkeys(SCHEDULES, 0)
+def test_the_backends_agree_in_every_bit_on_this_machine_also_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        result = selftest.run()
+    names = {*SCHEDULES, *PRECISIONS}
+    assert len(result.checks) == 2 * len(names)
+    assert {check.name: check.differing for check in result.checks} == dict.fromkeys(names, 0)
     assert sum(check.differing for check in result.checks) == 0
-    assert all(check.error < 1e-5 for check in result.checks)
+    assert all(check.error < 1e-5 for check in result.checks if check.name != "in bfloat16")
+    assert all(check.error < 1e-7 for check in result.checks if check.name == "compensated")
+    assert all(1e-3 < check.error < 0.02 for check in result.checks if check.name == "in bfloat16")
     assert result.passed
     assert result.missing == ()
     assert result.versions["torch"]
@@ -40,10 +57,39 @@ def test_a_single_flipped_bit_is_counted():
     first = next(iter(wrong))
     wrong[first].view(np.int32)[7, 3] ^= 1
     checks = list(selftest._compare(params, "float32", [right, wrong]))
-    assert [check.differing for check in checks] == [1] + [0] * 8
-    assert [check.passed for check in checks] == [False] + [True] * 8
+    assert [check.differing for check in checks] == [1] + [0] * 11
+    assert [check.passed for check in checks] == [False] + [True] * 11
     alone = list(selftest._compare(params, "float32", [right]))
     assert all(check.differing is None and check.passed for check in alone)
+
+
+@pytest.mark.slow
+def test_a_bfloat16_average_that_is_not_rounded_by_chance_fails(monkeypatch):
+    backends = (ema.torch_backend, "EMAModel"), (ema.jax_backend, "params_ema")
+    for module, name in backends:
+        to_nearest = functools.partial(getattr(module, name), stochastic_rounding=False)
+        monkeypatch.setattr(module, name, to_nearest)
+    monkeypatch.setattr(selftest, "_KINDS", [k for k in selftest._KINDS if k.name in PRECISIONS])
+    with pytest.warns(ema.EMAWarning, match="does not move"):
+        result = selftest.run()
+    assert {check.name for check in result.checks if not check.passed} == {"in bfloat16"}
+    assert result.verdict.startswith("an average is wrong: it is off by 2.7e-02")
+
+
+@pytest.mark.slow
+def test_what_is_not_skipped_fails(monkeypatch):
+    monkeypatch.setattr(selftest, "_NAN_EVERY", 5)
+    monkeypatch.setattr(selftest, "_reference", never_skipped(selftest._reference))
+    monkeypatch.setattr(selftest, "_KINDS", [k for k in selftest._KINDS if k.name in PRECISIONS])
+    result = selftest.run()
+    assert {check.name for check in result.checks if not check.passed} == {"skipping NaN"}
+
+
+def never_skipped(reference):
+    def unguarded(params, kind, after, every):
+        return reference(params, dataclasses.replace(kind, guarded=False), after, every)
+
+    return unguarded
 
 
 @pytest.mark.parametrize("value", [1.5, np.nan, np.inf])
