@@ -13,6 +13,7 @@ from typing import Any
 
 from ema import validate
 from ema.checkpoint import Record, Source, write_state
+from ema.checkpoint.parts import joined
 from ema.checkpoint.places import FILE_NAME, errors_of, index_of, path_of
 from ema.checkpoint.renaming import Rename, renamed
 from ema.converting.found import Found
@@ -76,7 +77,7 @@ def convert(
         exclude: patterns of names that are no averages.
         rename: from a name in the source to that of the parameter, a function or a table; None
             in place of a name leaves the tensor out.
-        name: which average of an Orbax folder, where there are several.
+        name: which average of an Orbax folder or of our own state dict, where there are several.
         step: steps so far, where the source does not tell, or in place of what it tells.
         count: updates so far, likewise; by default those that ``step`` and the next two give.
         decay: a number or a schedule, likewise.
@@ -97,6 +98,10 @@ def convert(
     where = source if from_path else f"the {type(source).__name__}"
     with errors_of(where, "read"):
         found = _read_path(path_of(source), name) if from_path else _read_object(source, name)
+        if name is not None and name != found.name:
+            raise ArgumentError(
+                f"`name` must be None: {found.kind} holds one average, got {name!r}"
+            )
         tensors = _with_names(found, names)
         patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         kept = {
@@ -107,6 +112,13 @@ def convert(
         if not kept:
             raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
         new_names = renamed([*kept, *found.not_averaged], rename)
+        written = {new: kept[old] for new, old in new_names.items() if old in kept}
+        remainders = {
+            new: found.remainders[new_names[new]]
+            for new in written
+            if new_names[new] in found.remainders
+        }
+        stored, parts = joined(written, remainders)
         record = _record(
             found,
             step=step,
@@ -115,9 +127,9 @@ def convert(
             after=update_after_step,
             every=update_every,
             not_averaged=tuple(new for new, old in new_names.items() if old not in kept),
+            parts=parts,
         )
-    written = {new: kept[old] for new, old in new_names.items() if old in kept}
-    place = write_state(target, record, written)
+    place = write_state(target, record, stored)
     used = {*new_names.values()}
     left_out = tuple(key for key in tensors if key not in used)
     return Conversion(place, found.kind, record, tuple(written), left_out)
@@ -143,20 +155,19 @@ def _read_path(path: Path, name: str | None) -> Found:
         return plain_sources.read_safetensors(path)
     from ema.converting import torch_sources
 
-    return torch_sources.read_pickle(path)
+    return torch_sources.read_pickle(path, name)
 
 
 def _read_object(source: Any, name: str | None) -> Found:
     if isinstance(source, Mapping):
         from ema.converting import torch_sources
 
-        return torch_sources.read_state(source)
+        return torch_sources.read_state(source, name)
     nnx = sys.modules.get("flax.nnx")  # whose object it is, has imported it
     if nnx is not None and isinstance(source, nnx.EMA):
         from ema.converting import jax_sources
 
         return jax_sources.read_nnx(source)
-    del name
     raise ArgumentTypeError(
         f"`source` must be a path, a state dict or an nnx.EMA, got {type(source).__name__}"
     )
@@ -192,6 +203,7 @@ def _record(
     after: int | None,
     every: int | None,
     not_averaged: tuple[str, ...],
+    parts: Mapping[str, tuple[str, str, str]],
 ) -> Record:
     after = found.update_after_step if after is None else after
     every = found.update_every if every is None else every
@@ -219,5 +231,8 @@ def _record(
         update_after_step=after,
         update_every=every,
         not_averaged=not_averaged,
+        skipped=found.skipped,
+        seed=found.seed,
+        parts=parts,
         extra=found.metadata,
     )

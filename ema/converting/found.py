@@ -20,23 +20,31 @@ class Found:
     Attributes:
         kind: what wrote it.
         tensors: by name, or a list where the source has no names.
+        name: of the average, where the source has one for it.
         step: steps so far.
         count: updates so far.
         schedule: of ours that gives the same decays.
         update_after_step: likewise.
         update_every: likewise.
         not_averaged: names of parameters that the source says are not averaged.
+        remainders: of compensated averages, by the names of those.
+        skipped: updates that were due and not made.
+        seed: of stochastic rounding.
         metadata: notes of the source.
     """
 
     kind: str
     tensors: dict[str, Source] | list[Source]
+    name: str | None = None
     step: int | None = None
     count: int | None = None
     schedule: Schedule | None = None
     update_after_step: int | None = None
     update_every: int | None = None
     not_averaged: tuple[str, ...] = ()
+    remainders: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    skipped: int | None = None
+    seed: int | None = None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

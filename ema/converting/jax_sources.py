@@ -40,20 +40,23 @@ def read_folder(folder: Path, name: str | None) -> Found:
     if len({label for label, _ in chosen}) != 1:
         raise ArgumentError(f"`name` must choose one of the averages {', '.join(labels)}")
     tensors: dict[str, Source] = {}
+    remainders: dict[str, Source] = {}
     not_averaged: list[str] = []
     for label, state in chosen:
-        average = state["params_ema"]
-        tree = average[label] if len(_labels(state)) > 1 else average
-        sources, holes = _sources(tree)
+        sources, holes = _sources(_of(label, state, "params_ema"))
         if twice := sources.keys() & tensors.keys():
             raise CheckpointError(f"it holds two averages of {sorted(twice)[0]!r}")
         tensors |= sources
+        remainders |= _sources(_of(label, state, "remainder"))[0]
         not_averaged += holes
     return Found(
         kind="params_ema in Orbax",
         tensors=tensors,
+        name=chosen[0][0],
         step=whole("step", chosen[0][1]["step"]),
         count=whole("count", chosen[0][1]["count"]),
+        remainders=remainders,
+        skipped=_skipped(chosen[0][1]),
         not_averaged=tuple(n for n in dict.fromkeys(not_averaged) if n not in tensors),
     )
 
@@ -91,6 +94,18 @@ def _states(node: Any) -> Iterator[Mapping[str, Any]]:
 def _labels(state: Mapping[str, Any]) -> list[str | None]:
     name = state.get("name")
     return list(name) if isinstance(name, Mapping) and name else [None]
+
+
+def _of(label: str | None, state: Mapping[str, Any], field: str) -> Any:
+    """What a state has for one of its averages."""
+    tree = state.get(field)
+    return tree[label] if tree and len(_labels(state)) > 1 else tree
+
+
+def _skipped(state: Mapping[str, Any]) -> int | None:
+    found = state.get("skipped")
+    # without its option the field is a tree without leaves, in whichever form Orbax gives that back
+    return whole("skipped", found) if jax.tree.leaves(found) else None
 
 
 def _sources(tree: Any) -> tuple[dict[str, Source], list[str]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema.checkpoint import Source
 from ema.converting.found import Found, diffusers_fields, whole
-from ema.errors import CheckpointError, EMAError
+from ema.errors import ArgumentError, CheckpointError, EMAError, listing
 from ema.schedules import ConstantDecay, RampWarmup, schedule_from_dict
 from ema.torch_backend.files import source_of
 from ema.torch_backend.state import State
@@ -22,10 +22,11 @@ from ema.torch_backend.state import State
 __all__ = ["read_pickle", "read_state"]
 
 
-def read_pickle(file: Path) -> Found:
+def read_pickle(file: Path, name: str | None = None) -> Found:
     """A file of ``torch.save``, with ``weights_only=True``.
 
     Raises:
+        ArgumentError: see :func:`read_state`.
         CheckpointError: it is damaged, holds objects, or nothing that is known.
     """
     try:
@@ -40,17 +41,24 @@ def read_pickle(file: Path) -> Found:
         raise
     except Exception as error:  # what a damaged archive raises is not said anywhere
         raise CheckpointError(f"it is no file of torch.save, or damaged: {error!r:.200}") from None
-    return read_state(state)
+    return read_state(state, name)
 
 
-def read_state(state: Any) -> Found:
+def read_state(state: Any, name: str | None = None) -> Found:
     """What a state is, by its keys.
 
+    Args:
+        state: what was saved.
+        name: which average of it, where there are several.
+
     Raises:
+        ArgumentError: there are several, and ``name`` is none of them.
         CheckpointError: it is none that is known.
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"it holds a {type(state).__name__}, no state")
+    if state.keys() >= {"format_version", "averages"}:
+        return _ours(state, name)
     for keys, read in _READERS:
         if keys <= state.keys():
             return read(state)
@@ -61,22 +69,38 @@ def read_state(state: Any) -> Found:
     )
 
 
-def _ours(state: Mapping[str, Any]) -> Found:
-    checked = State.from_dict(state)
+def _ours(state: Mapping[str, Any], name: str | None) -> Found:
+    labels = _labels(state["averages"])
+    checked = State.from_dict(state, labels)
+    label = name if labels else None
+    if labels and label not in labels:
+        raise ArgumentError(f"`name` must choose one of the averages {listing(labels)}")
     try:
-        schedule = schedule_from_dict(checked.schedule)
-    except EMAError as error:
-        raise CheckpointError(str(error)) from None
+        schedule = schedule_from_dict(checked.schedule[label] if label else checked.schedule)
+    except (EMAError, KeyError) as error:
+        raise CheckpointError(f"it has no schedule: {error}") from None
     return Found(
         kind="EMAModel.state_dict()",
-        tensors=_named(checked.averages[None]),
+        tensors=_named(checked.averages[label]),
+        name=label,
         step=checked.step,
         count=checked.count,
         schedule=schedule,
         update_after_step=checked.update_after_step,
         update_every=checked.update_every,
         not_averaged=tuple(checked.not_averaged),
+        remainders=_named(checked.remainders.get(label, {})),
+        skipped=checked.skipped,
+        seed=checked.seed,
     )
+
+
+def _labels(averages: Any) -> list[str]:
+    """The names of several averages; none where there is one."""
+    several = isinstance(averages, Mapping) and any(
+        isinstance(tensors, Mapping) for tensors in averages.values()
+    )
+    return list(map(str, averages)) if several else []
 
 
 def _diffusers(state: Mapping[str, Any]) -> Found:
@@ -131,7 +155,6 @@ def _timm(state: Mapping[str, Any]) -> Found:
 
 
 _READERS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], Found]], ...] = (
-    ({"format_version", "averages"}, _ours),
     ({"shadow_params", "optimization_step"}, _diffusers),
     ({"shadow_params", "num_updates"}, _torch_ema),
     ({"initted", "step"}, _ema_pytorch),

@@ -27,7 +27,20 @@ from benchmarks.timm_alone import timm_utils
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning
 from ema.checkpoint import read_state
 from ema.converting.convert import convert
-from ema.jax_backend import get_params_ema, params_ema
+from ema.jax_backend import get_params_ema, params_ema, save_params_ema
+
+PRECISIONS = [
+    {},
+    {"compensated": True},
+    {"dtype": torch.bfloat16, "seed": 7},
+    {"on_nonfinite": "skip"},
+]
+JAX_PRECISIONS = [
+    {},
+    {"compensated": True},
+    {"accumulator_dtype": jnp.bfloat16},
+    {"on_nonfinite": "skip"},
+]
 
 
 def perturb(model):
@@ -308,6 +321,45 @@ def test_our_own_state_dict(tmp_path, model, goes_on):
     assert goes_on(model, expected, decay=0.9).step == 3
     result = ema.convert(theirs.state_dict(), tmp_path / "ours")
     assert result.record.schedule == ema.ConstantDecay(decay=0.9)
+
+
+@pytest.mark.parametrize("options", PRECISIONS, ids=list(map(str, PRECISIONS)))
+@pytest.mark.parametrize("decay", [0.9999, {"short": 0.9, "long": 0.9999}], ids=["one", "two"])
+def test_our_own_state_dict_gives_the_file_that_save_writes(tmp_path, model, decay, options):
+    theirs = EMAModel(model, decay, **options)
+    for value in (0.3, np.nan if "on_nonfinite" in options else 0.7):
+        with torch.no_grad():
+            model[0].weight.fill_(value)
+        theirs.update()
+    name = "long" if isinstance(decay, dict) else None
+    saved = theirs.save(tmp_path / "saved", name=name)
+    result = convert(theirs.state_dict(), tmp_path / "converted", name=name)
+    assert result.place.read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["", "long", None])
+def test_which_of_our_own_averages_is_asked_for(tmp_path, model, name):
+    with pytest.raises(ArgumentError, match="`name` must choose one of the averages `a`, `b`"):
+        convert(EMAModel(model, {"a": 0.9, "b": 0.99}).state_dict(), tmp_path / "ours", name=name)
+
+
+def test_a_name_for_what_has_none_is_refused(tmp_path, model):
+    with pytest.raises(ArgumentError, match=r"`name` must be None: EMAModel\.state_dict\(\) holds"):
+        convert(EMAModel(model, 0.9).state_dict(), tmp_path / "ours", name="long")
+
+
+@pytest.mark.parametrize("options", JAX_PRECISIONS, ids=list(map(str, JAX_PRECISIONS)))
+def test_an_orbax_folder_keeps_remainders_and_skipped_updates(tmp_path, options):
+    tx = params_ema({"short": 0.9, "long": 0.9999}, **options)
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for value in (0.3, jnp.nan if "on_nonfinite" in options else 0.7):
+        _, state = tx.update({"w": jnp.full(3, value)}, state, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", [state])
+    result = convert(tmp_path / "orbax", tmp_path / "converted", name="long")
+    saved = save_params_ema(tmp_path / "saved", state, "long")
+    assert result.place.read_bytes() == saved.read_bytes()
 
 
 @pytest.fixture
