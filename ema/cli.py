@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import ema
 from ema import validate
 from ema.decay import compute_optimal_decay
-from ema.errors import ArgumentError, EMAError, EMAWarning, MissingExtraError, listing
+from ema.errors import (
+    ArgumentError,
+    CheckpointError,
+    EMAError,
+    EMAWarning,
+    MissingExtraError,
+    listing,
+)
 from ema.extras import require
 from ema.info import describe_ema
 from ema.plan_command import add_plan
@@ -132,7 +139,7 @@ def build_app() -> "typer.Typer":
         with _errors_in_one_line(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", EMAWarning)
             with errors_of(names or "", "read"):
-                listed = None if names is None else names.read_text("utf-8").split()
+                listed = None if names is None else _lines(names)
             result = run(
                 source,
                 target,
@@ -172,6 +179,15 @@ def build_app() -> "typer.Typer":
             run(steps=steps, folder=out, console=Console())
 
     return app
+
+
+def _lines(file: Path) -> list[str]:
+    """What stands on each line; a name may hold spaces."""
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"it is no text in UTF-8: byte {error.start}") from None
+    return [line for line in map(str.strip, text.split("\n")) if line]
 
 
 def parse_schedule(text: str) -> Schedule:

@@ -29,8 +29,8 @@ class Description:
         files = f" in {len(self.state.files)} files" if len(self.state.files) > 1 else ""
         verdict = f"{len(self.damaged)} DAMAGED" if self.damaged else "all right"
         rows = [
-            ("File:", str(self.state.place)),
-            ("Holds:", f"averaged weights (EMA), written by ema {record.library_version}"),
+            ("File:", _shown(str(self.state.place))),
+            ("Holds:", f"averaged weights (EMA), written by ema {_shown(record.library_version)}"),
             ("Step:", f"{record.step:,}"),
             ("Updates:", f"{record.count:,}"),
             ("Schedule:", _schedule(record.schedule)),
@@ -40,13 +40,17 @@ class Description:
             ("Not averaged:", f"{len(record.not_averaged):,} parameters"),
             ("Digests:", verdict),
         ]
-        rows += [(f"{key}:", text) for key, text in sorted(record.extra.items())]
+        if record.skipped is not None:
+            rows.insert(4, ("Skipped updates:", f"{record.skipped:,}"))
+        if record.seed is not None:
+            rows.insert(-3, ("Seed:", f"{record.seed}"))
+        rows += [(f"{_shown(key)}:", _shown(text)) for key, text in sorted(record.extra.items())]
         lines = [f"{label:<20} {text}" for label, text in rows]
-        width = max((len(name) for name in tensors), default=0)
+        width = max((len(_shown(name)) for name in tensors), default=0)
         for name, tensor in tensors.items():
             mark = "  DAMAGED" if name in self.damaged else ""
             what = f"{tensor.dtype:<5} {tensor.shape!s:<20} {_bytes(tensor.nbytes):>10}"
-            lines.append(f"  {name:<{width}}  {what}{mark}")
+            lines.append(f"  {_shown(name):<{width}}  {what}{mark}")
         return "\n".join(lines)
 
 
@@ -59,6 +63,11 @@ def describe_file(path: str | os.PathLike[str]) -> Description:
     state = open_state(path)
     damaged = tuple(name for name, tensor in state.tensors.items() if not tensor.intact())
     return Description(state, damaged)
+
+
+def _shown(text: str) -> str:
+    """Text of anybody's on one line, with what would steer a terminal written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _schedule(schedule: Schedule | None) -> str:

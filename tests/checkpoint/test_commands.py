@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch_ema import ExponentialMovingAverage
@@ -80,3 +82,34 @@ def test_convert_writes_our_file(tmp_path):
     result = run("convert", tmp_path / "ema.pt", tmp_path / "ours", "--names", tmp_path / "none")
     assert result.exit_code == 2
     assert "none: cannot be read" in result.output
+
+
+def test_inspect_tells_of_skipped_updates_and_of_the_seed(tmp_path, arrays, record, sources_of):
+    told = dataclasses.replace(record, skipped=3, seed=7)
+    write_state(tmp_path, told, sources_of(arrays))
+    lines = [" ".join(line.split()) for line in run("inspect", tmp_path).output.splitlines()]
+    assert {"Skipped updates: 3", "Seed: 7"} <= set(lines)
+
+
+def test_inspect_writes_out_what_would_steer_a_terminal(tmp_path, arrays, record, sources_of):
+    notes = {"note\nDigests:": "all right\x1b[2J\u202e"}
+    named = {f"{name}\x1b[31m": array for name, array in arrays.items()}
+    write_state(tmp_path, dataclasses.replace(record, extra=notes), sources_of(named))
+    printed = run("inspect", tmp_path).output
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert r"note\nDigests:: all right\x1b[2J\u202e" in lines
+    assert r"layers.0.weight\x1b[31m" in printed
+
+
+def test_convert_takes_a_name_a_line(tmp_path):
+    averages = {"shadow_params": [torch.zeros(2), torch.ones(3)], "num_updates": 1, "decay": 0.9}
+    torch.save(averages, tmp_path / "ema.pt")
+    arguments = ("convert", tmp_path / "ema.pt", tmp_path / "ours", "--names")
+    (tmp_path / "names.txt").write_text("a b.weight\r\n\n  ä.bias\n", "utf-8")
+    assert run(*arguments, tmp_path / "names.txt").exit_code == 0
+    assert list(read_state(tmp_path / "ours").tensors) == ["a b.weight", "ä.bias"]
+    (tmp_path / "names.txt").write_bytes("ä.bias".encode("latin-1"))
+    result = run(*arguments, tmp_path / "names.txt")
+    assert result.exit_code == 2
+    assert result.output.endswith("names.txt: it is no text in UTF-8: byte 0\n")
