@@ -52,12 +52,16 @@ def check_transform(transform: Transform, names: Collection[str]) -> None:
 
     Raises:
         ArgumentError: it has one.
-        ArgumentTypeError: ``transform`` is neither a table nor a function.
+        ArgumentTypeError: ``transform`` is neither a table of functions nor a function.
     """
     if isinstance(transform, Mapping):
         if unknown := [name for name in transform if name not in names]:
             raise ArgumentError(
                 f"`transform` must have new names of tensors of the file, got {listing(unknown)}"
+            )
+        if odd := [name for name, function in transform.items() if not callable(function)]:
+            raise ArgumentTypeError(
+                f"`transform` must hold functions, which it does not for {listing(odd)}"
             )
     elif not (transform is None or callable(transform)):
         raise ArgumentTypeError(f"`transform` must be a table or a function, got {transform!r:.80}")

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import xxhash
 
+from ema import validate
 from ema.checkpoint import atomic
 from ema.checkpoint.container import DTYPE_BITS, Entry, bits_of, build_header
 from ema.checkpoint.digests import seal
@@ -72,8 +73,11 @@ def write_state(
         The file, or the one that the index stands for.
 
     Raises:
+        ArgumentError: ``max_shard_size`` is not positive.
+        ArgumentTypeError: it is no number.
         CheckpointError: it cannot be written, with the file and the reason.
     """
+    validate.positive("max_shard_size", max_shard_size)
     stored = {**tensors}
     metadata = record_to(record)
     metadata["dtype"] = ", ".join(sorted({source.dtype for source in tensors.values()}))

@@ -86,7 +86,8 @@ def save_params_ema(
         The file, which is there by then.
 
     Raises:
-        ArgumentError: there is no such average, or there are several.
+        ArgumentError: there is no such average, or there are several; or the state is abstract,
+            traced or replicated (by ``jax.vmap`` or ``jax.pmap``), and has no one step.
         CheckpointError: it cannot be written, with the file and the reason; in every process.
         ModelError: the processes hold different states.
 
@@ -103,7 +104,11 @@ def save_params_ema(
     leaves, holes = _leaves([state.averages()[label] for state in states])
     remainders, _ = _leaves([state.remainders()[label] for state in states])
     numbers = {
-        (int(s.step), int(s.count), None if _is_absent(s.skipped) else int(s.skipped))
+        (
+            _number(s.step),
+            _number(s.count),
+            None if _is_absent(s.skipped) else _number(s.skipped),
+        )
         for s in map(plain, states)
     }
     if len(numbers) > 1:
@@ -220,6 +225,16 @@ def load_params_ema(
         )
 
     return jax.tree.map(replace, opt_state, is_leaf=lambda node: isinstance(node, ParamsEMAState))
+
+
+def _number(counter: Any) -> int:
+    try:
+        return int(counter)
+    except TypeError:  # a tracer's is one
+        raise ArgumentError(
+            "`opt_state` must hold a number for each of its counters, got"
+            f" {counter!r:.80}: it is saved outside of jax.jit, and one of several replicas"
+        ) from None
 
 
 def _is_absent(field: Any) -> bool:

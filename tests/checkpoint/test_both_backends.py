@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ema
-from ema import EMAModel
+from ema import ArgumentError, ArgumentTypeError, EMAModel
 from ema.jax_backend import get_params_ema, load_params_ema, params_ema, save_params_ema
 
 SCHEDULES = [
@@ -168,6 +168,27 @@ def test_both_write_the_same_bytes(tmp_path, precision):
         one.run(1, 6)
         files.append(one.save(tmp_path / side.__name__))
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("transform", "error", "message"),
+    [
+        ({"weight": np.transpose}, ArgumentError, "of which these are none: `weight`"),
+        ({"kernel": "transpose"}, ArgumentTypeError, "must be a function or a table of them"),
+        ("transpose", ArgumentTypeError, "must be a function or a table of them, got 'transpose'"),
+    ],
+)
+def test_a_transform_that_would_not_be_made_is_refused(tmp_path, transform, error, message):
+    """A square kernel would come in as it is, and nobody would notice."""
+    EMAModel(nn.Linear(3, 3)).save(tmp_path)
+    state = params_ema(0.9).init({"kernel": jnp.zeros((3, 3)), "bias": jnp.zeros(3)})
+    with pytest.raises(error, match=message):
+        load_params_ema(tmp_path, state, rename={"weight": "kernel"}, transform=transform)
+    model = nn.Module()
+    model.kernel, model.bias = (nn.Parameter(torch.zeros(size)) for size in ((3, 3), (3,)))
+    ema_model = EMAModel(model)
+    with pytest.raises(error, match=message):
+        ema_model.load(tmp_path, rename={"weight": "kernel"}, transform=transform)
 
 
 def test_a_linear_layer_and_a_kernel_are_transposes_of_each_other(tmp_path):

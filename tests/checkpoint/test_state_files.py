@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import ema
-from ema import CheckpointError
+from ema import ArgumentError, ArgumentTypeError, CheckpointError
 from ema.checkpoint import Record, Source, read_state, write_state
 
 
@@ -87,6 +87,12 @@ def test_the_file_has_the_rights_of_any_new_file(tmp_path, arrays, record, sourc
     (tmp_path / "other").touch()
     file = write_state(tmp_path, record, sources_of(arrays))
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+@pytest.mark.parametrize("limit", [0, "1GB", float("nan")])
+def test_a_size_that_is_none_is_refused(tmp_path, arrays, record, limit, sources_of):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match="`max_shard_size` must be"):
+        write_state(tmp_path, record, sources_of(arrays), max_shard_size=limit)
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError, OSError(28, "No space")])
