@@ -33,7 +33,7 @@ class EMATrainState(TrainState):
         batch_stats_ema: state of their average; ``None`` where they are not averaged.
         batch_stats_tx: ``params_ema(...)`` to average them with. It sees every call of
             ``apply_gradients``, also where ``optax.MultiSteps`` makes one step of several.
-        ema_name: which average, where the chain has several.
+        ema_name: which average, where the chain has several; likewise of the statistics.
 
     Example:
         >>> import flax.linen as nn
@@ -120,7 +120,8 @@ class EMATrainState(TrainState):
         """The averaged statistics where there is an average of them, otherwise the live ones."""
         if self.batch_stats_ema is None:
             return self.batch_stats
-        return get_params_ema(self.batch_stats_ema, self.batch_stats)
+        name = self.ema_name if len(self.batch_stats_ema.averages()) > 1 else None
+        return get_params_ema(self.batch_stats_ema, self.batch_stats, name)
 
     @property
     def ema_variables(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from ema.errors import ArgumentError, ModelError, StateError, difference
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
-from ema.jax_backend.selection import is_inexact
+from ema.jax_backend.selection import is_hole, is_inexact
 from ema.jax_backend.settings import accumulator, named_schedules, precision_of, steps
 from ema.jax_backend.state import ParamsEMAState
 from ema.jax_backend.transform import transform_of
@@ -80,7 +80,7 @@ class EMA(nnx.Pytree):
     Raises:
         ArgumentError: an argument is out of range.
         ArgumentTypeError: an argument has the wrong type.
-        ModelError: nothing in the model can be averaged.
+        ModelError: nothing in the model can be averaged, or a Variable holds no array.
 
     Sources: the interface is that of ``flax.nnx.EMA``; the average is Polyak and Juditsky 1992.
 
@@ -239,8 +239,14 @@ class EMA(nnx.Pytree):
 
     def _select(self, model: Any) -> Any:
         def is_averaged(path: Path, value: Any) -> bool:
-            del path
-            return isinstance(value, nnx.Variable) and is_inexact(value.get_value())
+            if not isinstance(value, nnx.Variable):
+                return False
+            if not (is_hole(leaf := value.get_value()) or hasattr(leaf, "dtype")):
+                raise ModelError(
+                    f"`{_name(path)}` holds a {type(leaf).__name__}, EMA averages arrays: leave it"
+                    " out by `only`, or take params_ema in the chain of an nnx.Optimizer"
+                )
+            return is_inexact(leaf)
 
         return nnx.state(model, nnx.All(self.only, is_averaged), graph=self.graph)
 

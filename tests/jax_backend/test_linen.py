@@ -79,6 +79,14 @@ def test_one_of_several():
         _ = state.replace(ema_name=None).ema_params
 
 
+def test_the_statistics_of_several_averages_go_by_the_same_name():
+    decays = {"short": 0.0, "long": 1.0}
+    first = create(decay=decays, batch_stats_tx=params_ema(decays), ema_name="short")
+    state = step(first, X)
+    close(state.ema_variables, {"params": state.params, "batch_stats": state.batch_stats})
+    close(state.replace(ema_name="long").ema_batch_stats, first.batch_stats)
+
+
 def test_a_model_without_statistics_and_a_subclass():
     class Mine(EMATrainState):
         key: jax.Array = struct.field(default=None)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import ema
+from ema import ModelError
 from ema.jax_backend import get_params_ema, params_ema
 from ema.jax_backend.nnx import EMA, use_ema
 
@@ -352,3 +353,11 @@ def test_an_average_donated_in_the_block_is_reported():
     consume = nnx.jit(double, donate_argnums=0)
     with pytest.raises(ema.StateError, match="donated"), use_ema(model, optimizer):
         consume(model)
+
+
+def test_a_variable_without_an_array_is_named():
+    model = nnx.Dict(scales=nnx.Param({"a": jnp.ones(2)}), weight=nnx.Param(jnp.ones(2)))
+    with pytest.raises(ModelError, match="`scales` holds a dict, EMA averages arrays"):
+        EMA(model, 0.9)
+    average = EMA(model, 0.9, only=nnx.PathContains("weight"))
+    assert [path for path, _ in nnx.to_flat_state(average.params)] == [("weight",)]
