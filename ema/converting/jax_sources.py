@@ -70,12 +70,28 @@ def read_nnx(average: Any) -> Found:
 
 
 def _read_nnx_tree(tree: Any) -> Found:
-    """``nnx.state(average)`` or its pure dict: the Variables stand below ``params``."""
+    """``nnx.state(average)`` or its pure dict, of flax's ``nnx.EMA`` or of our ``EMA``."""
     if not isinstance(tree, Mapping) or "params" not in tree:
         raise CheckpointError("it holds neither the state of params_ema nor an nnx.EMA")
-    tensors, _ = _sources(tree["params"])
-    tensors = {name.removesuffix(".value"): source for name, source in tensors.items()}
-    return Found(kind="nnx.EMA in Orbax", tensors=tensors)
+    tensors = _variables(tree, "params")
+    if not {"step", "count"} <= tree.keys():
+        return Found(kind="nnx.EMA in Orbax", tensors=tensors)
+    counters: dict[str, Any] = {
+        name: whole(name, jax.tree.leaves(tree[name])[0])  # a pure dict has no level of `value`
+        for name in ("step", "count", "skipped")
+        if jax.tree.leaves(tree.get(name))
+    }
+    return Found(
+        kind="EMA in Orbax",
+        tensors={**tensors, **_variables(tree, "finer")},  # of which the model has rounded copies
+        remainders=_variables(tree, "remainder"),
+        **counters,
+    )
+
+
+def _variables(tree: Mapping[str, Any], field: str) -> dict[str, Source]:
+    sources, _ = _sources(tree.get(field))
+    return {name.removesuffix(".value"): source for name, source in sources.items()}
 
 
 def _states(node: Any) -> Iterator[Mapping[str, Any]]:

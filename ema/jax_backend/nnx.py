@@ -18,9 +18,9 @@ from jax.typing import DTypeLike
 from ema.errors import ArgumentError, ModelError, StateError, difference
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
-from ema.jax_backend.selection import is_hole, is_inexact
+from ema.jax_backend.selection import is_hole, is_inexact, require_match
 from ema.jax_backend.settings import accumulator, named_schedules, precision_of, steps
-from ema.jax_backend.state import ParamsEMAState
+from ema.jax_backend.state import ParamsEMAState, trees_of
 from ema.jax_backend.transform import transform_of
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule, as_schedule
@@ -172,24 +172,47 @@ class EMA(nnx.Pytree):
             ModelError: its Variables are not those of the average; nothing has changed.
         """
         live = nnx.as_pure(self._select(model))
-        before = ParamsEMAState(self.step[...], self.count[...], self.averaged_parameters())
-        if self.precision.compensated:
-            before = before._replace(remainder=nnx.as_pure(self.remainder))
-        if self.skipped is not None:
-            before = before._replace(skipped=self.skipped[...])
         unchanged = jax.tree.map(lambda _: None, live)
-        _, after = self._transform().update(unchanged, before, live)
-        self.step[...], self.count[...] = after.step, after.count
+        _, after = self._transform().update(unchanged, self.state(), live)
+        self._take(after)
+
+    def state(self) -> ParamsEMAState:
+        """What ``params_ema`` would hold in its place.
+
+        :func:`~ema.jax_backend.save_params_ema` and :func:`~ema.jax_backend.load_params_ema` take
+        it. Its arrays are those of the average, without a copy.
+        """
+        state = ParamsEMAState(self.step[...], self.count[...], self.averaged_parameters())
+        if self.precision.compensated:
+            state = state._replace(remainder=nnx.as_pure(self.remainder))
         if self.skipped is not None:
-            self.skipped[...] = after.skipped
+            state = state._replace(skipped=self.skipped[...])
+        return state
+
+    def set_state(self, state: ParamsEMAState) -> None:
+        """Go on from a state, such as ``load_params_ema(path, average.state())``.
+
+        Raises:
+            ArgumentError: it is of other options; nothing has changed.
+            ModelError: it is of other Variables; nothing has changed.
+        """
+        trees, _ = trees_of(state, named_schedules(self.decay, None), self.precision)
+        chosen = accumulator(self.accumulator_dtype)
+        require_match(trees[None], self.averaged_parameters(), chosen)
+        self._take(state)
+
+    def _take(self, state: ParamsEMAState) -> None:
+        self.step[...], self.count[...] = state.step, state.count
+        if self.skipped is not None:
+            self.skipped[...] = state.skipped
         finer = dict(nnx.to_flat_state(self.finer))
         shown = dict(nnx.to_flat_state(self.params))
         remainder = dict(nnx.to_flat_state(self.remainder))
-        for path, average in nnx.to_flat_state(after.params_ema):
+        for path, average in nnx.to_flat_state(state.params_ema):
             if path in finer:
                 finer[path][...] = average
             shown[path][...] = average.astype(shown[path].dtype)
-        for path, lost in nnx.to_flat_state(after.remainder) if remainder else ():
+        for path, lost in nnx.to_flat_state(state.remainder) if remainder else ():
             remainder[path][...] = lost
 
     def apply_to(self, model: M) -> M:

@@ -28,6 +28,7 @@ from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMA
 from ema.checkpoint import read_state
 from ema.converting.convert import convert
 from ema.jax_backend import get_params_ema, params_ema, save_params_ema
+from ema.jax_backend.nnx import EMA
 
 PRECISIONS = [
     {},
@@ -410,6 +411,21 @@ def test_nnx_ema(tmp_path, form):
     found = np.frombuffer(stored.tensors["layers.0.kernel"].bytes(), np.float32)
     kernel = theirs.apply_to(model).layers[0].kernel
     np.testing.assert_array_equal(found, np.ravel(kernel[...]))
+
+
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("options", JAX_PRECISIONS, ids=list(map(str, JAX_PRECISIONS)))
+def test_our_own_ema_of_nnx_keeps_what_is_finer_than_the_model(tmp_path, options, pure):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    average = EMA(model, 0.99, **options)
+    model.kernel[...] = model.kernel[...] * jnp.bfloat16(1.7)
+    average.update(model)
+    state = nnx.state(average)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", nnx.to_pure_dict(state) if pure else state)
+    result = convert(tmp_path / "orbax", tmp_path / "converted")
+    saved = save_params_ema(tmp_path / "saved", average.state())
+    assert result.place.read_bytes() == saved.read_bytes()
 
 
 class Malicious:

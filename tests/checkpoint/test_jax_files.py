@@ -14,9 +14,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ema
-from ema import ArgumentError, CheckpointError
+from ema import ArgumentError, CheckpointError, ModelError
 from ema.checkpoint import read_state
 from ema.jax_backend import get_params_ema, load_params_ema, params_ema, save_params_ema
+from ema.jax_backend.nnx import EMA
 
 
 @pytest.fixture
@@ -246,3 +247,39 @@ def test_a_state_without_one_step_is_refused(tmp_path, params, kind):
     }[kind]
     with pytest.raises(ArgumentError, match="must hold a number for each of its counters"):
         save()
+
+
+OPTIONS = [
+    {},
+    {"compensated": True},
+    {"accumulator_dtype": jnp.bfloat16},
+    {"on_nonfinite": "skip"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=list(map(str, OPTIONS)))
+def test_an_ema_of_nnx_goes_on_from_its_file(tmp_path, options):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    one, other = (EMA(model, 0.99, **options) for _ in range(2))
+    for _ in range(3):
+        model.kernel[...] = model.kernel[...] * jnp.bfloat16(1.3)
+        one.update(model)
+    teacher = other.apply_to(model)
+    save_params_ema(tmp_path, one.state(), decay=0.99)
+    other.set_state(load_params_ema(tmp_path, other.state()))
+    model.kernel[...] = model.kernel[...] * jnp.bfloat16(0.4)
+    for average in (one, other):
+        average.update(model)
+    assert_same(nnx.as_pure(nnx.state(other)), nnx.as_pure(nnx.state(one)))
+    np.testing.assert_array_equal(teacher.kernel[...], one.params.kernel[...])
+
+
+def test_a_state_of_another_model_or_of_other_options_is_refused():
+    model, other = (nnx.Linear(2, n, rngs=nnx.Rngs(0)) for n in (3, 4))
+    average = EMA(model, 0.99)
+    before = nnx.to_pure_dict(nnx.state(average))
+    with pytest.raises(ModelError, match=r"`kernel` has shape \(2, 3\)"):
+        average.set_state(EMA(other, 0.99).state())
+    with pytest.raises(ArgumentError, match="must not hold `remainder`"):
+        average.set_state(EMA(model, 0.99, compensated=True).state())
+    assert_same(nnx.to_pure_dict(nnx.state(average)), before)
