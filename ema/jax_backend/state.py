@@ -22,8 +22,9 @@ class ParamsEMAState(NamedTuple):
     """State of :func:`~ema.jax_backend.params_ema`.
 
     Attributes:
-        step: calls so far; int32 scalar, stays at its largest value.
-        count: updates of the average made so far; int32 scalar, likewise.
+        step: calls so far; int32 scalar, which at its end takes its last ``update_every`` values in
+            turn.
+        count: updates of the average made so far; int32 scalar, stays at its largest value.
         params_ema: the average, in the structure of the params; float32 or wider (or bfloat16), with
             ``optax.MaskedNode()`` where a leaf is not averaged. Of several averages a dict, by name.
         name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none, more keys for several

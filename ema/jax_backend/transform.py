@@ -177,7 +177,7 @@ def transform_of(
         for tree in trees.values():
             require_match(tree, params, chosen)
 
-        step = optax.safe_increment(state.step)
+        step = _next(state.step, every)
         elapsed = step - after
         due = (elapsed > 0) & (elapsed % every == 0)
         number = jnp.where(due, optax.safe_increment(state.count), state.count)
@@ -246,6 +246,12 @@ def transform_of(
         return updates, state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
+
+
+def _next(step: jax.Array, every: int | jax.Array) -> jax.Array:
+    """One step more; at the end of int32 back by ``every``, so that updates are due as before."""
+    last = jnp.iinfo(jnp.int32).max
+    return jnp.where(step == last, jnp.asarray(last - every, jnp.int32), step) + jnp.int32(1)
 
 
 def _keys(precision: Precision, average: Any, number: jax.Array) -> list[jax.Array | None]:

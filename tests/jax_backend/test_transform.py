@@ -301,3 +301,20 @@ def test_debug_nans_finds_nothing(params):
         for _ in range(3):
             _, state = tx.update(params, state, params)  # eagerly every operation is looked at
     assert np.isfinite(state.params_ema["bias"]).all()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 1000])
+def test_updates_are_due_beyond_the_largest_step(every):
+    """A loop of small steps reaches 2**31 in days; the average then went on at no step or at each."""
+    tx = params_ema(0.5, update_every=every, update_after_step=5)
+    params, zero = jnp.zeros(1), jnp.zeros(1)
+    start = 2**31 - 1 - 4 * every
+    state = tx.init(params)._replace(step=jnp.int32(start))
+
+    def step(state, _):
+        _, state = tx.update(zero, state, params)
+        return state, state.count
+
+    _, counts = jax.lax.scan(step, state, length=12 * every)
+    steps = start + 1 + np.arange(12 * every)
+    np.testing.assert_array_equal(counts, np.cumsum((steps - 5) % every == 0))
