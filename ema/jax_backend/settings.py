@@ -75,17 +75,21 @@ def steps(name: str, value: Any, *, minimum: int) -> int | jax.Array:
     """A static number of steps, or a traced one, whose value nobody can check yet.
 
     Raises:
-        ArgumentError: it is below the minimum.
+        ArgumentError: it is below the minimum, or no int32.
         ArgumentTypeError: it is no integer.
     """
-    if not isinstance(value, jax.Array | np.ndarray):
-        return validate.integer(name, value, minimum)
-    _require_scalar(name, value)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ArgumentTypeError(f"`{name}` must be an integer, got an array of {value.dtype}")
-    if isinstance(value, jax.core.Tracer):
-        return value.astype(jnp.int32)
-    return validate.integer(name, value.item(), minimum)
+    if isinstance(value, jax.Array | np.ndarray):
+        _require_scalar(name, value)
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ArgumentTypeError(f"`{name}` must be an integer, got an array of {value.dtype}")
+        if isinstance(value, jax.core.Tracer):
+            return value.astype(jnp.int32)
+        value = value.item()
+    if (number := validate.integer(name, value, minimum)) >= 1 << 31:
+        raise ArgumentError(
+            f"`{name}` must be below 2**31, where JAX counts no further, got {number}"
+        )
+    return number
 
 
 def _require_scalar(name: str, value: Any) -> None:

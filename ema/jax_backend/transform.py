@@ -250,8 +250,10 @@ def transform_of(
 
 def _next(step: jax.Array, every: int | jax.Array) -> jax.Array:
     """One step more; at the end of int32 back by ``every``, so that updates are due as before."""
-    last = jnp.iinfo(jnp.int32).max
-    return jnp.where(step == last, jnp.asarray(last - every, jnp.int32), step) + jnp.int32(1)
+    last = np.iinfo(np.int32).max
+    before = jnp.where(step == last, jnp.asarray(last - every, jnp.int32), step)
+    after: jax.Array = before + jnp.int32(1)
+    return after
 
 
 def _keys(precision: Precision, average: Any, number: jax.Array) -> list[jax.Array | None]:

@@ -30,6 +30,8 @@ from ema.jax_backend import params_ema
         ({"update_every": jnp.int32(0)}, ema.ArgumentError, "`update_every` must be at least 1"),
         ({"update_every": 2.0}, ema.ArgumentTypeError, "`update_every` must be an integer"),
         ({"update_every": jnp.float32(2)}, ema.ArgumentTypeError, "must be an integer.*float32"),
+        ({"update_every": 1 << 31}, ema.ArgumentError, r"`update_every` must be below 2\*\*31"),
+        ({"update_after_step": 10**12}, ema.ArgumentError, r"`update_after_step` must be below"),
         ({"update_after_step": -1}, ema.ArgumentError, "`update_after_step` must be at least 0"),
         ({"update_after_step": jnp.ones(2, jnp.int32)}, ema.ArgumentTypeError, "a scalar"),
         (
