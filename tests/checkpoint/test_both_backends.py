@@ -173,9 +173,17 @@ def test_both_write_the_same_bytes(tmp_path, precision):
 @pytest.mark.parametrize(
     ("transform", "error", "message"),
     [
-        ({"weight": np.transpose}, ArgumentError, "of which these are none: `weight`"),
-        ({"kernel": "transpose"}, ArgumentTypeError, "must be a function or a table of them"),
-        ("transpose", ArgumentTypeError, "must be a function or a table of them, got 'transpose'"),
+        (
+            {"weight": np.transpose},
+            ArgumentError,
+            "must have new names of tensors of the file, got `weight`",
+        ),
+        (
+            {"kernel": "transpose"},
+            ArgumentTypeError,
+            "must hold functions, which it does not for `kernel`",
+        ),
+        ("transpose", ArgumentTypeError, "must be a table or a function, got 'transpose'"),
     ],
 )
 def test_a_transform_that_would_not_be_made_is_refused(tmp_path, transform, error, message):
