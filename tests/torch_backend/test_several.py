@@ -44,7 +44,7 @@ def test_params_are_read_once():
     """What is converted is converted once for all averages."""
     model = nn.ParameterList([nn.Parameter(torch.randn(CHUNK * 2, dtype=torch.bfloat16))])
     ema_model = EMAModel(model, {"a": 0.1, "b": 0.2, "c": 0.3})
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:  # without it torch 2.11 warns
         ema_model.update()
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::copy_"] == 2

@@ -47,6 +47,15 @@ class Recorder(TrainerCallback):
         return average
 
 
+def known(options: dict) -> dict:
+    """The options under the names that this release has for them."""
+    new, old = "activation_checkpointing", "gradient_checkpointing"  # deprecated since the new one
+    return {
+        old if name == new and not hasattr(TrainingArguments, new) else name: value
+        for name, value in options.items()
+    }
+
+
 @pytest.fixture
 def recorder() -> type[Recorder]:
     """The class of the recording callback."""
@@ -110,7 +119,7 @@ def make_trainer(tmp_path, tokens) -> Callable[..., Trainer]:
         }
         return kind(
             model=model,
-            args=TrainingArguments(**{**defaults, **options}),
+            args=TrainingArguments(**{**defaults, **known(options)}),
             train_dataset=tokens(rows),
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
