@@ -248,6 +248,7 @@ def interrupt_at(number, call):
         return trace
 
     previous = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks for it only when tracing begins
     sys.settrace(trace)
     try:
         call()
