@@ -149,24 +149,24 @@ class Gathered:
 
     def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
         self._low, self._high = np.array([each.stream for each in runs], np.uint32).T.copy()
-        lengths = [math.prod(each.indices.sizes) for each in runs]
+        self._lengths = np.array([math.prod(each.indices.sizes) for each in runs])
         offsets = np.array([each.indices.offset for each in runs])
-        begins = offsets - np.cumsum([0, *lengths[:-1]])
-        self._lengths = torch.tensor(lengths, device=device)
-        self._begins = torch.from_numpy(begins.astype(np.uint32).view(np.int32)).to(device)
+        self._begins = (offsets - np.cumsum([0, *self._lengths[:-1]])).astype(np.uint32)
+        self._device = device
 
     def seed(self, scratch: Scratch, count: int) -> list[Step]:
         """Leave ``index ⊕ key`` in ``scratch.bits``, after the first step of the hash."""
         counters, bits = scratch.counters, scratch.bits
         keys = _mixed(_mixed(np.uint32(count & 0xFFFFFFFF) ^ self._low) ^ self._high)
-        spread = partial(torch.repeat_interleave, repeats=self._lengths, output_size=len(bits))
         return [
-            partial(torch.add, counters, spread(self._begins), out=bits),
-            partial(
-                bits.bitwise_xor_, spread(torch.from_numpy(keys.view(np.int32)).to(bits.device))
-            ),
+            partial(torch.add, counters, self._spread(self._begins), out=bits),
+            partial(bits.bitwise_xor_, self._spread(keys)),
             *_folding(scratch),
         ]
+
+    def _spread(self, values: np.ndarray[Any, np.dtype[np.uint32]]) -> Tensor:
+        """The value of each tensor for each of its elements; NumPy's takes a tenth of PyTorch's."""
+        return torch.from_numpy(np.repeat(values.view(np.int32), self._lengths)).to(self._device)
 
 
 Counters = Run | Gathered
