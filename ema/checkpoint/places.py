@@ -20,6 +20,7 @@ from ema.errors import CheckpointError
 __all__ = [
     "FILE_NAME",
     "errors_of",
+    "file_to_write",
     "index_of",
     "is_shard_name",
     "new_token",
@@ -53,10 +54,8 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 def place_to_write(path: str | os.PathLike[str]) -> Path:
     """The file that ``path`` means: what does not end in ``.safetensors`` is a folder.
 
-    The folder is made. A link is followed, for a file that is renamed into its place would end it.
-
     Raises:
-        CheckpointError: there is a file where a folder is meant.
+        CheckpointError: there is a file where a folder is meant, or something that is no file.
         OSError: the folder cannot be made.
     """
     place = path_of(path)
@@ -64,7 +63,21 @@ def place_to_write(path: str | os.PathLike[str]) -> Path:
         if place.exists() and not place.is_dir():
             raise CheckpointError(f"it is a file: name a folder, or a file that ends in {SUFFIX}")
         place /= FILE_NAME
-    place = Path(os.path.realpath(place))
+    return file_to_write(place)
+
+
+def file_to_write(path: str | os.PathLike[str]) -> Path:
+    """Where a file can be renamed to ``path``; its folder is made.
+
+    A link is followed, for what is renamed into its place would end it; so it would end a device.
+
+    Raises:
+        CheckpointError: a folder, a device or a pipe is there.
+        OSError: the folder cannot be made.
+    """
+    place = Path(os.path.realpath(path_of(path)))
+    if place.exists() and not place.is_file():
+        raise CheckpointError("it is no file, and would be replaced by one")
     place.parent.mkdir(parents=True, exist_ok=True)
     return place
 

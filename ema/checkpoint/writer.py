@@ -17,9 +17,9 @@ from ema.checkpoint.container import DTYPE_BITS, Entry, bits_of, build_header
 from ema.checkpoint.digests import seal
 from ema.checkpoint.places import (
     errors_of,
+    file_to_write,
     index_of,
     new_token,
-    path_of,
     place_to_write,
     shard_name,
     temporary_of,
@@ -118,8 +118,7 @@ def write_tensors(
                 raise CheckpointError(
                     f"`{name}` is {source.dtype}, which safetensors does not have"
                 )
-        place = Path(os.path.realpath(path_of(path)))
-        place.parent.mkdir(parents=True, exist_ok=True)
+        place = file_to_write(path)
         _clean(place, None)
         _write_whole(place, tensors, lambda _entries, _digests: dict(metadata))
     return place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 
 import numpy as np
@@ -11,7 +12,7 @@ import safetensors.numpy
 
 import ema
 from ema import ArgumentError, ArgumentTypeError, CheckpointError
-from ema.checkpoint import Record, Source, read_state, write_state
+from ema.checkpoint import Record, Source, read_state, write_state, write_tensors
 
 
 def names(folder):
@@ -81,6 +82,26 @@ def test_a_link_still_leads_to_the_file(tmp_path, arrays, record, same, sources_
     write_state(link, record, sources_of(arrays))
     assert link.is_symlink()
     same(link, arrays)
+
+
+@pytest.mark.parametrize("behind_a_link", [False, True])
+def test_what_is_no_file_is_not_replaced_by_one(
+    tmp_path, arrays, record, sources_of, behind_a_link
+):
+    """Root would turn ``/dev/null`` into a file by that."""
+    path = place = tmp_path / "pipe.safetensors"
+    os.mkfifo(place)
+    if behind_a_link:
+        path = tmp_path / "link.safetensors"
+        path.symlink_to(place)
+    for write in (
+        lambda: write_state(path, record, sources_of(arrays)),
+        lambda: write_tensors(path, sources_of(arrays), {}),
+    ):
+        with pytest.raises(CheckpointError, match="it is no file, and would be replaced by one"):
+            write()
+    assert place.is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1 + behind_a_link
 
 
 def test_the_file_has_the_rights_of_any_new_file(tmp_path, arrays, record, sources_of):
