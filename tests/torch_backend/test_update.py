@@ -234,3 +234,18 @@ def test_memory_is_one_copy_of_what_is_averaged(model):
     storages = {a.untyped_storage().data_ptr(): a.untyped_storage() for a in averages.values()}
     held = sum(storage.nbytes() for storage in storages.values())
     assert held == sum(a.numel() * 4 for a in averages.values())
+
+
+@pytest.mark.parametrize("sizes", [[256] * 300, [SMALL - n % 100 for n in range(30)], [1] * 9])
+def test_small_tensors_are_gathered_in_order(sizes):
+    """However many pieces they are gathered in, an average is that of its own parameter."""
+    model = nn.ParameterList(
+        [nn.Parameter(torch.full((n,), float(i))) for i, n in enumerate(sizes)]
+    )
+    ema_model = EMAModel(model, 0.75)
+    with torch.no_grad():
+        for i, parameter in enumerate(model):
+            parameter.copy_(i + 4 * torch.arange(len(parameter)))
+    ema_model.update()
+    for i, average in enumerate(ema_model.averaged_parameters().values()):
+        assert torch.equal(average, i + torch.arange(len(average), dtype=torch.float32))
