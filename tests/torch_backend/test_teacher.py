@@ -102,3 +102,13 @@ def test_a_wrapped_model_is_called_bare(model, step, wrap):
     with ema_model.use_ema():
         expected = model(x)
     assert torch.equal(ema_model(x), expected)
+
+
+def test_backward_through_a_teacher_that_an_update_has_changed_is_loud(model, step):
+    """A graph that has saved the averages is not used with others."""
+    ema_model = EMAModel(model, 0.5)
+    loss = ema_model(torch.randn(8, 4, requires_grad=True)).sum()
+    step(model)
+    ema_model.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
