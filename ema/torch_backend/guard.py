@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ema.torch_backend.distributed.sharding import local_of, meshes_of
 from ema.torch_backend.gpu.kernels import all_finite
-from ema.torch_backend.memory import real
+from ema.torch_backend.memory import PLAIN, real
 
 __all__ = ["Guard"]
 
@@ -25,12 +25,15 @@ class Guard:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+        # plain ones are read themselves, wherever their memory is by then, as an update reads them
+        here = {name: _readable(tensor) for name, tensor in tensors.items()}
+        self._tensors = {name: tensor for name, tensor in here.items() if tensor.numel()}
         self._meshes = meshes_of(tensors.values())
 
+    @torch.no_grad()
     def all_finite(self) -> Tensor:
         """Whether there is no NaN or Inf: a bool on the device, which nobody waits for."""
-        finite = all_finite(list(self._here().values()))
+        finite = all_finite(list(self._tensors.values()))
         return self._bad_anywhere((~finite).float()) == 0 if self._meshes else finite
 
     def nonfinite(self) -> list[str]:
@@ -53,23 +56,24 @@ class Guard:
                 dist.all_reduce(bad, dist.ReduceOp.MAX, group=mesh.get_group(dim))
         return bad
 
+    @torch.no_grad()
     def _nonfinite_here(self) -> list[str]:
-        here = self._here()
-        if not here:
+        if not self._tensors:
             return []
         # a sum is finite only if its terms are, and takes a third of the time of a closer look
         sums = [
             tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).double().cpu()
-            for tensor in here.values()
+            for tensor in self._tensors.values()
         ]
         finite = torch.stack(sums).isfinite().tolist()
-        suspects = [name for name, fine in zip(here, finite, strict=True) if not fine]
-        return [name for name in suspects if not bool(here[name].isfinite().all())]
+        suspects = [name for name, fine in zip(self._tensors, finite, strict=True) if not fine]
+        return [name for name in suspects if not bool(self._tensors[name].isfinite().all())]
 
-    def _here(self) -> dict[str, Tensor]:
-        """What is here of them now: an update reads some wherever their memory is by then."""
-        here = {name: real(local_of(tensor)) for name, tensor in self._tensors.items()}
-        return {name: tensor for name, tensor in here.items() if tensor.numel()}
+
+def _readable(tensor: Tensor) -> Tensor:
+    if type(tensor) in PLAIN and not tensor.is_complex():
+        return tensor
+    return real(local_of(tensor))
 
 
 class Flag:
