@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +255,11 @@ def test_what_is_not_finite_on_one_device_is_seen_on_all(value, axis):
     assert (int(state.count), int(state.skipped)) == (1, 16)
 
 
+def where_on(mesh, array):
+    """Where an array is, or the whole of it on every device of a mesh."""
+    return array.sharding if array.committed else NamedSharding(mesh, P())
+
+
 def test_orbax_restores_onto_other_meshes(tmp_path):
     """4 devices, 1, and 8 in another order; going on gives the bits of a run that never stopped."""
     averages = params_ema(DECAYS, compensated=True), params_ema(0.9, name="n", **KINDS["narrow"])
@@ -267,10 +273,7 @@ def test_orbax_restores_onto_other_meshes(tmp_path):
     onward = jax.device_get(trained(mesh, step, *saved, range(4, 6)))
     for other in (mesh_of(4), mesh_of(1), mesh_of(8, transposed=True)):
         params = placed(drawn(9), other)
-        where = jax.tree.map(
-            lambda x: x.sharding if x.committed else NamedSharding(other, P()),  # noqa: B023
-            tx.init(params),
-        )
+        where = jax.tree.map(partial(where_on, other), tx.init(params))
         target = jax.jit(tx.init, out_shardings=where)(params)
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(tmp_path / "saved", (params, target))
