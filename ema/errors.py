@@ -6,6 +6,8 @@ place, so that ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "StateError",
     "difference",
     "listing",
+    "warn",
 ]
 
 
@@ -52,6 +55,19 @@ class MissingExtraError(EMAError, ImportError):
 
 class EMAWarning(UserWarning):
     """Something is probably not what the user wanted; the computation goes on."""
+
+
+def warn(message: str) -> None:
+    """Warn with an :class:`EMAWarning` that points at the first line outside of this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, EMAWarning, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    # contextlib stands between `with ema_model.use_ema():` and our generator
+    return module.partition(".")[0] in ("ema", "contextlib")
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:
