@@ -29,25 +29,33 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
     found = select(model, Rules.of(None, None, "copy"), tracked=values)
     theirs = {**found.averaged, **found.others, **found.buffers}
     live = {**ours.averaged, **ours.others, **ours.buffers}
-    names = dict.fromkeys([*values, *ours.averaged, *ours.others])
     unbuilt = {*found.pending, *(name for name, tensor in found.buffers.items() if is_lazy(tensor))}
+    available = theirs.keys() - unbuilt
+    names = dict.fromkeys([*values, *ours.averaged, *ours.others])
+    firsts = {name: found.first_name(name) for name in names}  # a tied tensor has several names
+    usable = {name: first for name, first in firsts.items() if first in available}
+    takers = {first: name for name, first in reversed(usable.items())}
+    parameters = (*found.others, *found.averaged, *found.ties)
     text = difference(
-        [name for name in names if name not in theirs or name in unbuilt],
-        [
-            name
-            for name in (*found.others, *found.averaged, *(found.ties.keys() - ours.ties.keys()))
-            if name not in names
-        ],
+        [name for name in names if takers.get(firsts[name]) != name],
+        [name for name in parameters if _is_odd(name, found, ours)],
         [
             phrase
             for name in values
-            if name in theirs and name not in unbuilt
-            for phrase in _mismatch(name, theirs[name], live[name])
+            if name in usable
+            for phrase in _mismatch(name, theirs[usable[name]], live[name])
         ],
     )
     if text:
         raise ModelError(f"the average does not fit this model: {text}")
-    return {name: theirs[name] for name in values}
+    return {name: theirs[usable[name]] for name in values}
+
+
+def _is_odd(name: str, theirs: Selection, ours: Selection) -> bool:
+    """Whether a name stands for a tensor that our model does not have, or ties to another one."""
+    first = ours.first_name(name)
+    known = first in ours.averaged or first in ours.others or first in ours.buffers
+    return not known or theirs.first_name(first) != theirs.first_name(name)
 
 
 def _mismatch(name: str, theirs: Tensor, ours: Tensor) -> list[str]:

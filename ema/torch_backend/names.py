@@ -51,16 +51,38 @@ class NamedTensors:
     """All tensors of a model by canonical name.
 
     Attributes:
-        parameters: in the order of the modules; a tied one stands under each of its names.
+        parameters: in the order of the modules; a tied one, or one of a shared module, stands
+            under each of its names.
         buffers: likewise.
         paths: canonical name to the path in the model as it is wrapped now.
+        owners: canonical name to the module that has the tensor.
         modules: every module once.
     """
 
     parameters: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     paths: dict[str, str] = dataclasses.field(default_factory=dict)
+    owners: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     modules: list[nn.Module] = dataclasses.field(default_factory=list)
+
+    def add(
+        self, kind: dict[str, Tensor], name: str, path: str, owner: nn.Module, tensor: Tensor
+    ) -> None:
+        """Note a parameter or a buffer, whichever ``kind`` holds.
+
+        Raises:
+            ModelError: another tensor has the same canonical name.
+        """
+        if name in self.paths:
+            if kind.get(name) is tensor:
+                return
+            raise ModelError(
+                f"`{self.paths[name]}` and `{path}` are both called `{name}` without the prefixes"
+                " of wrappers"
+            )
+        kind[name] = tensor
+        self.paths[name] = path
+        self.owners[name] = owner
 
 
 def named_tensors(model: nn.Module) -> NamedTensors:
@@ -73,36 +95,30 @@ def named_tensors(model: nn.Module) -> NamedTensors:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     found = NamedTensors()
-    for prefix, path, module in _walk(model, "", "", set()):
-        found.modules.append(module)
-        for tensors, own in (
+    seen: set[int] = set()
+    for prefix, path, module in _walk(model, "", "", ()):
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.modules.append(module)
+        for kind, own in (
             (found.parameters, module._parameters),
             (found.buffers, module._buffers),
         ):
             for key, tensor in own.items():
-                if tensor is None:
-                    continue
-                name = prefix + key
-                if name in found.paths:
-                    raise ModelError(
-                        f"`{found.paths[name]}` and `{path + key}` are both called `{name}`"
-                        " without the prefixes of wrappers"
-                    )
-                found.paths[name] = path + key
-                tensors[name] = tensor
+                if tensor is not None:
+                    found.add(kind, prefix + key, path + key, module, tensor)
     return found
 
 
 def _walk(
-    module: nn.Module, prefix: str, path: str, seen: set[int]
+    module: nn.Module, prefix: str, path: str, above: tuple[nn.Module, ...]
 ) -> Iterator[tuple[str, str, nn.Module]]:
-    """Canonical prefix, path and module; parents first, each module once."""
-    if id(module) in seen:
+    """Canonical prefix, path and module; parents first, a shared module at each of its places."""
+    if any(module is parent for parent in above):  # a module that holds itself
         return
-    seen.add(id(module))
     yield prefix, path, module
     wrapped = _wrapped_child(module)
     for name, child in module._modules.items():
         if child is not None:
             inner = prefix if name == wrapped else f"{prefix}{name}."
-            yield from _walk(child, inner, f"{path}{name}.", seen)
+            yield from _walk(child, inner, f"{path}{name}.", (*above, module))

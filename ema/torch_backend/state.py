@@ -7,7 +7,7 @@ A state holds tensors, numbers, strings, lists and dicts only, so ``torch.load``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, strided
@@ -124,6 +124,18 @@ class State:
                 raise CheckpointError(f"the remainders are not those of the averages: {text}")
         return dataclasses.replace(self, averages=averages, remainders=remainders)
 
+    def under_first_names(self, found: Selection) -> State:
+        """The same state where each tensor has the name under which ``found`` keeps it.
+
+        A tied parameter, or one of a shared module, may have been saved under another of its names.
+        """
+        return dataclasses.replace(
+            self,
+            averages={label: _Renamed.of(each, found) for label, each in self.averages.items()},
+            remainders={label: _Renamed.of(each, found) for label, each in self.remainders.items()},
+            not_averaged=list(dict.fromkeys(map(found.first_name, self.not_averaged))),
+        )
+
     def check_fits(self, found: Selection) -> None:
         """Compare with the tensors of a model.
 
@@ -144,6 +156,35 @@ class State:
             if text:
                 which = "" if label is None else f" in the average {label!r}"
                 raise CheckpointError(f"the state belongs to another model:{which} {text}")
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors under other names. They are read from ``tensors`` when asked for, maybe from a file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], old_names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._old_names = old_names
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], found: Selection) -> _Renamed:
+        """Under first names, unless these are taken: two tensors are not made one."""
+        firsts = {name: found.first_name(name) for name in tensors}
+        return cls(
+            tensors,
+            {name if first in tensors else first: name for name, first in firsts.items()},
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._old_names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._old_names)
+
+    def __len__(self) -> int:
+        return len(self._old_names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._old_names  # Mapping's own would read the tensor
 
 
 def _by_name(
