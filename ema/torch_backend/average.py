@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema.errors import ModelError, difference
+from ema.errors import ModelError, difference, listing, warn
 from ema.rounding import stream_of
 from ema.torch_backend.distributed.sharding import (
     Place,
@@ -24,8 +24,9 @@ from ema.torch_backend.gpu.lane import Lane
 from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.guard import Flag, Guard
 from ema.torch_backend.memory import allocate, is_dense
-from ema.torch_backend.selection import Selection, select
+from ema.torch_backend.selection import ON_META, Selection, select
 from ema.torch_backend.settings import Settings
+from ema.torch_backend.special_buffers import FirstLook
 from ema.torch_backend.stretches import Entry
 from ema.torch_backend.sweep import Sweep
 from ema.torch_backend.watch import Watch
@@ -43,6 +44,7 @@ class _Bound:
         slots: canonical name to the averages of a tensor and, where they are compensated, as many
             remainders after them.
         places: where in the whole tensor these are.
+        addresses: where the memory of each live tensor began when this was prepared.
         selection: the tensors.
         sweep: an update.
         guard: a look for what is not finite.
@@ -52,11 +54,20 @@ class _Bound:
 
     slots: dict[str, tuple[Tensor, ...]]
     places: dict[str, Place]
+    addresses: dict[str, int]
     selection: Selection
     sweep: Sweep
     guard: Guard
     watch: Watch
     beside: Lane | Offload | None
+
+    def origins(self, found: Selection) -> dict[str, str]:
+        """The name in ``found`` of each tensor that has an average here, and its name here."""
+        return {
+            name: origin
+            for name, origin in found.origins.items()
+            if name in found.averaged and origin in self.slots
+        }
 
 
 class Average:
@@ -78,7 +89,9 @@ class Average:
         self._settings = settings
         self._bound: _Bound | None = None
         self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
-        found = select(model, settings.rules)
+        self._first_look = FirstLook()
+        self._warned_of_meta = False
+        found = self._select()
         if not (found.averaged or found.pending):
             raise ModelError(
                 f"the model has nothing to average: of its {len(found.others)} parameters none"
@@ -110,7 +123,7 @@ class Average:
     def start(self) -> None:
         """Start, or start again, as a copy of the live tensors."""
         self.wait()
-        self._bind(select(self._model, self._settings.rules), {})
+        self._bind(self._select())
 
     def forget(self) -> None:
         """Hold nothing: the averages equal the live tensors again."""
@@ -132,15 +145,44 @@ class Average:
         if self._copied is not None:
             self.assign(self._copied)
         if self._bound is None:
-            found = select(self._model, self._settings.rules)
+            found = self._select()
             same = {n: local_of(t).to(*self._kind(t, None)) for n, t in found.averaged.items()}
             return {name: (tensor,) * self._number for name, tensor in same.items()}, found
         if self._bound.watch.changed():
-            found = select(self._model, self._settings.rules, self._bound.slots)
+            found = self._select(self._bound)
             if not join:
-                found = _only(self._bound.slots, found)
-            self._bind(found, self._bound.slots)
+                found = _only(found.origins, found)
+            self._bind(found, self._bound)
         return self._bound.slots, self._bound.selection
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Name to reason, for each buffer that must not be averaged and was asked for in bulk."""
+        return self._first_look.left_alone
+
+    def check_values(self) -> None:
+        """Before an update: look for tensors that have no values; after ``follow(join=True)``.
+
+        Raises:
+            ModelError: there is nothing else to average.
+
+        Warns:
+            EMAWarning: once, where some are on the meta device.
+        """
+        bound = self._bound
+        if bound is None or not bound.selection.pending:
+            return
+        pending = bound.selection.pending
+        reasons = " or ".join(dict.fromkeys(pending.values()))
+        if not bound.slots:
+            raise ModelError(
+                f"`update` has nothing to average: {listing(pending)} have no values, they are"
+                f" {reasons}"
+            )
+        on_meta = [name for name, reason in pending.items() if reason == ON_META]
+        if on_meta and not self._warned_of_meta:
+            self._warned_of_meta = True
+            warn(f"{listing(on_meta)} are {ON_META} and have no values to average")
 
     def wait(self) -> None:
         """Before the averages are read or written: until an update beside the loop is done."""
@@ -201,9 +243,8 @@ class Average:
                 not given.
         """
         names = values[0]
-        found = _only(names, select(self._model, self._settings.rules, names))
-        old = {} if self._bound is None else self._bound.slots
-        bound = self._bind(found, {name: old[name] for name in old if name in names})
+        found = _only(names, self._select(tracked=names))
+        bound = self._bind(found, self._bound, all_go_on=False)
         for name, slots in bound.slots.items():
             for slot, given in zip(slots, values, strict=True):
                 if name not in given:
@@ -212,11 +253,32 @@ class Average:
                 value = given[name]  # which may be read from a file each time
                 slot.copy_(place_of(value).part(local_of(value), bound.places[name]))
 
-    def _bind(self, found: Selection, old: Mapping[str, tuple[Tensor, ...]]) -> _Bound:
-        """Average what was found, going on from the ``old`` averages; what has none starts live.
+    def _select(self, before: _Bound | None = None, *, tracked: Collection[str] = ()) -> Selection:
+        """The tensors of the model now: by the rules, and what has an average before or by name."""
+        known = {} if before is None else before.selection.averaged
+        return select(
+            self._model,
+            self._settings.rules,
+            tracked or known,
+            known=known,
+            first_look=self._first_look,
+        )
+
+    def _bind(
+        self, found: Selection, before: _Bound | None = None, *, all_go_on: bool = True
+    ) -> _Bound:
+        """Average what was found: averages from before go on, what has none starts live.
 
         A tensor that was sharded since has its part of the average cut out: where every rank held
         all of it, nothing need be communicated.
+
+        Args:
+            found: the tensors.
+            before: their averages so far.
+            all_go_on: whether each average from before must go on.
+
+        Raises:
+            ModelError: one of them cannot. Nothing has changed.
         """
         self.wait()
         places = {name: place_of(tensor) for name, tensor in found.averaged.items()}
@@ -224,39 +286,13 @@ class Average:
             name: local_of(tensor) if is_sharded(tensor) else tensor
             for name, tensor in found.averaged.items()
         }
-        before = {} if self._bound is None else self._bound.places
-        mismatched = [
-            phrase
-            for name in old
-            if name in live
-            for phrase in _moved(name, places[name], before[name])
-        ]
-        if text := difference([name for name in old if name not in live], (), mismatched):
-            raise ModelError(f"the model has changed: {text}")
-        kinds = {
-            name: self._kind(tensor, old[name][0] if name in old else None)
-            for name, tensor in live.items()
-        }
-        renew = {
-            name: tensor
-            for name, tensor in live.items()
-            if name not in old
-            or places[name] != before[name]
-            or not _suits(old[name][0], tensor, kinds[name])
-        }
-        fresh = [allocate(renew, kinds) for _ in range(self._slots)]
-        for index, tensors in enumerate(fresh):
-            for name, slot in tensors.items():
-                if name in old:
-                    slot.copy_(before[name].part(old[name][index], places[name]))
-                elif index < self._number:
-                    slot.copy_(live[name].detach())
-                else:
-                    slot.zero_()
-        slots = {
-            name: tuple(tensors[name] for tensors in fresh) if name in renew else old[name]
-            for name in live
-        }
+        addresses = {name: tensor.data_ptr() for name, tensor in live.items()}
+        old = {}
+        if before is not None:
+            _check_followed(before, found, places, addresses, all_go_on=all_go_on)
+            origins = before.origins(found)
+            old = {name: (before.places[o], before.slots[o]) for name, o in origins.items()}
+        slots = self._slots_for(live, places, old)
         entries = [
             self._entry(name, slots[name], tensor, places[name]) for name, tensor in live.items()
         ]
@@ -274,9 +310,42 @@ class Average:
             beside = Lane(tensor.device for tensor in live.values())
             used = [tensor for several in slots.values() for tensor in several]
             beside.hold([*used, *live.values(), *sweep.tensors])
-        self._bound = _Bound(slots, places, found, sweep, guard, watch, beside)
+        self._bound = _Bound(slots, places, addresses, found, sweep, guard, watch, beside)
         self._copied = None
         return self._bound
+
+    def _slots_for(
+        self,
+        live: Mapping[str, Tensor],
+        places: Mapping[str, Place],
+        old: Mapping[str, tuple[Place, tuple[Tensor, ...]]],
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Averages and remainders for these tensors: the old ones where they suit, or new ones."""
+        kinds = {
+            name: self._kind(tensor, old[name][1][0] if name in old else None)
+            for name, tensor in live.items()
+        }
+        renew = {
+            name: tensor
+            for name, tensor in live.items()
+            if name not in old
+            or places[name] != old[name][0]
+            or not _suits(old[name][1][0], tensor, kinds[name])
+        }
+        fresh = [allocate(renew, kinds) for _ in range(self._slots)]
+        for index, tensors in enumerate(fresh):
+            for name, slot in tensors.items():
+                if name in old:
+                    place, several = old[name]
+                    slot.copy_(place.part(several[index], places[name]))
+                elif index < self._number:
+                    slot.copy_(live[name].detach())
+                else:
+                    slot.zero_()
+        return {
+            name: tuple(tensors[name] for tensors in fresh) if name in renew else old[name][1]
+            for name in live
+        }
 
     def _entry(self, name: str, slots: tuple[Tensor, ...], live: Tensor, place: Place) -> Entry:
         precision = self._settings.precision
@@ -323,6 +392,34 @@ def _is_offloaded(entry: Entry) -> bool:
 def _suits(average: Tensor, tensor: Tensor, kind: tuple[torch.device, torch.dtype]) -> bool:
     same_layout = average.stride() == tensor.stride() or not is_dense(tensor)
     return (average.device, average.dtype) == kind and same_layout
+
+
+def _check_followed(
+    before: _Bound,
+    found: Selection,
+    places: Mapping[str, Place],
+    addresses: Mapping[str, int],
+    *,
+    all_go_on: bool,
+) -> None:
+    """Make sure that averages can follow their tensors.
+
+    Raises:
+        ModelError: with all that cannot be followed.
+    """
+    origins = before.origins(found)
+    gone = [name for name in before.slots if name not in origins.values()] if all_go_on else []
+    phrases = [
+        f"`{name}` is now the tensor that was called `{origins[name]}`, its own is gone"
+        for name in gone
+        if name in origins
+    ]
+    for name, origin in origins.items():
+        if name != origin and addresses[name] != before.addresses[origin]:
+            phrases.append(f"`{name}` was called `{origin}` and lies in other memory than then")
+        phrases += _moved(name, places[name], before.places[origin])
+    if text := difference([name for name in gone if name not in origins], (), phrases):
+        raise ModelError(f"the model has changed: {text}")
 
 
 def _moved(name: str, place: Place, before: Place) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ema.checkpoint import MAX_SHARD_SIZE
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform
-from ema.errors import EMAWarning, StateError, listing
+from ema.errors import EMAWarning, StateError, listing, warn
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
@@ -73,7 +73,8 @@ class EMAModel(Generic[ModelT]):
             from the start even where they are frozen.
         exclude: patterns of parameters that are not averaged.
         buffers: ``"copy"`` uses the model's own as they are, ``"average"`` averages those of
-            floating point, a mapping from patterns to these two decides by name.
+            floating point except for what :attr:`left_alone` lists, a mapping from patterns to
+            these two decides by name.
         compensated: keep what each update rounds away in a remainder ``c`` of the size of the
             average, so that it follows at any decay (a float32 average loses steps of less than
             half a unit in the last place, 6e-3 of the weights at decay 0.99999)::
@@ -203,6 +204,17 @@ class EMAModel(Generic[ModelT]):
         return self._settled().skipped
 
     @property
+    def left_alone(self) -> dict[str, str]:
+        """Buffers that ``buffers="average"`` asked for and that are not averaged: name to reason.
+
+        These are the vectors of spectral norms, the ranges and scales of quantization observers,
+        and buffers that held infinities or NaN when they were first seen, such as masks. The model's
+        own values are used for them, as with ``"copy"``. A rule that names such a buffer
+        (``buffers={"*.mask": "average"}``) averages it.
+        """
+        return self._average.left_alone
+
+    @property
     def sharded(self) -> bool:
         """Whether the model is sharded, so that every rank must call :meth:`save` and the like."""
         return any_sharded(self._look(next(iter(self._settings.schedules)))[1].averaged.values())
@@ -231,7 +243,12 @@ class EMAModel(Generic[ModelT]):
         Raises:
             StateError: averages are swapped in, these or another one's, or with
                 ``on_nonfinite="raise"`` a live weight is NaN or Inf.
-            ModelError: an averaged parameter was resized or removed. Nothing has changed.
+            ModelError: an averaged parameter was resized or removed, or all that is to be averaged
+                is on the meta device. Nothing has changed, counters included.
+
+        Warns:
+            EMAWarning: a parameter is on the meta device, or with ``on_nonfinite="skip"`` the first
+                update was refused; once each.
         """
         self._refuse_while_swapped("update")
         self._refuse_others()
@@ -247,10 +264,12 @@ class EMAModel(Generic[ModelT]):
         if since <= 0 or since % every:
             self._counters = dataclasses.replace(self._counters, step=step)
             return
+        self._average.check_values()
         settled = self._settled()
         count, skipped = settled.count, settled.skipped
-        if self._is_refused():
+        if names := self._refusing():
             self._counters = Counters(step, count, skipped + 1)
+            self._warn_if_first(names)
             return
         count += 1
         schedules = self._settings.schedules.values()
@@ -599,8 +618,9 @@ class EMAModel(Generic[ModelT]):
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Check everything, then take over averages and counters."""
-        loaded = State.from_dict(state, self._settings.names)
-        loaded.check_fits(self._average.follow()[1])
+        found = self._average.follow()[1]
+        loaded = State.from_dict(state, self._settings.names).under_first_names(found)
+        loaded.check_fits(found)
         ours = self._settings.timing()
         if other := {key: state[key] for key in ours if state[key] != ours[key]}:
             warnings.warn(
@@ -658,18 +678,29 @@ class EMAModel(Generic[ModelT]):
         return f"{self._settings.schedules}"
 
     def _settled(self) -> Counters:
+        pending = self._counters.pending
         self._counters = self._counters.settled()
+        if pending is not None and not pending:
+            self._warn_if_first(self._average.nonfinite())
         return self._counters
 
-    def _is_refused(self) -> bool:
-        """Whether the update that is due is to be skipped."""
+    def _refusing(self) -> list[str]:
+        """The tensors for which the update that is due is to be skipped."""
         on_nonfinite = self._settings.precision.on_nonfinite
         if on_nonfinite == "propagate" or self._average.guarded_on_device:
-            return False
+            return []
         names = self._average.nonfinite()
         if names and on_nonfinite == "raise":
             raise StateError(f"live weights must be finite to be averaged, got {listing(names)}")
-        return bool(names)
+        return names
+
+    def _warn_if_first(self, names: list[str]) -> None:
+        """Say that updates are skipped, if all of them were: this may go on for a whole run."""
+        if self._counters.count == 0 and self._counters.skipped == 1:
+            warn(
+                "`on_nonfinite='skip'` has refused every update so far:"
+                f" {listing(names) or 'a tensor'} holds NaN or infinity"
+            )
 
     def _refuse_while_swapped(self, call: str) -> None:
         if self._swap is not None and self._swap.active:

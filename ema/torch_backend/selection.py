@@ -20,8 +20,12 @@ from ema.torch_backend.distributed.sharding import (
 )
 from ema.torch_backend.memory import is_dense
 from ema.torch_backend.names import NamedTensors, named_tensors
+from ema.torch_backend.special_buffers import FirstLook
 
-__all__ = ["Rules", "Selection", "select"]
+__all__ = ["NOT_BUILT", "ON_META", "Rules", "Selection", "select"]
+
+NOT_BUILT = "not built yet"
+ON_META = "on the meta device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Rules:
             grad. None: every parameter that requires grad.
         exclude: parameters that are never averaged.
         buffers: patterns of buffers and ``"copy"`` (the model's own are used as they are) or
-            ``"average"`` (if of floating point); the first match counts, no match copies.
+            ``"average"`` (if of floating point); the first match counts, no match copies. Patterns
+            that end in ``*`` alone ask in bulk, others name the buffer itself.
     """
 
     include: tuple[str, ...] | None
@@ -72,9 +77,17 @@ class Rules:
         return requires_grad if self.include is None else _matches(self.include, names)
 
     def wants_buffer(self, name: str) -> bool:
-        """Whether a buffer is averaged."""
-        rules = (rule for pattern, rule in self.buffers if fnmatchcase(name, pattern))
-        return next(rules, "copy") == "average"
+        """Whether a buffer is averaged, unless that would break it."""
+        return self._buffer_rule(name)[1] == "average"
+
+    def names_buffer(self, name: str) -> bool:
+        """Whether the rule for a buffer names it, so that it is averaged even if that breaks it."""
+        return not set(self._buffer_rule(name)[0].rpartition(".")[2]) <= {"*"}
+
+    def _buffer_rule(self, name: str) -> tuple[str, str]:
+        """The pattern that decides about a buffer, and what it says."""
+        rules = (rule for rule in self.buffers if fnmatchcase(name, rule[0]))
+        return next(rules, ("*", "copy"))
 
     def check_used(self, tensors: NamedTensors) -> None:
         """Refuse a pattern that matches nothing: it would go unnoticed for a whole run."""
@@ -121,8 +134,9 @@ class Selection:
         buffers: buffers that are not averaged.
         ties: further names of any of these, to the first name and the tensor of this name.
         waiting: those of ``others`` that are averaged as soon as they require grad.
-        pending: names of parameters, and of buffers to be averaged, that have no memory yet (lazy
-            modules, the meta device).
+        pending: names of parameters, and of buffers to be averaged, that have no values yet, and
+            why: :data:`NOT_BUILT` (lazy modules) or :data:`ON_META`.
+        origins: canonical name to the name that the same average has had so far, for what has one.
         paths: canonical name to the path in the model as it is wrapped now.
         modules: every module once.
     """
@@ -132,16 +146,36 @@ class Selection:
     buffers: dict[str, Tensor]
     ties: dict[str, tuple[str, Tensor]]
     waiting: list[Tensor]
-    pending: set[str]
+    pending: dict[str, str]
+    origins: dict[str, str]
     paths: dict[str, str]
     modules: list[nn.Module]
 
+    def first_name(self, name: str) -> str:
+        """The name under which a tensor is kept here, given any of its names."""
+        return self.ties[name][0] if name in self.ties else name
 
-def select(model: nn.Module, rules: Rules, tracked: Collection[str] = ()) -> Selection:
+
+def select(
+    model: nn.Module,
+    rules: Rules,
+    tracked: Collection[str] = (),
+    *,
+    known: Mapping[str, Tensor] | None = None,
+    first_look: FirstLook | None = None,
+) -> Selection:
     """Find what ``rules`` average in ``model``, besides what is ``tracked`` already.
 
+    Args:
+        model: is walked through once.
+        rules: what the user asked for.
+        tracked: names of tensors that have an average, whatever the rules say now.
+        known: those tensors as they were last seen. One that has another name by now is known by
+            its identity, and takes its average along.
+        first_look: decides which buffers must not be averaged, and remembers it.
+
     Raises:
-        ArgumentTypeError: ``model`` is no module.
+        ArgumentTypeError: ``model`` is not a module.
         ModelError: a pattern matches nothing; two tensors have one name or share a part of their
             memory; one is to be averaged and cannot be (sparse, repeating its elements), or is kept by an engine
             that leaves nothing to average (FSDP1, ZeRO-3).
@@ -152,41 +186,96 @@ def select(model: nn.Module, rules: Rules, tracked: Collection[str] = ()) -> Sel
         found = named_tensors(model)
     check_supported(found.modules, found.parameters)
     rules.check_used(found)
+    choice = _Choice(found, rules, tracked, known or {}, first_look or FirstLook())
     selection = Selection(
         averaged={},
         others={},
         buffers={},
         ties={},
         waiting=[],
-        pending=set(),
+        pending={},
+        origins={},
         paths=found.paths,
         modules=found.modules,
     )
-    tensors = {**found.parameters, **found.buffers}
-    for names in _names_by_memory(tensors):
-        first = names[0]
-        selection.ties.update({name: (first, tensors[name]) for name in names[1:]})
-        parameters = [found.parameters[name] for name in names if name in found.parameters]
-        tensor = tensors[first]
+    for names in _names_by_memory(choice.tensors):
+        choice.sort(names, selection)
+    _check_disjoint(selection)
+    return selection
+
+
+class _Choice:
+    """Decides about one tensor after the other."""
+
+    def __init__(
+        self,
+        found: NamedTensors,
+        rules: Rules,
+        tracked: Collection[str],
+        known: Mapping[str, Tensor],
+        first_look: FirstLook,
+    ) -> None:
+        self._found = found
+        self._rules = rules
+        self._tracked = tracked
+        self._known = {id(tensor): name for name, tensor in known.items() if name in tracked}
+        self._first_look = first_look
+        self.tensors: dict[str, Tensor] = {**found.parameters, **found.buffers}
+        present = {id(tensor) for tensor in self.tensors.values()}
+        self._elsewhere = {name for key, name in self._known.items() if key in present}
+
+    def sort(self, names: list[str], selection: Selection) -> None:
+        """Put the tensor that has these names where it belongs."""
+        first, tensor = names[0], self.tensors[names[0]]
+        selection.ties.update({name: (first, self.tensors[name]) for name in names[1:]})
+        parameters = [self._found.parameters[n] for n in names if n in self._found.parameters]
         if is_lazy(tensor) or tensor.is_meta:
             wanted = False
-            selection.pending.update(names if parameters or rules.wants_buffer(first) else ())
+            if parameters or self._rules.wants_buffer(first):
+                reason = NOT_BUILT if is_lazy(tensor) else ON_META
+                selection.pending.update(dict.fromkeys(names, reason))
         elif not (tensor.is_floating_point() or tensor.is_complex()):
             wanted = False
         elif parameters:
-            requires_grad = any(parameter.requires_grad for parameter in parameters)
-            wanted = rules.wants(names, requires_grad=requires_grad)
-            if not wanted and rules.wants(names, requires_grad=True):
-                selection.waiting.extend(parameters)
+            wanted = self._wants_parameter(names, parameters, selection.waiting)
         else:
-            wanted = rules.wants_buffer(first)
-        if wanted or (first in tracked and not is_lazy(tensor)):
+            wanted = self._wants_buffer(first, tensor)
+        origin = self._origin(names)
+        if origin is not None:
+            selection.origins[first] = origin
+        if wanted or (origin is not None and not is_lazy(tensor)):
             _check_averageable(first, tensor)
             selection.averaged[first] = tensor
         else:
             (selection.others if parameters else selection.buffers)[first] = tensor
-    _check_disjoint(selection)
-    return selection
+
+    def _wants_parameter(
+        self, names: list[str], parameters: list[Tensor], waiting: list[Tensor]
+    ) -> bool:
+        requires_grad = any(parameter.requires_grad for parameter in parameters)
+        wanted = self._rules.wants(names, requires_grad=requires_grad)
+        if not wanted and self._rules.wants(names, requires_grad=True):
+            waiting.extend(parameters)
+        return wanted
+
+    def _wants_buffer(self, name: str, buffer: Tensor) -> bool:
+        if not self._rules.wants_buffer(name):
+            return False
+        if self._rules.names_buffer(name):
+            return True
+        return self._first_look.allows(name, buffer, self._found.owners[name])
+
+    def _origin(self, names: list[str]) -> str | None:
+        """The name so far of the average of a tensor, or None where it has none.
+
+        A tensor that is known takes its average along to another name. An unknown one takes the
+        average of its name, unless that goes elsewhere with the tensor that it belongs to.
+        """
+        for name in names:
+            if (origin := self._known.get(id(self.tensors[name]))) is not None:
+                return origin
+        left = (name for name in names if name in self._tracked and name not in self._elsewhere)
+        return next(left, None)
 
 
 def _names_by_memory(tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -219,6 +308,8 @@ def _check_averageable(name: str, tensor: Tensor) -> None:
         raise ModelError(f"`{name}` has the layout {tensor.layout}, only dense tensors average")
     if tensor.is_conj() or tensor.is_neg():
         raise ModelError(f"`{name}` is a view that conjugates or negates: take its resolve_conj()")
+    if tensor.is_meta:
+        raise ModelError(f"`{name}` is {ON_META}, where it has no values to average")
     if tensor.numel() and not _address(tensor):
         raise ModelError(
             f"`{name}` is a {type(tensor).__name__} without memory of its own: exclude it"
