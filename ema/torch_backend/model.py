@@ -678,9 +678,9 @@ class EMAModel(Generic[ModelT]):
         return f"{self._settings.schedules}"
 
     def _settled(self) -> Counters:
-        pending = self._counters.pending
-        self._counters = self._counters.settled()
-        if pending is not None and not pending:
+        before = self._counters
+        self._counters = before.settled()
+        if self._counters.skipped > before.skipped:
             self._warn_if_first(self._average.nonfinite())
         return self._counters
 

@@ -76,17 +76,17 @@ class Rules:
             return False
         return requires_grad if self.include is None else _matches(self.include, names)
 
-    def wants_buffer(self, name: str) -> bool:
+    def wants_buffer(self, names: Collection[str]) -> bool:
         """Whether a buffer is averaged, unless that would break it."""
-        return self._buffer_rule(name)[1] == "average"
+        return self._buffer_rule(names)[1] == "average"
 
-    def names_buffer(self, name: str) -> bool:
+    def names_buffer(self, names: Collection[str]) -> bool:
         """Whether the rule for a buffer names it, so that it is averaged even if that breaks it."""
-        return not set(self._buffer_rule(name)[0].rpartition(".")[2]) <= {"*"}
+        return not set(self._buffer_rule(names)[0].rpartition(".")[2]) <= {"*"}
 
-    def _buffer_rule(self, name: str) -> tuple[str, str]:
+    def _buffer_rule(self, names: Collection[str]) -> tuple[str, str]:
         """The pattern that decides about a buffer, and what it says."""
-        rules = (rule for rule in self.buffers if fnmatchcase(name, rule[0]))
+        rules = (rule for rule in self.buffers if _matches((rule[0],), names))
         return next(rules, ("*", "copy"))
 
     def check_used(self, tensors: NamedTensors) -> None:
@@ -231,7 +231,7 @@ class _Choice:
         parameters = [self._found.parameters[n] for n in names if n in self._found.parameters]
         if is_lazy(tensor) or tensor.is_meta:
             wanted = False
-            if parameters or self._rules.wants_buffer(first):
+            if parameters or self._rules.wants_buffer(names):
                 reason = NOT_BUILT if is_lazy(tensor) else ON_META
                 selection.pending.update(dict.fromkeys(names, reason))
         elif not (tensor.is_floating_point() or tensor.is_complex()):
@@ -239,7 +239,7 @@ class _Choice:
         elif parameters:
             wanted = self._wants_parameter(names, parameters, selection.waiting)
         else:
-            wanted = self._wants_buffer(first, tensor)
+            wanted = self._wants_buffer(names, tensor)
         origin = self._origin(names)
         if origin is not None:
             selection.origins[first] = origin
@@ -258,12 +258,12 @@ class _Choice:
             waiting.extend(parameters)
         return wanted
 
-    def _wants_buffer(self, name: str, buffer: Tensor) -> bool:
-        if not self._rules.wants_buffer(name):
+    def _wants_buffer(self, names: list[str], buffer: Tensor) -> bool:
+        if not self._rules.wants_buffer(names):
             return False
-        if self._rules.names_buffer(name):
+        if self._rules.names_buffer(names):
             return True
-        return self._first_look.allows(name, buffer, self._found.owners[name])
+        return self._first_look.allows(names[0], buffer, self._found.owners[names[0]])
 
     def _origin(self, names: list[str]) -> str | None:
         """The name so far of the average of a tensor, or None where it has none.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 import ema
@@ -51,3 +53,23 @@ def test_a_long_difference_is_cut_after_ten_of_each_kind():
     text = errors.difference(many, many, many)
     assert text.count("and 2 more") == 3
     assert "w10" not in text
+
+
+def test_a_warning_points_at_the_first_line_outside_of_the_package():
+    """Through any number of frames of ours, and through the frames of a context manager."""
+    namespace = {"__name__": "ema.somewhere", "warn": errors.warn}
+    exec("def inner():\n    warn('odd')\n\ndef outer():\n    inner()", namespace)
+
+    def leave_a_context():
+        with contextlib.ExitStack() as stack:
+            stack.callback(namespace["outer"])
+
+    for call in (
+        lambda: errors.warn("odd"),
+        namespace["inner"],
+        namespace["outer"],
+        leave_a_context,
+    ):
+        with pytest.warns(ema.EMAWarning, match="odd") as seen:
+            call()
+        assert [warning.filename for warning in seen] == [__file__]

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from ema import ModelError
-from ema.torch_backend import EMAModel
+from ema.torch_backend import EMAModel, layouts
 
 
 def check_follows(model, ema_model, names, step):
@@ -63,6 +64,18 @@ def transpose_in_place(model):
     model.second.weight = nn.Parameter(torch.randn(8, 2).t())
 
 
+def every_second_element_at_the_same_address(model):
+    memory = torch.randn(16)
+    model.first.bias.data = memory[:8]
+    model.first.bias.data = memory[::2]
+
+
+def other_dtype_at_the_same_address(model):
+    memory = torch.ones(8, 8)
+    model.first.weight.data = memory[:, :4].contiguous()
+    model.first.weight.data = model.first.weight.data.view(torch.float16)[:, ::2]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -76,6 +89,8 @@ def transpose_in_place(model):
         cast_wider,
         change_layout,
         transpose_in_place,
+        every_second_element_at_the_same_address,
+        other_dtype_at_the_same_address,
     ],
 )
 def test_followed(model, step, change):
@@ -268,3 +283,215 @@ def test_vectors_cast_to_a_dtype_of_the_same_size_are_followed():
         model.weight.fill_(2.0**20)
     ema_model.update()
     assert torch.equal(ema_model.averaged_parameters()["weight"], torch.full((8,), 0.5 + 2.0**19))
+
+
+def vectors(**given):
+    """A module with these parameters."""
+    model = nn.Module()
+    for name, tensor in given.items():
+        model.register_parameter(name, nn.Parameter(tensor))
+    return model
+
+
+def at_the_same_address(tensor, change):
+    """Another view of the memory of a parameter, which the parameter refers to from now on."""
+    address = tensor.data_ptr()
+    tensor.data = change(tensor.data)
+    assert tensor.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    ("size", "change"),
+    [
+        (8, lambda data: data.view(2, 4)),
+        (8, lambda data: data.view(8, 1)),
+        (8, lambda data: data.view(torch.float64)),
+        (8, lambda data: data.view(torch.bfloat16)),
+        (20_000, lambda data: data.view(200, 100)),
+        (20_000, lambda data: data[:10_000]),
+        (20_000, lambda data: data.view(torch.complex64)),
+    ],
+)
+def test_another_shape_at_the_same_address_is_refused_with_nothing_changed(size, change):
+    """Also where it has the same number of bytes; small and large tensors, and those before it."""
+    model = vectors(
+        a=torch.zeros(8), b=torch.zeros(8).bfloat16(), c=torch.zeros(size), d=torch.zeros(8)
+    )
+    average = EMAModel(model, 0.5, on_nonfinite="skip")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    before = average.state_dict()
+    kept = model.c.data
+    at_the_same_address(model.c, change)
+    with pytest.raises(ModelError, match=r"the model has changed: `c` has shape"):
+        average.update()
+    model.c.data = kept
+    after = average.state_dict()
+    assert (after["step"], after["count"], after["skipped"]) == (0, 0, 0)
+    for name, tensor in before["averages"].items():
+        assert torch.equal(tensor, after["averages"][name])
+    average.update()
+    assert all(bool((a == 0.5).all()) for a in average.averaged_parameters().values())
+
+
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_other_strides_at_the_same_address_are_followed(size):
+    memory = torch.arange(2.0 * size)
+    model = vectors(w=memory[:size])
+    average = EMAModel(model, 0.0)
+    at_the_same_address(model.w, lambda _: memory[::2])
+    average.update()
+    assert torch.equal(average.averaged_parameters()["w"], memory[::2])
+
+
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_another_dtype_at_the_same_address_is_followed(size):
+    """The two halves of a precision have as many bytes."""
+    model = vectors(w=torch.ones(size).bfloat16(), v=torch.ones(3).bfloat16())
+    average = EMAModel(model, 0.0)
+    at_the_same_address(model.w, lambda data: data.view(torch.float16))
+    average.update()
+    assert torch.equal(average.averaged_parameters()["w"], model.w.detach().float())
+    assert (average.averaged_parameters()["w"] == 1.875).all()
+
+
+def watched(average):
+    return average._average._bound
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autograd.set_detect_anomaly(mode=True, check_nan=False),
+    ],
+)
+def test_a_mode_is_no_change_of_the_model(model, step, inside):
+    """What is prepared for an update is kept, whatever mode the update is made in."""
+    average = EMAModel(model, 0.5)
+    average.update()
+    prepared = watched(average)
+    for _ in range(2):
+        step(model)
+        with inside():
+            average.update()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    average.update()
+    assert watched(average) is prepared
+
+
+def test_without_the_guards_of_compiled_code_the_same_is_noticed(model, monkeypatch):
+    monkeypatch.setattr(layouts, "TensorGuards", None)
+    average = EMAModel(model, 0.5)
+    prepared = watched(average)
+    average.update()
+    assert watched(average) is prepared
+    at_the_same_address(model.first.bias, lambda data: data.view(2, 4))
+    with pytest.raises(ModelError, match=r"`first.bias` has shape \(2, 4\)"):
+        average.update()
+
+
+def linear(value):
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(value)
+    return layer
+
+
+def means(average):
+    return {name: value.mean().item() for name, value in average.averaged_parameters().items()}
+
+
+def test_layers_that_move_on_take_their_averages_along():
+    """A layer in front of others shifts their names; it joins with its own values."""
+    model = nn.Sequential(linear(1.0), linear(2.0))
+    average = EMAModel(model, 0.5)
+    model.insert(0, linear(7.0))
+    for layer in model[1:]:
+        with torch.no_grad():
+            layer.weight.add_(1)
+            layer.bias.add_(1)
+    average.update()
+    assert means(average) == {
+        "0.weight": 7.0,
+        "0.bias": 7.0,
+        "1.weight": 1.5,
+        "1.bias": 1.5,
+        "2.weight": 2.5,
+        "2.bias": 2.5,
+    }
+
+
+def test_layers_that_change_places_take_their_averages_along():
+    model = nn.Sequential(linear(1.0), linear(2.0), linear(3.0))
+    average = EMAModel(model, 1.0, compensated=True)
+    model[0], model[2] = model[2], model[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(9.0)
+    assert means(average)["0.weight"] == 3.0  # also when only looked at
+    average.update()
+    assert [means(average)[f"{index}.bias"] for index in range(3)] == [3.0, 2.0, 1.0]
+    with average.use_ema():
+        assert [layer.bias[0].item() for layer in model] == [3.0, 2.0, 1.0]
+
+
+def test_a_frozen_layer_that_moves_on_keeps_its_average():
+    model = nn.Sequential(linear(1.0), linear(2.0))
+    average = EMAModel(model, 1.0)
+    model[0].requires_grad_(False)
+    model.insert(0, linear(5.0).requires_grad_(False))
+    average.update()
+    assert means(average) == {"1.weight": 1.0, "1.bias": 1.0, "2.weight": 2.0, "2.bias": 2.0}
+
+
+def test_the_last_parameter_under_a_new_name_is_followed():
+    """Nothing but the name tells: the modules hold the same tensors in the same order."""
+    model = vectors(a=torch.zeros(4), b=torch.ones(4))
+    average = EMAModel(model, 1.0)
+    model.c = model.b
+    del model.b
+    average.update()
+    assert means(average) == {"a": 0.0, "c": 1.0}
+
+
+def test_a_layer_that_was_removed_is_refused_even_if_another_has_its_name():
+    model = nn.Sequential(linear(1.0), linear(2.0))
+    average = EMAModel(model, 0.5)
+    del model[0]
+    text = "`0.weight` is now the tensor that was called `1.weight`, its own is gone"
+    with pytest.raises(ModelError, match=text):
+        average.update()
+    assert average.step == 0
+
+
+def test_a_parameter_under_a_new_name_and_with_other_values_is_refused():
+    """A parametrization may keep a weight in another form in the same ``Parameter``."""
+
+    class Exponential(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+        def right_inverse(self, x):
+            return x.log()
+
+    model = nn.Sequential(linear(1.0))
+    average = EMAModel(model, 0.5)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Exponential())
+    text = r"`0.parametrizations.weight.original` was called `0.weight` and lies in other memory"
+    with pytest.raises(ModelError, match=text):
+        average.update()
+    assert average.step == 0
+
+
+def test_a_pruned_weight_is_followed_under_its_new_name():
+    model = nn.Sequential(linear(1.0))
+    average = EMAModel(model, 1.0)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    average.update()
+    assert means(average) == {"0.weight_orig": 1.0, "0.bias": 1.0}

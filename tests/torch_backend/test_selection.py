@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
 
-from ema import ArgumentError, ArgumentTypeError, ModelError
+from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, ModelError
 from ema.torch_backend import EMAModel
 
 
@@ -264,3 +264,139 @@ def test_a_conjugated_view_is_refused():
     model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64).conj())
     with pytest.raises(ModelError, match=r"`weight` .* conjugates .* resolve_conj"):
         EMAModel(model)
+
+
+class SharedModule(nn.Module):
+    """A module under two names, or two modules that share their parameter."""
+
+    def __init__(self, *, shared=True):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        encoder = {"linear": nn.Linear(4, 4), "embed": self.embedding}
+        if not shared:
+            encoder["embed"] = nn.Embedding(5, 4)
+            encoder["embed"].weight = self.embedding.weight
+        self.encoder = nn.ModuleDict(encoder)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_shared_module_is_known_under_all_of_its_names(shared):
+    """As a tied parameter is, in patterns that include and patterns that exclude."""
+    rest = {"encoder.linear.weight", "encoder.linear.bias"}
+    model = SharedModule(shared=shared)
+    assert names(EMAModel(model, include="encoder.*")) == {"embedding.weight", *rest}
+    assert names(EMAModel(model, include="encoder.embed.*")) == {"embedding.weight"}
+    assert names(EMAModel(model, exclude="encoder.embed.weight")) == rest
+    assert names(EMAModel(model, exclude="embedding.*")) == rest
+
+
+def test_buffers_of_a_shared_module_are_known_under_all_of_their_names():
+    norm = nn.BatchNorm1d(2)
+    model = nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)})
+    average = EMAModel(model, buffers={"b.*.running_mean": "average"})
+    assert "a.running_mean" in names(average)
+
+
+def test_a_module_that_holds_itself_is_walked_once():
+    model = nn.Module()
+    model.child = nn.Linear(2, 2)
+    model.child.parent = model
+    assert names(EMAModel(model)) == {"child.weight", "child.bias"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_shared_module_and_a_tied_parameter_take_each_others_average(ours, theirs, step):
+    """In another model, in a state and in a file."""
+    model, other = SharedModule(shared=ours), SharedModule(shared=theirs)
+    average = EMAModel(model, 0.5)
+    step(model)
+    average.update()
+    average.copy_to(other)
+    expected = average.averaged_parameters()
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, expected[name])
+    restored = EMAModel(other, 0.5)
+    restored.load_state_dict(average.state_dict())
+    for name, value in restored.averaged_parameters().items():
+        assert torch.equal(value, expected[name])
+
+
+class Renamed(nn.Module):
+    """The modules of :class:`SharedModule` in another order, so that another name comes first."""
+
+    def __init__(self):
+        super().__init__()
+        inner = SharedModule()
+        self.encoder, self.embedding = inner.encoder, inner.embedding
+
+
+def test_another_of_the_names_may_come_first_elsewhere(step, tmp_path):
+    """A state, a file and another model know a shared tensor by whichever name they have."""
+    model, other = SharedModule(), Renamed()
+    average = EMAModel(model, 0.5, compensated=True)
+    step(model)
+    average.update()
+    assert "embedding.weight" in names(average)
+    again = EMAModel(other, 0.5, compensated=True)
+    assert "encoder.embed.weight" in names(again)
+    again.load_state_dict(average.state_dict())
+    loaded = EMAModel(Renamed(), 0.5, compensated=True)
+    loaded.load(average.save(tmp_path / "average"))
+    average.copy_to(other)
+    expected = average.averaged_parameters()["embedding.weight"]
+    for found in (
+        again.averaged_parameters()["encoder.embed.weight"],
+        loaded.averaged_parameters()["encoder.embed.weight"],
+        other.embedding.weight,
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_a_model_with_the_two_names_untied_is_refused():
+    untied = SharedModule(shared=False)
+    untied.encoder["embed"].weight = nn.Parameter(torch.randn(5, 4))
+    tied = SharedModule()
+    with pytest.raises(ModelError, match=r"unexpected: `encoder.embed.weight`$"):
+        EMAModel(tied).copy_to(untied)
+    with pytest.raises(ModelError, match=r"missing: `encoder.embed.weight`$"):
+        EMAModel(untied).copy_to(tied)
+    with pytest.raises(CheckpointError, match=r"missing: `encoder.embed.weight`$"):
+        EMAModel(untied).load_state_dict(EMAModel(tied).state_dict())
+    with pytest.raises(CheckpointError, match=r"unexpected: `encoder.embed.weight`$"):
+        EMAModel(tied).load_state_dict(EMAModel(untied).state_dict())
+
+
+def meta(model):
+    """What offload hooks leave between two forward passes."""
+    return model.to("meta")
+
+
+def test_an_update_of_parameters_on_the_meta_device_is_refused():
+    """At the first one that is due, and with nothing counted."""
+    average = EMAModel(meta(nn.Linear(2, 2)), 0.5, update_after_step=1, update_every=2)
+    average.update()
+    average.update()
+    with pytest.raises(ModelError, match=r"`weight`, `bias` have no values, .* on the meta device"):
+        average.update()
+    assert (average.step, average.count) == (2, 0)
+
+
+def test_parameters_that_go_to_the_meta_device_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = EMAModel(model, 0.5)
+    average.update()
+    meta(model[1])
+    with pytest.raises(ModelError, match=r"`1.weight` is on the meta device"):
+        average.update()
+    assert (average.step, average.count) == (1, 1)
+
+
+def test_some_parameters_on_the_meta_device_are_warned_of_once():
+    model = nn.Sequential(nn.Linear(2, 2), meta(nn.Linear(2, 2)))
+    average = EMAModel(model, 0.5)
+    with pytest.warns(EMAWarning, match=r"`1.weight`, `1.bias` are on the meta device") as seen:
+        average.update()
+    average.update()
+    assert [warning.filename for warning in seen] == [__file__]
+    assert average.count == 2

@@ -129,6 +129,6 @@ def test_a_flag_is_asked_once(monkeypatch):
     monkeypatch.setattr(guard.Flag, "__bool__", lambda self: asked.append(self) or False)
     model = make()
     one = EMAModel(model, 0.9, on_nonfinite="skip")
-    one._counters = Counters(step=1, count=1, pending=guard.Flag(torch.tensor(False)))
-    assert (one.count, one.skipped, one.count, one.step) == (0, 1, 0, 1)
+    one._counters = Counters(step=2, count=2, pending=guard.Flag(torch.tensor(False)))
+    assert (one.count, one.skipped, one.count, one.step) == (1, 1, 1, 2)
     assert len(asked) == 1
