@@ -45,9 +45,15 @@ class MappedFile:
         self._lent: tuple[int, int] | None = None
 
     def bytes_of(self, entry: Entry) -> memoryview:
-        """The bytes of a tensor; they stay readable, others are given back."""
+        """The bytes of a tensor; they stay readable, others are given back.
+
+        Raises:
+            CheckpointError: the file has become too short for them.
+        """
         start = self.header.start + entry.begin
         length = entry.end - entry.begin
+        if self._map.size() < start + length:  # reading them would end the process
+            raise CheckpointError("the file was shortened while it was being read")
         self.release()
         self._lent = (start, length)
         return memoryview(self._map)[start : start + length]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ema.errors import ModelError, difference, listing, warn
 from ema.rounding import stream_of
+from ema.torch_backend.counters import Counters
 from ema.torch_backend.distributed.sharding import (
     Place,
     is_sharded,
@@ -23,6 +24,7 @@ from ema.torch_backend.distributed.sharding import (
 from ema.torch_backend.gpu.lane import Lane
 from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.guard import Flag, Guard
+from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.memory import allocate, is_dense
 from ema.torch_backend.selection import ON_META, Selection, select
 from ema.torch_backend.settings import Settings
@@ -77,6 +79,10 @@ class Average:
         model: the module; it is looked through again whenever it has changed.
         settings: what is averaged, how many averages there are of it, and of which kind.
 
+    Attributes:
+        incomplete: which averages hold a part of their old values and a part of new ones, since
+            :meth:`assign` broke off.
+
     Raises:
         ModelError: there is nothing to average, or something that cannot be.
     """
@@ -91,6 +97,7 @@ class Average:
         self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
         self._first_look = FirstLook()
         self._warned_of_meta = False
+        self.incomplete: frozenset[int] = frozenset()
         found = self._select()
         if not (found.averaged or found.pending):
             raise ModelError(
@@ -115,6 +122,12 @@ class Average:
             vars(child).setdefault("_averages", []).append(values)
         return {**self.__dict__, "_bound": None, "_copied": values}
 
+    def apart(self) -> Average:
+        """The averages of this moment for a copy or a pickle, which may be made later."""
+        copy = object.__new__(Average)
+        copy.__dict__.update(self.__getstate__())
+        return copy
+
     @property
     def started(self) -> bool:
         """Whether there are averages; until then they equal the live tensors."""
@@ -124,11 +137,13 @@ class Average:
         """Start, or start again, as a copy of the live tensors."""
         self.wait()
         self._bind(self._select())
+        self.incomplete = frozenset()
 
     def forget(self) -> None:
         """Hold nothing: the averages equal the live tensors again."""
         self.wait()
         self._bound = self._copied = None
+        self.incomplete = frozenset()
 
     def follow(self, *, join: bool = False) -> tuple[dict[str, tuple[Tensor, ...]], Selection]:
         """Look at the model: the averages of each tensor by canonical name, and its tensors as they are now.
@@ -212,46 +227,67 @@ class Average:
         if self._bound is not None and isinstance(self._bound.beside, Lane):
             self._bound.beside.before_write()
 
-    def update(self, weights: Sequence[float], count: int) -> Flag | None:
-        """Make update number ``count`` with these weights; after ``follow(join=True)``.
+    def update(
+        self, weights: Sequence[float], counters: Counters, keep: Callable[[Counters], None]
+    ) -> None:
+        """Make the update that ``counters`` count; after ``follow(join=True)``.
 
-        Returns:
-            With :attr:`guarded_on_device` whether it was made, which the host asks later.
+        Args:
+            weights: one for each average.
+            counters: as they are after the update.
+            keep: is called with them in the moment of the update, so that Ctrl-C, or a handler of
+                another signal that saves, finds both as they were or both as they will be.
         """
         bound = self._bound
         if bound is None:
-            return None
+            keep(counters)
+            return
+        if bound.beside is None and not self.guarded_on_device:
+            bound.sweep(weights, counters.count, then=partial(keep, counters))
+            return
         flags: list[Flag] = []
-        work = partial(bound.sweep, weights, count)
+        work = partial(bound.sweep, weights, counters.count)
         if self.guarded_on_device:
-            work = partial(_guarded, bound, weights, count, flags)
-        if bound.beside is None:
-            work()
-        else:
-            bound.beside.run(work)
-            if self._settings.rules.average_buffers:  # the next forward pass writes those
-                bound.beside.wait()
-        return flags[0] if flags else None
+            work = partial(_guarded, bound, weights, counters.count, flags)
+        if isinstance(bound.beside, Offload):
+            bound.beside.wait()  # which Ctrl-C may end
+        with uninterrupted():
+            if bound.beside is None:
+                work()
+            else:
+                bound.beside.run(work)
+            keep(dataclasses.replace(counters, pending=flags[0] if flags else None))
+        if bound.beside is not None and self._settings.rules.average_buffers:
+            bound.beside.wait()  # the next forward pass writes those
 
-    def assign(self, values: Sequence[Mapping[str, Tensor]]) -> None:
+    def assign(self, values: Sequence[Mapping[str, Tensor]], only: int | None = None) -> None:
         """Take over these values, which fit the model; nothing else is averaged from now on.
 
-        A parameter that requires grad and is not among them joins at the next update.
+        A parameter that requires grad and is not among them joins at the next update. Ctrl-C waits.
+        If reading a value raises, what was assigned before stays, and :attr:`incomplete` says so.
 
         Args:
             values: by name, of each average and then of each remainder, which is 0 where it is
                 not given.
+            only: the average that they are new for; the values of the others are their own.
         """
         names = values[0]
         found = _only(names, self._select(tracked=names))
-        bound = self._bind(found, self._bound, all_go_on=False)
-        for name, slots in bound.slots.items():
-            for slot, given in zip(slots, values, strict=True):
-                if name not in given:
-                    slot.zero_()
-                    continue
-                value = given[name]  # which may be read from a file each time
-                slot.copy_(place_of(value).part(local_of(value), bound.places[name]))
+        self.wait()
+        with uninterrupted():
+            bound = self._bind(found, self._bound, all_go_on=False)
+            changed = frozenset(range(self._number) if only is None else [only])
+            before, self.incomplete = self.incomplete, self.incomplete | changed
+            for name, slots in bound.slots.items():
+                for index, (slot, given) in enumerate(zip(slots, values, strict=True)):
+                    if index % self._number not in changed:
+                        continue
+                    if name not in given:
+                        slot.zero_()
+                        continue
+                    value = given[name]  # which may be read from a file each time
+                    slot.copy_(place_of(value).part(local_of(value), bound.places[name]))
+            self.incomplete = before - changed
 
     def _select(self, before: _Bound | None = None, *, tracked: Collection[str] = ()) -> Selection:
         """The tensors of the model now: by the rules, and what has an average before or by name."""

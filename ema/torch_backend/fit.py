@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema.errors import ModelError, difference
-from ema.torch_backend.distributed.sharding import place_of
+from ema.torch_backend.distributed.sharding import local_of, place_of
 from ema.torch_backend.selection import Rules, Selection, select
 
-__all__ = ["targets"]
+__all__ = ["check_writable", "targets"]
 
 
 def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> dict[str, Tensor]:
@@ -56,6 +57,20 @@ def _is_odd(name: str, theirs: Selection, ours: Selection) -> bool:
     first = ours.first_name(name)
     known = first in ours.averaged or first in ours.others or first in ours.buffers
     return not known or theirs.first_name(first) != theirs.first_name(name)
+
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that all of these can be written to in place.
+
+    Raises:
+        ModelError: one of them cannot.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ModelError(f"`{name}` was made in inference mode and cannot be written")
+        strides = zip(local_of(tensor).stride(), local_of(tensor).shape, strict=True)
+        if any(stride == 0 and size > 1 for stride, size in strides):
+            raise ModelError(f"`{name}` is expanded: its elements share memory and cannot differ")
 
 
 def _mismatch(name: str, theirs: Tensor, ours: Tensor) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
@@ -21,18 +23,21 @@ from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
+from ema.torch_backend.blocks import ENDED_BESIDE, Block, ended_inside, report
 from ema.torch_backend.counters import Counters
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.distributed.ranks import verify_ranks
 from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.eager import eager
-from ema.torch_backend.fit import targets
+from ema.torch_backend.fit import check_writable, targets
+from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
 from ema.torch_backend.teacher import call_with
+from ema.torch_backend.turns import Turns, in_eager_turn, in_turn
 
 __all__ = ["EMAModel"]
 
@@ -149,6 +154,8 @@ class EMAModel(Generic[ModelT]):
         self._settings = settings
         self._average = Average(model, settings)
         self._swap: Swap | None = None
+        self._blocks: list[Block] = []  # that are open and see the swap, in the order of entering
+        self._turns = Turns()
         self._counters = Counters()
         self._file_metadata: dict[str, str] = {}
         self._begin()
@@ -196,12 +203,12 @@ class EMAModel(Generic[ModelT]):
     @property
     def count(self) -> int:
         """Updates that were made by them."""
-        return self._settled().count
+        return self._counters.settled().count
 
     @property
     def skipped(self) -> int:
         """Updates that were due and not made, since the live weights were not finite."""
-        return self._settled().skipped
+        return self._counters.settled().skipped
 
     @property
     def left_alone(self) -> dict[str, str]:
@@ -215,10 +222,12 @@ class EMAModel(Generic[ModelT]):
         return self._average.left_alone
 
     @property
+    @in_turn
     def sharded(self) -> bool:
         """Whether the model is sharded, so that every rank must call :meth:`save` and the like."""
         return any_sharded(self._look(next(iter(self._settings.schedules)))[1].averaged.values())
 
+    @in_turn
     def reset(self) -> None:
         """Start again from the live weights, at step 0.
 
@@ -230,13 +239,15 @@ class EMAModel(Generic[ModelT]):
         self._begin()
 
     def _begin(self) -> None:
-        if self._settings.update_after_step:
-            self._average.forget()
-        else:
-            self._average.start()
-        self._counters = Counters()
+        with uninterrupted():
+            if self._settings.update_after_step:
+                self._average.forget()
+            else:
+                self._average.start()
+            self._counters = Counters()
 
     @eager
+    @in_eager_turn
     def update(self) -> None:
         """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
 
@@ -251,6 +262,7 @@ class EMAModel(Generic[ModelT]):
                 update was refused; once each.
         """
         self._refuse_while_swapped("update")
+        self._refuse_incomplete()
         self._refuse_others()
         step = self._counters.step + 1
         since = step - self._settings.update_after_step
@@ -274,15 +286,15 @@ class EMAModel(Generic[ModelT]):
         count += 1
         schedules = self._settings.schedules.values()
         weights = [schedule.weight(float(count), every) for schedule in schedules]
-        # counted first: Ctrl-C that arrives during the update is raised right after it
-        self._counters = Counters(step, count, skipped)
-        made = self._average.update(weights, count)
-        self._counters = Counters(step, count, skipped, made)
+        counters = Counters(step, count, skipped)
+        self._average.update(weights, counters, partial(setattr, self, "_counters"))
 
+    @in_turn
     def before_write(self) -> None:
         """With ``overlap``, before anything but a PyTorch optimizer writes live weights."""
         self._average.before_write()
 
+    @in_turn
     def averaged_parameters(self, name: str | None = None) -> dict[str, Tensor]:
         """Canonical name to average: views, valid until the next update or swap.
 
@@ -295,6 +307,7 @@ class EMAModel(Generic[ModelT]):
         averages, found = self._look(name)
         return _wrapped(averages, found)
 
+    @in_turn
     def relative_distance(self, name: str | None = None) -> float:
         """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once.
 
@@ -305,6 +318,7 @@ class EMAModel(Generic[ModelT]):
         averages, found = self._look(name)
         return relative_distance(averages, found.averaged)
 
+    @in_turn
     def verify_ranks(self) -> None:
         """Make sure that all ranks have the same average, where they should (DDP, replicas).
 
@@ -324,6 +338,7 @@ class EMAModel(Generic[ModelT]):
         counters = {"step": self.step, "count": self.count, "skipped": self.skipped}
         verify_ranks(counters, tensors)
 
+    @in_turn
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the averaged weights and leave the live ones alone: a teacher.
 
@@ -340,6 +355,7 @@ class EMAModel(Generic[ModelT]):
         averages, found = self._look()
         return call_with(self._model, found, averages, args, kwargs)
 
+    @in_turn
     def apply_ema(
         self, model: nn.Module | None = None, *, name: str | None = None, assign: bool = False
     ) -> None:
@@ -368,6 +384,7 @@ class EMAModel(Generic[ModelT]):
         if swap is not None:
             swap.apply()
 
+    @in_turn
     def restore_original(self, model: nn.Module | None = None) -> None:
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
 
@@ -381,7 +398,10 @@ class EMAModel(Generic[ModelT]):
             raise StateError("restore_original needs an apply_ema before it")
         if model is not None and not self._is_swapped_into(model):
             raise StateError("the averages are swapped into another model than this one")
+        open_blocks = len(self._blocks)
         self._end(self._swap)
+        if open_blocks:
+            raise StateError(ended_inside("restore_original()", open_blocks))
 
     @contextmanager
     def use_ema(
@@ -406,17 +426,61 @@ class EMAModel(Generic[ModelT]):
         """
         if isinstance(model, str):
             model, name = None, model
-        swap = self._prepare_swap(model, name, assign=assign)
+        block = Block()
         try:
             try:
-                if swap is not None:
-                    swap.apply()
+                self._use_ema(block, model, name, assign=assign)
                 yield self._model if model is None else model
-            finally:
-                self._end(swap)
-        finally:
-            self._end(swap)  # no-op, unless Ctrl-C came when the one above had not yet begun
+            except BaseException as error:
+                self._leave(block, error)
+                raise
+            self._leave(block)
+        finally:  # once more: Ctrl-C may have come before the lines above
+            self._leave(block, sys.exception())
 
+    @eager
+    @in_eager_turn
+    def _use_ema(
+        self, block: Block, model: nn.Module | None, name: str | None, *, assign: bool
+    ) -> None:
+        """Enter a block."""
+        block.swap = self._prepare_swap(model, name, assign=assign)
+        block.turn = self._turns.number
+        self._blocks.append(block)
+        if block.swap is not None:
+            block.swap.apply()
+
+    @eager
+    def _leave(self, block: Block, error: BaseException | None = None) -> None:
+        """Leave a block; nothing happens the second time, or where its averages are out already.
+
+        Args:
+            block: may never have been entered.
+            error: what was raised in it.
+
+        Raises:
+            StateError: a block inside it is open, or a call of another thread runs. The live
+                weights are back, or will be when that call ends.
+        """
+        if block.left or block not in self._blocks:
+            return
+        inside = 0 if block.swap is None else len(self._blocks) - 1
+        beside = self._turns.finish(partial(self._close, block), block.turn)
+        block.left = True
+        if beside:
+            report(ENDED_BESIDE, error)
+        elif inside:
+            report(ended_inside("the end of one", inside), error)
+
+    def _close(self, block: Block) -> None:
+        if block not in self._blocks:
+            return
+        if block.swap is None:
+            self._blocks.remove(block)
+        else:
+            self._end(block.swap)
+
+    @in_turn
     def copy_to(self, model: nn.Module, *, name: str | None = None) -> None:
         """Write the averages, and all that is not averaged as it is, into ``model`` for good.
 
@@ -426,18 +490,24 @@ class EMAModel(Generic[ModelT]):
             name: which average, where there are several.
 
         Raises:
-            ModelError: names or shapes differ; all differences are listed. Nothing has changed.
-            StateError: averages are swapped into ``model``.
+            ModelError: names or shapes differ; all differences are listed. Or a tensor of
+                ``model`` cannot be written: one that is expanded, or was made in inference mode.
+                Nothing has changed.
+            StateError: averages are swapped into ``model``, these or another one's.
         """
         if self._is_swapped_into(model):
             raise StateError("copy_to needs a model that no averages are swapped into")
         averages, found = self._look(name)
         values = {**averages, **found.others, **found.buffers}
         theirs = targets(model, values, found)
-        for key, value in values.items():
-            local_of(theirs[key]).copy_(local_of(value))
-        torch.clear_autocast_cache()
+        refuse_if_swapped(theirs)
+        check_writable(theirs)
+        with uninterrupted():
+            for key, value in values.items():
+                local_of(theirs[key]).copy_(local_of(value))
+            torch.clear_autocast_cache()
 
+    @in_turn
     def state_dict(self) -> dict[str, Any]:
         """Copies of the averages, the counters and the schedule, see :class:`State`.
 
@@ -460,6 +530,7 @@ class EMAModel(Generic[ModelT]):
             **self._settings.timing(),
         ).to_dict()
 
+    @in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``: averages and counters; the schedule of the constructor stays.
 
@@ -481,6 +552,7 @@ class EMAModel(Generic[ModelT]):
         self._refuse_while_swapped("load_state_dict")
         self._go_on(state)
 
+    @in_turn
     def save(
         self,
         path: str | os.PathLike[str],
@@ -526,6 +598,7 @@ class EMAModel(Generic[ModelT]):
             max_shard_size=max_shard_size,
         )
 
+    @in_turn
     def load(
         self,
         path: str | os.PathLike[str],
@@ -562,19 +635,22 @@ class EMAModel(Generic[ModelT]):
         state, stored = files.load(path, ours, rename, transform)
         if name is not None:  # a state of all averages, of which this one is another
             state["schedule"] = {**self._settings.timing()["schedule"], name: state["schedule"]}
-            given = {label: _wrapped(*self._look(label)) for label in self._settings.names}
-            state["averages"] = {**given, name: state["averages"]}
-            found = self._look(name)[1]
+            state["averages"] = {
+                label: state["averages"] if label == name else _wrapped(*self._look(label))
+                for label in self._settings.names
+            }
+            found = self._average.follow()[1]
             rests = {
                 label: _wrapped(self._average.remainders(self._settings.index(label)), found)
-                for label in given
+                for label in self._settings.names
             }
             rests[name] = state.get("remainders", {})
             state["remainders"] = {label: rest for label, rest in rests.items() if rest}
         with errors_of(stored.place, "read"):
-            self._go_on({"format_version": FORMAT_VERSION, **state})
-        self._file_metadata = dict(stored.record.extra)
+            state["format_version"] = FORMAT_VERSION
+            self._go_on(state, name, metadata=stored.record.extra)
 
+    @in_turn
     def export(self, path: str | os.PathLike[str], *, name: str | None = None) -> Path:
         """Write a complete plain ``safetensors`` state dict with the averaged weights in it.
 
@@ -596,6 +672,7 @@ class EMAModel(Generic[ModelT]):
         """
         return files.export(path, self._averaged_model(name))
 
+    @in_turn
     def averaged_state_dict(self, *, name: str | None = None) -> dict[str, Tensor]:
         """The model's own state dict with the averaged weights in it, on the CPU: see :meth:`export`.
 
@@ -616,8 +693,20 @@ class EMAModel(Generic[ModelT]):
         averages, found = self._look(name)
         return files.averaged_model(state, _wrapped(averages, found), found)
 
-    def _go_on(self, state: Mapping[str, Any]) -> None:
-        """Check everything, then take over averages and counters."""
+    def _go_on(
+        self,
+        state: Mapping[str, Any],
+        name: str | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Check everything, then take over averages and counters, which Ctrl-C does not part.
+
+        Args:
+            state: of all averages.
+            name: which of them are new, where the others are our own; None: all.
+            metadata: notes to take over as well.
+        """
         found = self._average.follow()[1]
         loaded = State.from_dict(state, self._settings.names).under_first_names(found)
         loaded.check_fits(found)
@@ -627,7 +716,7 @@ class EMAModel(Generic[ModelT]):
                 f"the state was made with {other}, from now on it is"
                 f" { {key: ours[key] for key in other} }",
                 EMAWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         labels = self._settings.schedules
         values = [loaded.averages[label] for label in labels]
@@ -637,10 +726,43 @@ class EMAModel(Generic[ModelT]):
             warnings.warn(
                 "the state holds the remainders of compensated averages, which are dropped",
                 EMAWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        self._average.assign(values)
-        self._counters = Counters(loaded.step, loaded.count, loaded.skipped or 0)
+        if loaded.step < self._settings.update_after_step:
+            self._warn_where_live_weights_differ(loaded)
+        self._average.wait()
+        with uninterrupted():
+            self._take_over(loaded, values, None if name is None else self._settings.index(name))
+            if metadata is not None:
+                self._file_metadata = dict(metadata)
+
+    def _take_over(
+        self, loaded: State, values: list[Mapping[str, Tensor]], only: int | None
+    ) -> None:
+        """Go on from a state that fits, as a run with these settings would from its step."""
+        after = self._settings.update_after_step
+        if loaded.step < after:
+            self._average.forget()
+        elif loaded.step == after and loaded.update_after_step < after:
+            self._refuse_others()
+            self._average.start()  # the state's average is older than the start
+        else:
+            self._average.assign(values, only)
+        if loaded.step > after:
+            self._counters = Counters(loaded.step, loaded.count, loaded.skipped or 0)
+        else:  # updates count from there
+            self._counters = Counters(loaded.step)
+
+    def _warn_where_live_weights_differ(self, loaded: State) -> None:
+        if not any_swapped() and (names := loaded.unlike(self._average.follow()[1])):
+            warnings.warn(
+                f"the state is of step {loaded.step}, and through step"
+                f" {self._settings.update_after_step} (`update_after_step`) the average equals the"
+                f" live weights. They differ from those in the state: {listing(names)}. Load the"
+                " weights of the model as well",
+                EMAWarning,
+                stacklevel=5,
+            )
 
     def _progress(self) -> dict[str, Any]:
         """How far the averages are, and the seed that their next rounding depends on."""
@@ -652,14 +774,24 @@ class EMAModel(Generic[ModelT]):
             progress["seed"] = self._settings.precision.seed
         return progress
 
+    @in_turn
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
-        return {**self.__dict__, "_counters": self._settled(), "_swap": None}
+        self._refuse_incomplete()
+        return {
+            **self.__dict__,
+            "_average": self._average.apart(),
+            "_counters": self._settled(),
+            "_swap": None,
+            "_blocks": [],
+            "_turns": Turns(),
+        }
 
     def _look(self, name: str | None = None) -> tuple[dict[str, Tensor], Selection]:
         """The averages of a name, wherever they are, and the tensors of the live model."""
         index = self._settings.index(name)
+        self._refuse_incomplete(index)
         self._average.wait()
         swap = self._swap
         if swap is None or not swap.active or not self._average.started:
@@ -706,6 +838,19 @@ class EMAModel(Generic[ModelT]):
         if self._swap is not None and self._swap.active:
             raise StateError(f"{call} is not possible while averages are swapped in")
 
+    def _refuse_incomplete(self, index: int | None = None) -> None:
+        """Where a load broke off in the middle, there is nothing to use.
+
+        Args:
+            index: of the average that is needed; None: all.
+        """
+        incomplete = self._average.incomplete
+        if incomplete and (index is None or index in incomplete):
+            labels = list(self._settings.schedules)
+            names = [label for at in sorted(incomplete) if (label := labels[at]) is not None]
+            which = f"the averages {listing(names)}" if names else "the average"
+            raise StateError(f"a load of {which} broke off: load or reset before anything else")
+
     def _refuse_others(self) -> None:
         """Another average may be in the model, where this one would take it for live weights."""
         if any_swapped():
@@ -738,11 +883,11 @@ class EMAModel(Generic[ModelT]):
         self._swap = Swap(target, averages, params, found, name=name, assign=assign)
         return self._swap
 
-    def _end(self, swap: Swap | None) -> None:
-        if swap is not None:
-            swap.restore()
-            if self._swap is swap:
-                self._swap = None
+    def _end(self, swap: Swap) -> None:
+        swap.restore()
+        if self._swap is swap:
+            self._swap = None
+            self._blocks = []
 
 
 def _wrapped(averages: Mapping[str, Tensor], found: Selection) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, strided
 
 from ema.errors import CheckpointError, difference, listing
-from ema.torch_backend.distributed.sharding import place_of
+from ema.torch_backend.distributed.sharding import local_of, place_of
 from ema.torch_backend.selection import Selection
 
 __all__ = ["FORMAT_VERSION", "State"]
@@ -157,6 +158,13 @@ class State:
                 which = "" if label is None else f" in the average {label!r}"
                 raise CheckpointError(f"the state belongs to another model:{which} {text}")
 
+    def unlike(self, found: Selection) -> list[str]:
+        """Names of the averages that do not equal the tensors of a model, which they fit."""
+        live = {**found.averaged, **found.others, **found.buffers}
+        averages = [pair for several in self.averages.values() for pair in several.items()]
+        names = (name for name, average in averages if not _equal(average, live[name]))
+        return list(dict.fromkeys(names))
+
 
 class _Renamed(Mapping[str, Tensor]):
     """Tensors under other names. They are read from ``tensors`` when asked for, maybe from a file."""
@@ -241,6 +249,11 @@ def _mismatched(averages: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> l
                 " an average"
             )
     return phrases
+
+
+def _equal(average: Tensor, live: Tensor) -> bool:
+    part = place_of(average).part(local_of(average), place_of(live))
+    return torch.equal(part, local_of(live).detach().to(part))
 
 
 def _kind(tensor: Tensor) -> str:

@@ -102,7 +102,7 @@ class Swap:
 
     def averages(self) -> dict[str, Tensor]:
         """The averages, wherever they are now."""
-        if not self.active:
+        if not self.active or not (self._into and self._into.done):
             return dict(self._averages)
         return {
             name: self._views[name] if name in self._exchanged else average

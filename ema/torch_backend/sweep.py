@@ -95,15 +95,23 @@ class Sweep:
         used += self._buffers.values()
         return used + [tensor for scratch in self._scratch.values() for tensor in scratch]
 
-    def __call__(self, weights: Sequence[float], count: int, finite: Tensor | None = None) -> None:
+    def __call__(
+        self,
+        weights: Sequence[float],
+        count: int,
+        finite: Tensor | None = None,
+        *,
+        then: Step = int,
+    ) -> None:
         """Run it.
 
         Args:
             weights: ``1 − decay`` in [0, 1] and float64, one for each average.
             count: number of the update, from 1.
             finite: where it is all on the device, a bool there; false: nothing is done.
+            then: a last step, which nothing parts from the others.
         """
-        steps = list(self._steps(weights, count))
+        steps = [*self._steps(weights, count), then]
         if not any(self._kernels):
             # live tensors are among what is read: each that autograd does not look at saves 40 ns
             with torch.inference_mode():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ema.errors import StateError
+from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import State
@@ -66,12 +67,13 @@ class RunAverage:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state`` when training begins, or keep it until there is a model."""
-        if self._ema_model is not None:
-            self._ema_model.load_state_dict(state)
-        else:
-            State.from_dict(state)
-            self._loaded = state
-        self._go_on = True
+        with uninterrupted():
+            if self._ema_model is not None:
+                self._ema_model.load_state_dict(state)
+            else:
+                State.from_dict(state)
+                self._loaded = state
+            self._go_on = True
 
     def begin(self, model: nn.Module, *, again: bool, may_begin_again: bool) -> bool:
         """Start as a copy of the weights of ``model``, unless a state was loaded.
