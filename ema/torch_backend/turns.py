@@ -67,16 +67,17 @@ class Turns:
             Whether no other thread is within a call.
         """
         me = get_ident()
+        free = False
         try:
             try:
-                if self.taken.setdefault(_THREAD, me) != me:
-                    return False
-                self._do_due()
-                return True
+                free = self.taken.setdefault(_THREAD, me) == me
+                if free:
+                    self._do_due()
             finally:
                 self._release()
         finally:
             self._release()
+        return free
 
     def _do_due(self) -> None:
         while self.due:
