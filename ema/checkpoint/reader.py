@@ -48,11 +48,11 @@ class MappedFile:
         """The bytes of a tensor; they stay readable, others are given back.
 
         Raises:
-            CheckpointError: the file has become too short for them.
+            CheckpointError: the file has become shorter.
         """
         start = self.header.start + entry.begin
         length = entry.end - entry.begin
-        if self._map.size() < start + length:  # reading them would end the process
+        if self._map.size() < len(self._map):  # reading what is gone would end the process
             raise CheckpointError("the file was shortened while it was being read")
         self.release()
         self._lent = (start, length)

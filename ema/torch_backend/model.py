@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ema.checkpoint import MAX_SHARD_SIZE
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform
-from ema.errors import EMAWarning, StateError, listing, warn
+from ema.errors import StateError, listing, warn
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
@@ -712,22 +711,16 @@ class EMAModel(Generic[ModelT]):
         loaded.check_fits(found)
         ours = self._settings.timing()
         if other := {key: state[key] for key in ours if state[key] != ours[key]}:
-            warnings.warn(
+            warn(
                 f"the state was made with {other}, from now on it is"
-                f" { {key: ours[key] for key in other} }",
-                EMAWarning,
-                stacklevel=4,
+                f" { {key: ours[key] for key in other} }"
             )
         labels = self._settings.schedules
         values = [loaded.averages[label] for label in labels]
         if self._settings.precision.compensated:
             values += [loaded.remainders.get(label, {}) for label in labels]
         elif any(loaded.remainders.values()):
-            warnings.warn(
-                "the state holds the remainders of compensated averages, which are dropped",
-                EMAWarning,
-                stacklevel=4,
-            )
+            warn("the state holds the remainders of compensated averages, which are dropped")
         if loaded.step < self._settings.update_after_step:
             self._warn_where_live_weights_differ(loaded)
         self._average.wait()
@@ -755,13 +748,11 @@ class EMAModel(Generic[ModelT]):
 
     def _warn_where_live_weights_differ(self, loaded: State) -> None:
         if not any_swapped() and (names := loaded.unlike(self._average.follow()[1])):
-            warnings.warn(
+            warn(
                 f"the state is of step {loaded.step}, and through step"
                 f" {self._settings.update_after_step} (`update_after_step`) the average equals the"
                 f" live weights. They differ from those in the state: {listing(names)}. Load the"
-                " weights of the model as well",
-                EMAWarning,
-                stacklevel=5,
+                " weights of the model as well"
             )
 
     def _progress(self) -> dict[str, Any]:

@@ -78,17 +78,130 @@ def test_a_state_taken_during_a_swap_holds_the_averages(model, step, assert_same
     assert_same(inside, before)
 
 
-def test_a_loaded_state_before_the_start_is_read_until_the_next_step(model, another, step):
-    """The average of step 2 of 5 in a new process is what it was, not that process's weights."""
+def test_a_resumed_average_is_read_as_the_uninterrupted_one_would_be(
+    model, another, step, assert_same, load
+):
+    """Before, at and after ``update_after_step``: after the optimizer's step and after the update."""
+    options = {"decay": 0.5, "update_after_step": 4}
+    uninterrupted = EMAModel(model, **options)
+    for at in range(8):
+        resumed_model = another()
+        resumed_model.load_state_dict(model.state_dict())
+        resumed = EMAModel(resumed_model, **options)
+        load(uninterrupted, resumed)
+        pairs = [(model, copy.deepcopy(uninterrupted)), (resumed_model, resumed)]
+        pairs[0] = (pairs[0][1].model, pairs[0][1])
+        for later in range(3):
+            averages = []
+            for moved, average in pairs:
+                torch.manual_seed(later)
+                averages.append(average.averaged_parameters())
+                step(moved)  # the optimizer's
+                averages.append(average.averaged_parameters())
+                with average.use_ema():
+                    averages.append(dict(moved.named_parameters()))
+                if average.step < 4:
+                    assert_same(average.averaged_parameters(), dict(moved.named_parameters()))
+                average.update()
+                averages.append(average.averaged_parameters())
+                assert (average.step, average.count) == (at + later + 1, max(0, at + later - 3))
+            for ours, theirs in zip(averages[:4], averages[4:], strict=True):
+                assert_same(ours, theirs)
+        step(model)
+        uninterrupted.update()
+
+
+@pytest.fixture(params=["state", "file"])
+def load(request, tmp_path):
+    """From one average into another one, which is what is fixed here: a folder."""
+
+    def through_a_state(source, target):
+        target.load_state_dict(through_a_file(source.state_dict()))
+
+    def through_the_file(source, target):
+        target.load(source.save(tmp_path))
+
+    return through_a_state if request.param == "state" else through_the_file
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "at", "after", "is_live", "count"),
+    [
+        (0, 3, 9, True, 0),  # the constructor has not begun at step 3
+        (0, 5, 5, True, 0),  # it begins at step 5: with the weights of that step
+        (9, 5, 5, True, 0),  # which is also what the state holds
+        (9, 3, 0, False, 0),  # it has begun, and the state holds the weights of its step
+        (9, 3, 2, False, 0),
+        (0, 5, 4, False, 5),
+    ],
+)
+def test_the_update_after_step_of_the_constructor_counts(
+    model, another, step, assert_same, load, saved_with, at, after, is_live, count
+):
+    ema_model = EMAModel(model, 0.5, update_after_step=saved_with)
+    run(model, ema_model, step, at)
+    resumed_model = another()
+    resumed_model.load_state_dict(model.state_dict())
+    resumed = EMAModel(resumed_model, 0.5, update_after_step=after)
+    with pytest.warns(EMAWarning, match="update_after_step"):
+        load(ema_model, resumed)
+    assert (resumed.step, resumed.count) == (at, count)
+    live = dict(resumed_model.named_parameters())
+    assert_same(resumed.averaged_parameters(), live if is_live else ema_model.averaged_parameters())
+    step(resumed_model)
+    moved = torch.equal(resumed.averaged_parameters()["first.bias"], resumed_model.first.bias)
+    assert moved is (at < after)
+    run(resumed_model, resumed, step, 3)
+    assert resumed.count == count + min(3, max(0, at + 3 - after))
+
+
+def test_before_the_start_weights_other_than_those_of_the_state_are_told(model, another, step):
+    """The average is the live weights, which somebody may have forgotten to load."""
     ema_model = EMAModel(model, update_after_step=5)
     run(model, ema_model, step, 2)
     fresh = another()
+    fresh.second.load_state_dict(model.second.state_dict())
     loaded = EMAModel(fresh, update_after_step=5)
-    loaded.load_state_dict(ema_model.state_dict())
-    with loaded.use_ema():
-        assert torch.equal(fresh.first.weight, model.first.weight)
-    loaded.update()
+    message = (
+        "state is of step 2, and through step 5 .* differ .*: `first.weight`, `first.bias`, `n"
+    )
+    with pytest.warns(EMAWarning, match=message) as caught:
+        loaded.load_state_dict(ema_model.state_dict())
+    assert caught[0].filename == __file__
     assert torch.equal(loaded.averaged_parameters()["first.weight"], fresh.first.weight)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(loaded.averaged_parameters()["first.weight"], model.first.weight)
+    loaded.load_state_dict(ema_model.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16], ids=str)
+def test_before_the_start_other_dtypes_are_no_other_weights(model, step, options, live):
+    model.to(live)
+    ema_model = EMAModel(model, update_after_step=5, **options)
+    run(model, ema_model, step, 2)
+    for resumed in (EMAModel(model, update_after_step=5), EMAModel(model, update_after_step=5)):
+        resumed.load_state_dict(ema_model.state_dict())
+        assert all(
+            map(
+                torch.equal,
+                resumed.averaged_parameters().values(),
+                [parameter.float() for parameter in model.parameters()],
+            )
+        )
+
+
+def test_several_averages_before_the_start(model, step, tmp_path):
+    """One file after the other: each average equals the live weights, whatever was loaded first."""
+    options = {"decay": {"a": 0.5, "b": 0.9}, "update_after_step": 3}
+    ema_model = EMAModel(model, **options)
+    run(model, ema_model, step, 2)
+    resumed = EMAModel(model, **options)
+    for name in ("a", "b"):
+        resumed.load(ema_model.save(tmp_path / name, name=name), name=name)
+    step(model)
+    for name in ("a", "b"):
+        assert torch.equal(resumed.averaged_parameters(name)["first.bias"], model.first.bias)
 
 
 def test_a_state_of_another_model_is_refused_with_all_differences(model, step):
