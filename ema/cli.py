@@ -9,6 +9,7 @@ when it is imported; ``ema info`` imports neither torch nor jax.
 
 import ast
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -228,8 +229,13 @@ def _parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
     for keyword in call.keywords:
         if keyword.arg is None or keyword.arg in {*fields, "schedule"}:  # **, twice, our own key
             raise ValueError(text)
-        fields[keyword.arg] = ast.literal_eval(keyword.value)
+        fields[keyword.arg] = _value(keyword.value)
     return ast.unparse(call.func), [ast.literal_eval(value) for value in call.args], fields
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or ``inf``, as ``repr`` prints it."""
+    return math.inf if ast.unparse(node) == "inf" else ast.literal_eval(node)
 
 
 def _choose(

@@ -12,6 +12,7 @@ import numpy as np
 from ema import validate
 from ema.decay import compute_optimal_decay, half_life_from_decay
 from ema.schedules import ConstantDecay, Schedule, as_schedule
+from ema.weights import weight_of, weights_of
 
 __all__ = ["EMADescription", "describe_ema", "print_ema_info"]
 
@@ -77,7 +78,8 @@ def describe_ema(
         update_every: steps from one update to the next.
 
     Raises:
-        ArgumentError: an argument is out of range.
+        ArgumentError: an argument is out of range, or a schedule of your own gives a weight outside
+            [0, 1] or NaN.
         ArgumentTypeError: an argument has the wrong type.
 
     >>> describe_ema(0.999, 10_000).initial_share < 1e-4
@@ -87,7 +89,7 @@ def describe_ema(
     total_steps = validate.integer("total_steps", total_steps, minimum=1)
     update_every = validate.integer("update_every", update_every, minimum=1)
     updates = total_steps // update_every
-    last = min(1.0, max(0.0, float(schedule.weight(float(max(updates, 1)), update_every))))
+    last = weight_of(schedule, max(updates, 1), update_every)
     log_share = _log_initial_share(schedule, updates, update_every)
     return EMADescription(
         schedule=schedule,
@@ -140,8 +142,9 @@ def _log_initial_share(schedule: Schedule, updates: int, span: int) -> float:
     total = 0.0
     for start in range(1, updates + 1, _CHUNK):
         counts = np.arange(start, min(start + _CHUNK, updates + 1), dtype=np.float64)
+        weights = weights_of(schedule, counts, span)
         with np.errstate(divide="ignore"):  # a weight of 1 forgets all: ln 0 = −∞
-            logs = np.log1p(-np.asarray(schedule.weight(counts, span, np)))
+            logs = np.log1p(-weights)
         if logs.ndim == 0:  # the same weight at every count
             return updates * float(logs)
         total += float(logs.sum())

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from ema import validate
 from ema.errors import ArgumentError, EMAWarning
 from ema.schedules import Schedule
+from ema.weights import weight_of
 
 __all__ = ["OnNonfinite", "Precision"]
 
@@ -17,7 +18,7 @@ OnNonfinite = Literal["propagate", "skip", "raise"]
 
 _RESOLUTION = 2.0**-8
 """Of bfloat16: what is added to a number and is less than half of this part of it is lost."""
-_LATE = 1_000_000.0
+_LATE = 1_000_000
 """An update after every warmup."""
 
 
@@ -64,7 +65,10 @@ class Precision:
         if self.stochastic_rounding:
             return
         for schedule in schedules:
-            weight = float(schedule.weight(_LATE, 1))
+            try:
+                weight = weight_of(schedule, _LATE, 1)
+            except Exception:  # noqa: S112 — a schedule of the user's own may end earlier
+                continue
             if 0.0 < weight < _RESOLUTION:
                 warnings.warn(
                     f"a bfloat16 average does not move at decay {1 - weight:.6g}:"

@@ -20,11 +20,13 @@ from typing import Any, Protocol, final
 
 from ema import profiles, validate
 from ema.errors import ArgumentError, ArgumentTypeError
+from ema.plain_values import number_from_plain, plain_fields
 
 __all__ = [
     "ConstantDecay",
     "CosineDecay",
     "DebiasedDecay",
+    "ExponentialRamp",
     "HalfLife",
     "HalfLifeRampup",
     "InverseGammaWarmup",
@@ -34,6 +36,7 @@ __all__ = [
     "Schedule",
     "UniformAverage",
     "as_schedule",
+    "is_ours",
     "schedule_from_dict",
 ]
 
@@ -69,9 +72,22 @@ class FloatMath:
 FLOAT_MATH: Namespace = FloatMath()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """The weight of every update; see the subclasses, one a row of the table in the docs."""
+    """The weight of every update; see the subclasses, one a row of the table in the docs.
+
+    A subclass of your own defines :meth:`weight` and works wherever a schedule is taken::
+
+        @dataclasses.dataclass(frozen=True)
+        class Warmup(ema.Schedule):
+            decay: float
+            updates: float
+
+            def weight(self, count, span=1, xp=None):
+                return xp.maximum(1 - self.decay, xp.exp(-count / self.updates))
+
+    A saved state describes it by its class and fields where those are plain values
+    (:meth:`to_dict`); loading never needs the class.
+    """
 
     @abstractmethod
     def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
@@ -84,8 +100,20 @@ class Schedule(ABC):
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """Class and fields as plain values: ``{"schedule": "HalfLife", "steps": 1000.0}``."""
-        return {"schedule": type(self).__name__, **dataclasses.asdict(self)}
+        """Class and fields as plain values: ``{"schedule": "HalfLife", "steps": 1000.0}``.
+
+        These can be written as JSON: an infinite number is the string ``"inf"``. A field that is
+        itself called ``schedule`` gets an underscore behind its name.
+
+        Raises:
+            ArgumentTypeError: the class is not of this library, and the value of a field is not
+                plain, for instance an array or a function.
+        """
+        fields = {
+            f"{name}_" if name.rstrip("_") == "schedule" else name: value
+            for name, value in plain_fields(self).items()
+        }
+        return {"schedule": type(self).__name__, **fields}
 
     def _validate(self, **checks: Any) -> None:
         """Replace each named field by what its check returns, a plain float."""
@@ -134,14 +162,16 @@ class HalfLifeRampup(Schedule):
 
     decay = 2^(−span/h),  h = min(steps, rampup_ratio · t),  t = count · span
 
-    Source: EDM (Karras et al. 2022, arXiv:2206.00364), ``ema_rampup_ratio`` of its training loop.
+    With ``steps=math.inf`` the half-life stays a fixed share of the run. Source: EDM (Karras et
+    al. 2022, arXiv:2206.00364), ``ema_rampup_ratio`` of its training loop; torchtitan,
+    ``half_life_fraction``.
     """
 
     steps: float
     rampup_ratio: float = 0.05
 
     def __post_init__(self) -> None:
-        self._validate(steps=validate.positive, rampup_ratio=validate.positive)
+        self._validate(steps=validate.positive_or_infinite, rampup_ratio=validate.positive)
 
     def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
         half_life = xp.minimum(self.steps, self.rampup_ratio * (count * span))
@@ -201,6 +231,27 @@ class RampWarmup(Schedule):
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExponentialRamp(Schedule):
+    """A decay that grows from about 0 to ``β`` with the time constant ``tau``, in *updates*.
+
+    decay = β · (1 − e^(−n/τ)),  n = count
+
+    Source: YOLOv5 and ultralytics, ``ModelEMA`` (there β = 0.9999, τ = 2000).
+    """
+
+    decay: float
+    tau: float
+
+    def __post_init__(self) -> None:
+        self._validate(decay=validate.fraction, tau=validate.positive)
+
+    def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
+        # a sum of positive numbers: 1 − β · (1 − e^(−n/τ)) would cancel
+        return xp.minimum(1.0, (1.0 - self.decay) + self.decay * xp.exp(-(count / self.tau)))
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DebiasedDecay(Schedule):
     """Adam's bias correction: the average forgets the initial weights at once.
 
@@ -254,9 +305,11 @@ class PowerFunction(Schedule):
 class CosineDecay(Schedule):
     """A decay that goes from ``start`` to ``end`` along half a cosine in ``total_steps`` steps.
 
-    1 − decay = (1 − end) + (end − start) · sin²(π/2 · (1 − min(t/total_steps, 1)))
+    1 − decay = (1 − end) + (end − start) · sin²(π/2 · (1 − min((t − span)/total_steps, 1)))
 
-    The teacher's momentum of BYOL (Grill et al. 2020, arXiv:2006.07733, section 3.2) and DINO.
+    with ``t = count · span``: the first update has ``start``, and the first one after
+    ``total_steps`` steps has ``end``. The teacher's momentum of BYOL (Grill et al. 2020,
+    arXiv:2006.07733, section 3.2) and DINO, which count their steps from 0.
     """
 
     start: float
@@ -270,7 +323,8 @@ class CosineDecay(Schedule):
 
     def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
         # this form ends at exactly 0 also where a compiler multiplies by 1/total_steps
-        remaining = xp.maximum(0.0, self.total_steps - count * span) / self.total_steps
+        before = (count - 1.0) * span  # steps before those that this update closes
+        remaining = xp.maximum(0.0, self.total_steps - before) / self.total_steps
         sine = xp.sin(0.5 * math.pi * remaining)
         weight = (1.0 - self.end) + (self.end - self.start) * (sine * sine)
         return xp.minimum(1.0, xp.maximum(0.0, weight))
@@ -298,13 +352,19 @@ SCHEDULES: Mapping[str, type[Schedule]] = {
         HalfLifeRampup,
         InverseGammaWarmup,
         RampWarmup,
+        ExponentialRamp,
         DebiasedDecay,
         PowerFunction,
         CosineDecay,
         UniformAverage,
     )
 }
-"""The only classes that a saved state or a command line can name."""
+"""The only classes that are made from a saved state or a command line."""
+
+
+def is_ours(schedule: Schedule) -> bool:
+    """Whether this library defines the class, and not the user."""
+    return SCHEDULES.get(type(schedule).__name__) is type(schedule)
 
 
 def as_schedule(decay: object, name: str = "decay") -> Schedule:
@@ -341,8 +401,8 @@ def schedule_from_dict(fields: Mapping[str, Any]) -> Schedule:
     name = fields["schedule"]
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ArgumentError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    cls = SCHEDULES[name]
-    given = {key: value for key, value in fields.items() if key != "schedule"}
+    cls: Any = SCHEDULES[name]
+    given = {key: number_from_plain(v) for key, v in fields.items() if key != "schedule"}
     known = {field.name for field in dataclasses.fields(cls)}
     needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if wrong := sorted((needed - given.keys()) | (given.keys() - known), key=str):
@@ -350,4 +410,5 @@ def schedule_from_dict(fields: Mapping[str, Any]) -> Schedule:
             f"{name} takes the fields {sorted(known)}, of which {sorted(needed)} are needed:"
             f" wrong or absent: {wrong}"
         )
-    return cls(**given)
+    schedule: Schedule = cls(**given)
+    return schedule

@@ -10,7 +10,15 @@ import numbers
 
 from ema.errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["boolean", "fraction", "integer", "non_negative", "positive", "real"]
+__all__ = [
+    "boolean",
+    "fraction",
+    "integer",
+    "non_negative",
+    "positive",
+    "positive_or_infinite",
+    "real",
+]
 
 
 def boolean(name: str, value: object) -> bool:
@@ -49,6 +57,12 @@ def positive(name: str, value: object) -> float:
     if not number > 0.0:
         raise ArgumentError(f"`{name}` must be positive, got {number}")
     return number
+
+
+def positive_or_infinite(name: str, value: object) -> float:
+    """A number above 0, or +∞."""
+    infinite = isinstance(value, numbers.Real) and value == math.inf
+    return math.inf if infinite else positive(name, value)
 
 
 def non_negative(name: str, value: object) -> float:

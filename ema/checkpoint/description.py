@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from ema.checkpoint.reader import StoredState, open_state
 from ema.schedules import Schedule
 
 __all__ = ["Description", "describe_file"]
+
+_LONGEST = 300  # characters of a schedule of the user's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +74,14 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _schedule(schedule: Schedule | None) -> str:
-    return "not known" if schedule is None else repr(schedule)
+def _schedule(schedule: Schedule | Mapping[str, Any] | None) -> str:
+    if schedule is None:
+        return "not known"
+    if isinstance(schedule, Schedule):
+        return repr(schedule)
+    fields = ", ".join(f"{key}={value!r}" for key, value in schedule.items() if key != "schedule")
+    text = _shown(f"{schedule['schedule']}({fields})")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _known(value: int | None) -> str:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import ema
 from ema.checkpoint.container import load_json
 from ema.errors import CheckpointError, EMAError
-from ema.schedules import Schedule, schedule_from_dict
+from ema.schedule_descriptions import describe_schedule, known_schedule
+from ema.schedules import Schedule
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "KIND", "Record", "record_from", "record_to"]
 
@@ -55,7 +56,8 @@ class Record:
     Attributes:
         step: calls of ``update``, or steps of the chain.
         count: updates made by them.
-        schedule: None where the writer did not know it.
+        schedule: of a class of this library, or the description of one of another class; None
+            where the writer did not know it or could not describe it.
         update_after_step: likewise.
         update_every: likewise.
         not_averaged: names of the model's other parameters.
@@ -71,7 +73,7 @@ class Record:
 
     step: int
     count: int
-    schedule: Schedule | None = None
+    schedule: Schedule | Mapping[str, Any] | None = None
     update_after_step: int | None = None
     update_every: int | None = None
     not_averaged: tuple[str, ...] = ()
@@ -115,7 +117,7 @@ def record_to(record: Record) -> dict[str, str]:
         "kind": KIND,
         "step": str(record.step),
         "count": str(record.count),
-        "schedule": to_json(record.schedule and record.schedule.to_dict()),
+        "schedule": to_json(describe_schedule(record.schedule)),
         "update_after_step": to_json(record.update_after_step),
         "update_every": to_json(record.update_every),
         "not_averaged": to_json(sorted(record.not_averaged)),
@@ -186,14 +188,14 @@ def _optional_integer(name: str, text: str) -> int | None:
     return None if text == "null" else _integer(name, text)
 
 
-def _schedule(name: str, text: str) -> Schedule | None:
-    fields = _from_json(name, text)
-    if fields is None:
+def _schedule(name: str, text: str) -> Schedule | dict[str, Any] | None:
+    description = _from_json(name, text)
+    if description is None:
         return None
     try:
-        return schedule_from_dict(fields)
+        return known_schedule(description)
     except EMAError as error:
-        raise CheckpointError(f"`{name}` is none that this library knows: {error}") from None
+        raise CheckpointError(f"`{name}` does not describe one: {error}") from None
 
 
 def names_from_json(name: str, text: str) -> tuple[str, ...]:

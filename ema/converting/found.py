@@ -23,7 +23,7 @@ class Found:
         name: of the average, where the source has one for it.
         step: steps so far.
         count: updates so far.
-        schedule: of ours that gives the same decays.
+        schedule: of ours that gives the same decays, or the description of another one.
         update_after_step: likewise.
         update_every: likewise.
         not_averaged: names of parameters that the source says are not averaged.
@@ -38,7 +38,7 @@ class Found:
     name: str | None = None
     step: int | None = None
     count: int | None = None
-    schedule: Schedule | None = None
+    schedule: Schedule | Mapping[str, Any] | None = None
     update_after_step: int | None = None
     update_every: int | None = None
     not_averaged: tuple[str, ...] = ()

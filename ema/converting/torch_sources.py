@@ -15,7 +15,8 @@ from torch import Tensor
 from ema.checkpoint import Source
 from ema.converting.found import Found, diffusers_fields, whole
 from ema.errors import ArgumentError, CheckpointError, EMAError, listing
-from ema.schedules import ConstantDecay, RampWarmup, schedule_from_dict
+from ema.schedule_descriptions import known_schedule
+from ema.schedules import ConstantDecay, RampWarmup
 from ema.torch_backend.files import source_of
 from ema.torch_backend.state import State
 
@@ -75,10 +76,11 @@ def _ours(state: Mapping[str, Any], name: str | None) -> Found:
     label = name if labels else None
     if labels and label not in labels:
         raise ArgumentError(f"`name` must choose one of the averages {listing(labels)}")
+    described = (checked.schedule or {}).get(label) if label else checked.schedule
     try:
-        schedule = schedule_from_dict(checked.schedule[label] if label else checked.schedule)
-    except (EMAError, KeyError) as error:
-        raise CheckpointError(f"it has no schedule: {error}") from None
+        schedule = None if described is None else known_schedule(described)
+    except EMAError as error:
+        raise CheckpointError(f"`schedule` does not describe one: {error}") from None
     return Found(
         kind="EMAModel.state_dict()",
         tensors=_named(checked.averages[label]),

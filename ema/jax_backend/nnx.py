@@ -21,6 +21,7 @@ from ema.jax_backend.access import get_params_ema
 from ema.jax_backend.selection import is_hole, is_inexact, require_match
 from ema.jax_backend.settings import accumulator, named_schedules, precision_of, steps
 from ema.jax_backend.state import ParamsEMAState, trees_of
+from ema.jax_backend.static import StaticSchedule
 from ema.jax_backend.transform import transform_of
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule, as_schedule
@@ -117,7 +118,7 @@ class EMA(nnx.Pytree):
         on_nonfinite: OnNonfinite = "propagate",
         graph: bool | None = None,
     ) -> None:
-        self.decay = as_schedule(decay)
+        self.decay = decay
         self.only = only
         self.graph = graph
         self.update_after_step = update_after_step
@@ -161,6 +162,15 @@ class EMA(nnx.Pytree):
         self.skipped = nnx.data(
             EMAVariable(state.skipped) if self.precision.on_nonfinite == "skip" else None
         )
+
+    @property
+    def decay(self) -> Schedule:
+        """The schedule of the decay; a plain number is a ``ConstantDecay``."""
+        return self._schedule.schedule
+
+    @decay.setter
+    def decay(self, decay: float | Schedule) -> None:
+        self._schedule = StaticSchedule(as_schedule(decay))
 
     def update(self, model: Any) -> None:
         """Count a step and, if one is due, make an update: call it after ``optimizer.update``.

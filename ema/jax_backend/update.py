@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from ema.errors import ArgumentError, ArgumentTypeError
 from ema.jax_backend.rounding import by_chance, round_up, to_nearest
 from ema.jax_backend.selection import widen
-from ema.schedules import Schedule
+from ema.schedules import Scalar, Schedule, is_ours
+from ema.weights import ask, checked_weight
 
 __all__ = ["lerp", "lerp_compensated", "lerp_narrow", "update_weight"]
 
@@ -159,10 +161,42 @@ def update_weight(
         dtype: float32 or float64.
 
     Returns:
-        A scalar of that dtype in [0, 1].
+        A scalar of that dtype in [0, 1]; what a schedule of the user's own computes from a traced
+        count cannot be checked, and is taken as it is.
+
+    Raises:
+        ArgumentError: a schedule of the user's own gives a weight outside [0, 1] or NaN, or cannot
+            be traced.
+        ArgumentTypeError: it gives something other than a number.
     """
     with jax.enable_x64(True):
         if isinstance(span, jax.Array):
             span = span.astype(jnp.float64)  # count · span overflows int32
-        weight = schedule.weight(count.astype(jnp.float64), span, jnp)
+        weight = _answer(schedule, count.astype(jnp.float64), span)
         return jnp.asarray(weight, jnp.float64).astype(dtype)
+
+
+def _answer(schedule: Schedule, count: jax.Array, span: int | jax.Array) -> Scalar:
+    """What the schedule says, checked as far as that is possible while JAX traces it."""
+    if is_ours(schedule):
+        return schedule.weight(count, span, jnp)
+    try:
+        weight = ask(schedule, count, span, jnp)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise ArgumentError(
+            f"the weight of `{schedule!r:.200}` must be an expression of `xp` (jax.numpy), since JAX"
+            f" traces `count`: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(weight, jax.core.Tracer):
+        number = None if isinstance(count, jax.core.Tracer) else int(count)
+        return checked_weight(schedule, weight, number)
+    if weight.shape != () or not _is_real(weight):
+        raise ArgumentTypeError(
+            f"the weight of `{schedule!r:.200}` must be a number, got an array of shape"
+            f" {weight.shape} and dtype {weight.dtype}"
+        )
+    return weight
+
+
+def _is_real(array: jax.Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)

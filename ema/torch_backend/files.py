@@ -25,7 +25,7 @@ from ema.checkpoint.parts import joined, separated
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
-from ema.schedules import schedule_from_dict
+from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.distributed.gather import Whole, on_first_rank
 from ema.torch_backend.selection import Selection
 
@@ -95,7 +95,7 @@ def save(
         record = Record(
             step=state["step"],
             count=state["count"],
-            schedule=schedule_from_dict(state["schedule"]),
+            schedule=state["schedule"],
             update_after_step=state["update_after_step"],
             update_every=state["update_every"],
             not_averaged=tuple(state["not_averaged"]),
@@ -132,7 +132,7 @@ def load(
     stored = read_state(path)
     record = stored.record
     known = {
-        "schedule": record.schedule and record.schedule.to_dict(),
+        "schedule": describe_schedule(record.schedule),
         "update_after_step": record.update_after_step,
         "update_every": record.update_every,
     }

@@ -37,6 +37,7 @@ from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
 from ema.torch_backend.teacher import call_with
 from ema.torch_backend.turns import Turns, in_eager_turn, in_turn
+from ema.weights import weight_of
 
 __all__ = ["EMAModel"]
 
@@ -191,8 +192,7 @@ class EMAModel(Generic[ModelT]):
         Raises:
             StateError: there are several averages.
         """
-        weight = self.schedule.weight(float(max(self.count, 1)), self._settings.update_every)
-        return 1.0 - float(weight)
+        return 1.0 - weight_of(self.schedule, max(self.count, 1), self._settings.update_every)
 
     @property
     def step(self) -> int:
@@ -251,6 +251,8 @@ class EMAModel(Generic[ModelT]):
         """Count a step and, if one is due, make an update: call it after ``optimizer.step()``.
 
         Raises:
+            ArgumentError: a schedule of your own gives a weight outside [0, 1] or NaN. Nothing has
+                changed.
             StateError: averages are swapped in, these or another one's, or with
                 ``on_nonfinite="raise"`` a live weight is NaN or Inf.
             ModelError: an averaged parameter was resized or removed, or all that is to be averaged
@@ -265,6 +267,7 @@ class EMAModel(Generic[ModelT]):
         self._refuse_others()
         step = self._counters.step + 1
         since = step - self._settings.update_after_step
+        weights = self._next_weights(since)  # first: one that is refused leaves all as it is
         if since < 0:
             self._average.forget()
         elif since == 0:
@@ -283,8 +286,6 @@ class EMAModel(Generic[ModelT]):
             self._warn_if_first(names)
             return
         count += 1
-        schedules = self._settings.schedules.values()
-        weights = [schedule.weight(float(count), every) for schedule in schedules]
         counters = Counters(step, count, skipped)
         self._average.update(weights, counters, partial(setattr, self, "_counters"))
 
@@ -710,7 +711,7 @@ class EMAModel(Generic[ModelT]):
         loaded = State.from_dict(state, self._settings.names).under_first_names(found)
         loaded.check_fits(found)
         ours = self._settings.timing()
-        if other := {key: state[key] for key in ours if state[key] != ours[key]}:
+        if other := self._settings.differing(state):
             warn(
                 f"the state was made with {other}, from now on it is"
                 f" { {key: ours[key] for key in other} }"
@@ -806,6 +807,14 @@ class EMAModel(Generic[ModelT]):
         if self._counters.skipped > before.skipped:
             self._warn_if_first(self._average.nonfinite())
         return self._counters
+
+    def _next_weights(self, since: int) -> list[float]:
+        """The weight of each average in the update that is due; empty where none is."""
+        every = self._settings.update_every
+        if since <= 0 or since % every:
+            return []
+        number = self._settled().count + 1
+        return [weight_of(each, number, every) for each in self._settings.schedules.values()]
 
     def _refusing(self) -> list[str]:
         """The tensors for which the update that is due is to be skipped."""

@@ -11,6 +11,7 @@ import torch
 from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing
 from ema.precision import Precision
+from ema.schedule_descriptions import describe_schedule, same_description
 from ema.schedules import Schedule, as_schedule
 from ema.torch_backend.selection import Rules
 
@@ -110,12 +111,26 @@ class Settings:
 
     def timing(self, name: str | None = None) -> dict[str, Any]:
         """When and how much is averaged, of one average or of all, as plain values for a state."""
-        plain = {name: schedule.to_dict() for name, schedule in self.schedules.items()}
+        plain = {name: describe_schedule(schedule) for name, schedule in self.schedules.items()}
         return {
             "schedule": plain.get(name, plain),
             "update_after_step": self.update_after_step,
             "update_every": self.update_every,
         }
+
+    def differing(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What :meth:`timing` of a state says where that is not what these settings say."""
+        ours = self.timing()
+        same = {key: state[key] == ours[key] for key in ours if key != "schedule"}
+        same["schedule"] = self._has_schedules(state["schedule"])
+        return {key: state[key] for key in ours if not same[key]}
+
+    def _has_schedules(self, described: Any) -> bool:
+        theirs = described if self.names else {None: described}
+        return all(
+            same_description(theirs.get(name) if theirs else None, schedule)
+            for name, schedule in self.schedules.items()
+        )
 
 
 def _schedules(decay: object) -> dict[str | None, Schedule]:

@@ -32,7 +32,8 @@ class State:
     Attributes:
         step: calls of ``update``.
         count: averages made by them.
-        schedule: class and fields, see :meth:`ema.Schedule.to_dict`; of several averages by name.
+        schedule: class and fields, see :meth:`ema.Schedule.to_dict`, or None where these are not
+            plain values; of several averages by name.
         update_after_step: as given to the constructor.
         update_every: likewise.
         averages: name of the average (None for a single one) to canonical name to tensor.
@@ -46,7 +47,7 @@ class State:
 
     step: int
     count: int
-    schedule: dict[str, Any]
+    schedule: Mapping[str, Any] | None
     update_after_step: int
     update_every: int
     averages: Mapping[str | None, Mapping[str, Tensor]]
@@ -110,7 +111,8 @@ class State:
             ("schedule", Mapping),
             ("not_averaged", list),
         ):
-            if not isinstance(getattr(self, name), kind):
+            unknown = name == "schedule" and self.schedule is None
+            if not unknown and not isinstance(getattr(self, name), kind):
                 raise CheckpointError(
                     f"`{name}` must be a {kind.__name__.lower()}, got {getattr(self, name)!r:.80}"
                 )

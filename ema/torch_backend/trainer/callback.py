@@ -469,7 +469,16 @@ class EMACallback(TrainerCallback):
         steps = max_steps - settings.update_after_step
         if steps < 1:
             return
-        about = describe_ema(settings.schedule, steps, update_every=settings.update_every)
+        try:
+            about = describe_ema(settings.schedule, steps, update_every=settings.update_every)
+        except Exception as error:  # training may end before the update in question
+            warnings.warn(
+                f"{settings.schedule} does not give a weight for every update of {max_steps} steps:"
+                f" {error!r}",
+                EMAWarning,
+                stacklevel=2,
+            )
+            return
         if about.initial_share > _TOO_MUCH_LEFT:
             warnings.warn(
                 f"after {max_steps} steps {about.initial_share:.0%} of the average will still be"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ema.errors import ArgumentTypeError, ModelError
+from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.names import unwrap
 
@@ -59,9 +60,17 @@ def save_pretrained(
 def _write_note(average: EMAModel[Any], folder: str | Path) -> None:
     note = {
         "weights": "ema",
-        "decay": average.decay,
-        "schedule": average.schedule.to_dict(),
+        "decay": _decay_of(average),
+        "schedule": describe_schedule(average.schedule),
         "step": average.step,
         "count": average.count,
     }
     (Path(folder) / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def _decay_of(average: EMAModel[Any]) -> float | None:
+    """The decay of the last update, or None where a schedule of the user's own does not say."""
+    try:
+        return average.decay
+    except Exception:  # writing must not fail because of a schedule
+        return None
