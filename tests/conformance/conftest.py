@@ -1,6 +1,7 @@
 """Runs in both backends on one sequence of parameters."""
 
 import importlib
+import math
 import os
 from typing import NamedTuple
 
@@ -19,8 +20,10 @@ SCHEDULES = {
     "fast": ema.ConstantDecay(decay=0.3),
     "half-life": ema.HalfLife(steps=50),
     "rampup": ema.HalfLifeRampup(steps=100, rampup_ratio=0.1),
+    "fraction": ema.HalfLifeRampup(steps=math.inf, rampup_ratio=0.1),
     "inverse-gamma": ema.InverseGammaWarmup(decay=0.995),
     "ramp": ema.RampWarmup(decay=0.99),
+    "exponential": ema.ExponentialRamp(decay=0.99, tau=100),
     "debiased": ema.DebiasedDecay(decay=0.999),
     "power": ema.PowerFunction.from_std(0.1),
     "cosine": ema.CosineDecay(start=0.9, total_steps=900),

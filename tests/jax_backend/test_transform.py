@@ -20,11 +20,12 @@ DECAYS = [
     (ema.HalfLifeRampup(steps=10, rampup_ratio=0.2), lambda n, t: 2 ** (-3 / min(10, 0.2 * t))),
     (ema.InverseGammaWarmup(decay=0.8), lambda n, t: min(0.8, 1 - (1 + n) ** (-2 / 3))),
     (ema.RampWarmup(decay=0.5), lambda n, t: min(0.5, (1 + n) / (10 + n))),
+    (ema.ExponentialRamp(decay=0.9, tau=4), lambda n, t: 0.9 - 0.9 * np.exp(-n / 4)),
     (ema.DebiasedDecay(decay=0.9), lambda n, t: 1 - (1 - 0.9) / (1 - 0.9**n)),
     (ema.PowerFunction(gamma=3), lambda n, t: (1 - 3 / t) ** 4),
     (
         ema.CosineDecay(start=0.5, end=1, total_steps=40),
-        lambda n, t: 1 - 0.5 * (np.cos(np.pi * min(t / 40, 1)) + 1) / 2,
+        lambda n, t: 1 - 0.5 * (np.cos(np.pi * min((t - 3) / 40, 1)) + 1) / 2,
     ),
     (ema.UniformAverage(), lambda n, t: 1 - 1 / n),
 ]

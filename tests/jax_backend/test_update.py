@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,8 @@ SCHEDULES = [
     ema.HalfLifeRampup(steps=50_000, rampup_ratio=0.05),
     ema.InverseGammaWarmup(decay=0.99999),
     ema.RampWarmup(decay=0.9999),
+    ema.HalfLifeRampup(steps=math.inf, rampup_ratio=0.05),
+    ema.ExponentialRamp(decay=0.9999, tau=2000),
     ema.DebiasedDecay(decay=0.9999),
     ema.PowerFunction.from_std(0.1),
     ema.CosineDecay(start=0.99, end=1.0, total_steps=900_000),

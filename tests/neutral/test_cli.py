@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -100,7 +101,9 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(arguments, message):
         ema.HalfLife(steps=1e-5),
         ema.HalfLifeRampup(steps=1e20),
         ema.InverseGammaWarmup(decay=0.999),
+        ema.HalfLifeRampup(steps=math.inf, rampup_ratio=0.1),
         ema.RampWarmup(decay=1),
+        ema.ExponentialRamp(decay=0.9999, tau=2000),
         ema.DebiasedDecay(decay=0),
         ema.PowerFunction.from_std(0.1),
         ema.CosineDecay(start=0.9, total_steps=100),

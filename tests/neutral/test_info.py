@@ -26,6 +26,7 @@ SCHEDULES = [
     ema.HalfLifeRampup(steps=100, rampup_ratio=0.5),
     ema.InverseGammaWarmup(decay=0.99),
     ema.RampWarmup(decay=0.97),
+    ema.ExponentialRamp(decay=0.97, tau=20),
     ema.DebiasedDecay(decay=0.9),
     ema.PowerFunction(gamma=3),
     ema.CosineDecay(start=0.95, total_steps=200),

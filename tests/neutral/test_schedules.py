@@ -29,11 +29,15 @@ EXAMPLES = [
     ema.HalfLife(steps=1e6),
     ema.HalfLifeRampup(steps=2000),
     ema.HalfLifeRampup(steps=1e6, rampup_ratio=0.01),
+    ema.HalfLifeRampup(steps=math.inf, rampup_ratio=0.05),
     ema.InverseGammaWarmup(decay=0.9999),
     ema.InverseGammaWarmup(decay=0.99, inv_gamma=5, power=0.75, min_decay=0.5),
     ema.InverseGammaWarmup(decay=1.0, power=1),
     ema.RampWarmup(decay=0.9999),
     ema.RampWarmup(decay=0.1),
+    ema.ExponentialRamp(decay=0.9999, tau=2000),
+    ema.ExponentialRamp(decay=0.5, tau=0.3),
+    ema.ExponentialRamp(decay=1.0, tau=1e5),
     ema.DebiasedDecay(decay=0.0),
     ema.DebiasedDecay(decay=0.999),
     ema.DebiasedDecay(decay=0.9999999),
@@ -49,8 +53,8 @@ SPANS = [1, 3, 1000]
 COUNTS = sorted({*range(1, 60), *(round(10 ** (k / 20)) for k in range(20, 121)), 999_999})
 
 
-def cosine(f: dict, t: mpf) -> mpf:
-    share = min(t / f["total_steps"], mpf(1))
+def cosine(f: dict, k: mpf, t: mpf) -> mpf:
+    share = min((t - k) / f["total_steps"], mpf(1))
     sine = mpmath.sin(mpmath.pi / 2 * (1 - share))
     return 1 - ((1 - f["end"]) + (f["end"] - f["start"]) * sine**2)
 
@@ -63,9 +67,10 @@ EQUATIONS = {  # the rows of the table, written down again: fields f, update n, 
         f["min_decay"], min(f["decay"], 1 - (1 + n / f["inv_gamma"]) ** -f["power"])
     ),
     "RampWarmup": lambda f, n, k, t: min(f["decay"], (1 + n) / (10 + n)),
+    "ExponentialRamp": lambda f, n, k, t: f["decay"] * (1 - mpmath.exp(-n / f["tau"])),
     "DebiasedDecay": lambda f, n, k, t: 1 - (1 - f["decay"]) / (1 - f["decay"] ** n),
     "PowerFunction": lambda f, n, k, t: (1 - k / t) ** (f["gamma"] + 1),
-    "CosineDecay": lambda f, n, k, t: cosine(f, t),
+    "CosineDecay": lambda f, n, k, t: cosine(f, k, t),
     "UniformAverage": lambda f, n, k, t: 1 - 1 / n,
 }
 
@@ -140,8 +145,9 @@ POSITIVE = numbers(0, exclude_min=True)
 FIELDS = {
     ema.ConstantDecay: {"decay": FRACTION},
     ema.HalfLife: {"steps": POSITIVE},
-    ema.HalfLifeRampup: {"steps": POSITIVE, "rampup_ratio": POSITIVE},
+    ema.HalfLifeRampup: {"steps": st.just(math.inf) | POSITIVE, "rampup_ratio": POSITIVE},
     ema.RampWarmup: {"decay": FRACTION},
+    ema.ExponentialRamp: {"decay": FRACTION, "tau": POSITIVE},
     ema.DebiasedDecay: {"decay": numbers(0, 1, exclude_max=True)},
     ema.PowerFunction: {"gamma": numbers(0)},
     ema.CosineDecay: {"start": FRACTION, "end": FRACTION, "total_steps": POSITIVE},
@@ -182,7 +188,7 @@ def test_a_plain_dict_holds_all_of_a_schedule(schedule):
 
 @given(any_schedule)
 def test_the_repr_is_the_expression_that_builds_it(schedule):
-    assert eval(repr(schedule), dict(SCHEDULES)) == schedule
+    assert eval(repr(schedule), {**SCHEDULES, "inf": math.inf}) == schedule
 
 
 @given(st.integers(1, 10**5), st.integers(1, 100), numbers(100, 1e6))
@@ -215,6 +221,26 @@ def test_the_debiased_average_is_the_weighted_mean_of_what_it_saw():
         average += schedule.weight(float(count)) * (value - average)
     powers = 0.9 ** np.arange(39, -1, -1)
     assert average == pytest.approx((powers * values).sum() / powers.sum(), rel=1e-9)
+
+
+def test_a_cosine_begins_with_its_start_and_ends_with_its_end():
+    """The first update of BYOL and DINO has step 0; after ``total_steps`` steps the end is reached."""
+    for span in (1, 4):
+        schedule = ema.CosineDecay(start=0.9, end=0.99, total_steps=100)
+        assert schedule.weight(1.0, span) == 1 - 0.9
+        assert schedule.weight(1 + 50 / span, span) == pytest.approx(1 - 0.945)
+        assert schedule.weight(1 + 100 / span, span) == 1 - 0.99
+        assert schedule.weight(100 / span, span) > 1 - 0.99
+
+
+def test_an_infinite_half_life_is_a_fixed_share_of_the_run():
+    """``steps=inf``: the half-life is ``rampup_ratio`` of all steps so far, also as plain values."""
+    schedule = ema.HalfLifeRampup(steps=math.inf, rampup_ratio=0.1)
+    for count in (1.0, 10.0, 1e6):
+        assert schedule.weight(count, 3) == pytest.approx(1 - 0.5 ** (1 / (0.1 * count)), rel=1e-9)
+    fields = schedule.to_dict()
+    assert fields == {"schedule": "HalfLifeRampup", "steps": "inf", "rampup_ratio": 0.1}
+    assert schedule_from_dict(json.loads(json.dumps(fields, allow_nan=False))) == schedule
 
 
 def test_equal_fields_make_equal_schedules_whatever_their_number_type():
@@ -268,6 +294,9 @@ def test_the_base_class_cannot_be_built():
         ({"schedule": "HalfLife", 3: 1}, r"wrong or absent: \[3, 'steps'\]"),
         ({"schedule": "UniformAverage", "n": 1}, r"wrong or absent: \['n'\]"),
         ({"schedule": "HalfLife", "steps": math.nan}, "`steps` must be finite, got nan"),
+        ({"schedule": "HalfLife", "steps": "inf"}, "`steps` must be finite, got inf"),
+        ({"schedule": "HalfLifeRampup", "steps": "nan"}, "`steps` must be finite, got nan"),
+        ({"schedule": "HalfLifeRampup", "steps": "-inf"}, "`steps` must be finite, got -inf"),
     ],
 )
 def test_a_dict_that_is_no_schedule_is_refused(fields, message):

@@ -57,8 +57,8 @@ def test_a_single_flipped_bit_is_counted():
     first = next(iter(wrong))
     wrong[first].view(np.int32)[7, 3] ^= 1
     checks = list(selftest._compare(params, "float32", [right, wrong]))
-    assert [check.differing for check in checks] == [1] + [0] * 11
-    assert [check.passed for check in checks] == [False] + [True] * 11
+    assert [check.differing for check in checks] == [1] + [0] * 12
+    assert [check.passed for check in checks] == [False] + [True] * 12
     alone = list(selftest._compare(params, "float32", [right]))
     assert all(check.differing is None and check.passed for check in alone)
 

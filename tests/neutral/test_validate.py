@@ -20,6 +20,7 @@ NOT_REAL = [True, np.True_, "0.9", None, [0.5], 1j, np.array([0.5])]
 OUTSIDE = {
     "fraction": [-0.1, 1.1, BELOW_0, ABOVE_1, 2],
     "positive": [0, 0.0, -0.0, -3.0, BELOW_0],
+    "positive or infinite": [0, 0.0, -0.0, -3.0, BELOW_0],
     "non_negative": [-1, -3.0, BELOW_0],
     "at least 1": [0, -1],
 }
@@ -29,6 +30,11 @@ NOT_INTEGER = [*NOT_REAL, 1.0, 2.5, math.nan, math.inf, fractions.Fraction(1, 2)
 REAL_ARGUMENTS = {
     "validate.fraction": (lambda v: validate.fraction("x", v), "x", "fraction"),
     "validate.positive": (lambda v: validate.positive("x", v), "x", "positive"),
+    "validate.positive_or_infinite": (
+        lambda v: validate.positive_or_infinite("x", v),
+        "x",
+        "positive or infinite",
+    ),
     "validate.non_negative": (lambda v: validate.non_negative("x", v), "x", "non_negative"),
     "decay_from_half_life": (ema.decay_from_half_life, "half_life", "positive"),
     "weight_from_half_life": (weight_from_half_life, "half_life", "positive"),
@@ -48,7 +54,11 @@ REAL_ARGUMENTS = {
     "gamma_from_std": (profiles.gamma_from_std, "std", "positive"),
     "ConstantDecay.decay": (lambda v: ema.ConstantDecay(decay=v), "decay", "fraction"),
     "HalfLife.steps": (lambda v: ema.HalfLife(steps=v), "steps", "positive"),
-    "HalfLifeRampup.steps": (lambda v: ema.HalfLifeRampup(steps=v), "steps", "positive"),
+    "HalfLifeRampup.steps": (
+        lambda v: ema.HalfLifeRampup(steps=v),
+        "steps",
+        "positive or infinite",
+    ),
     "HalfLifeRampup.rampup_ratio": (
         lambda v: ema.HalfLifeRampup(steps=9, rampup_ratio=v),
         "rampup_ratio",
@@ -69,6 +79,16 @@ REAL_ARGUMENTS = {
         lambda v: ema.InverseGammaWarmup(decay=1.0, min_decay=v),
         "min_decay",
         "fraction",
+    ),
+    "ExponentialRamp.decay": (
+        lambda v: ema.ExponentialRamp(decay=v, tau=9),
+        "decay",
+        "fraction",
+    ),
+    "ExponentialRamp.tau": (
+        lambda v: ema.ExponentialRamp(decay=0.9, tau=v),
+        "tau",
+        "positive",
     ),
     "RampWarmup.decay": (lambda v: ema.RampWarmup(decay=v), "decay", "fraction"),
     "DebiasedDecay.decay": (lambda v: ema.DebiasedDecay(decay=v), "decay", "fraction"),
@@ -106,6 +126,7 @@ INTEGER_ARGUMENTS = {
 RULE_WORDS = {
     "fraction": "must lie in [0, 1]",
     "positive": "must be positive",
+    "positive or infinite": "must be positive",
     "non_negative": "must not be negative",
     "at least 1": "must be at least 1",
 }
@@ -119,6 +140,8 @@ def cases(*, types: bool) -> list:
             bad = NOT_INTEGER if label in INTEGER_ARGUMENTS else NOT_REAL
         else:
             bad = OUTSIDE[rule] + (NOT_FINITE if label in REAL_ARGUMENTS else [])
+            if rule == "positive or infinite":
+                bad = [value for value in bad if value != math.inf]
         for value in bad:
             shown = repr(value) if len(repr(value)) < 30 else f"{str(value)[:5]}…"
             found.append(pytest.param(call, name, rule, value, id=f"{label} = {shown}"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import ema_pytorch
 import jax
 import jax.numpy as jnp
@@ -144,6 +147,87 @@ class FromEDM:
         return self.average
 
 
+class FromFormula:
+    """A peer that cannot be installed here: its decay at each call, in our own words.
+
+    Its average starts as a copy of the parameters and is ``decay · average + (1 − decay) · params``.
+    """
+
+    def __init__(self, model, **settings):
+        self.model, self.decays = model, self.decays_of(**settings)
+        self.average = [p.detach().clone() for p in model.parameters()]
+
+    def update(self):
+        decay = next(self.decays)
+        if decay is None:
+            return
+        for average, params in zip(self.average, self.model.parameters(), strict=True):
+            average.mul_(decay).add_(params.detach(), alpha=1 - decay)
+
+    def averages(self):
+        return self.average
+
+
+class FromDINO(FromFormula):
+    """``main_dino.py`` (github.com/facebookresearch/dino): a table, read at the iteration from 0."""
+
+    @staticmethod
+    def decays_of(momentum_teacher, epochs, iterations_per_epoch):
+        iterations = np.arange(epochs * iterations_per_epoch)
+        cosine = np.cos(np.pi * iterations / len(iterations))
+        return iter(1.0 + 0.5 * (momentum_teacher - 1.0) * (1.0 + cosine))
+
+
+class FromBYOL(FromFormula):
+    """``byol/utils/schedules.py`` (github.com/google-deepmind/deepmind-research), steps from 0."""
+
+    @staticmethod
+    def decays_of(base_target_ema, max_steps):
+        for step in range(2 * max_steps):  # the step is held at the end
+            cosine = math.cos(math.pi * min(step, max_steps) / max_steps)
+            yield 1.0 - (1.0 - base_target_ema) * 0.5 * (1.0 + cosine)
+
+
+class FromTorchtitan(FromFormula):
+    """``torchtitan/components/ema.py`` (github.com/pytorch/torchtitan), steps from 1."""
+
+    @staticmethod
+    def decays_of(half_life_fraction, update_every_n_steps=1):
+        for step in itertools.count(1):
+            updates, rest = divmod(step, update_every_n_steps)
+            yield None if rest else 2.0 ** (-1.0 / (half_life_fraction * updates))
+
+
+class FromUltralytics(FromFormula):
+    """``ModelEMA`` of YOLOv5 and ultralytics (github.com/ultralytics): updates from 1."""
+
+    @staticmethod
+    def decays_of(decay=0.9999, tau=2000):
+        return (decay * (1.0 - math.exp(-updates / tau)) for updates in itertools.count(1))
+
+
+class FromEDM2(FromFormula):
+    """``training/phema.py`` (github.com/NVlabs/edm2): the time after the step, in images."""
+
+    @staticmethod
+    def decays_of(std, batch_size):
+        # std² = (γ + 1) / ((γ + 2)² (γ + 3)) as a polynomial in γ
+        roots = np.roots([1.0, 7.0, 16.0 - std**-2, 12.0 - std**-2])
+        gamma = roots.real.max()
+        for step in itertools.count(1):
+            yield (1.0 - batch_size / (step * batch_size)) ** (gamma + 1.0)
+
+
+class FromEDM2Traditional(FromFormula):
+    """``TraditionalEMA`` of the same file: EDM's formula with the time after the step."""
+
+    @staticmethod
+    def decays_of(halflife_Mimg, rampup_ratio, batch_size):
+        for step in itertools.count(1):
+            half_life = min(halflife_Mimg * 1e6, step * batch_size * rampup_ratio)
+            yield 0.5 ** (batch_size / max(half_life, 1e-8))
+
+
 PEERS = {
     "AveragedModel": FromAveragedModel,
     "diffusers": FromDiffusers,
@@ -154,6 +238,12 @@ PEERS = {
     "incremental_update": FromIncrementalUpdate,
     "optax.ema": FromOptaxEMA,
     "EDM": FromEDM,
+    "EDM2": FromEDM2,
+    "EDM2, traditional": FromEDM2Traditional,
+    "DINO": FromDINO,
+    "BYOL": FromBYOL,
+    "torchtitan": FromTorchtitan,
+    "ultralytics": FromUltralytics,
 }
 
 

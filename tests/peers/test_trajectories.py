@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,9 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 from ema.jax_backend import get_params_ema, params_ema
 from ema.schedules import (
+    CosineDecay,
     DebiasedDecay,
+    ExponentialRamp,
     HalfLifeRampup,
     InverseGammaWarmup,
+    PowerFunction,
     RampWarmup,
     UniformAverage,
 )
@@ -167,6 +173,60 @@ ROWS = {
         {"decay": HalfLifeRampup(steps=5, rampup_ratio=0.05), "update_after_step": 1},
         1,
     ),
+    "EDM2, narrow": (
+        "EDM2",
+        {"std": 0.05, "batch_size": 128},
+        {"decay": PowerFunction.from_std(0.05)},
+        1,
+    ),
+    "EDM2, wide": (
+        "EDM2",
+        {"std": 0.2, "batch_size": 128},
+        {"decay": PowerFunction.from_std(0.2)},
+        1,
+    ),
+    "EDM2, traditional": (
+        "EDM2, traditional",
+        {"halflife_Mimg": 0.0005, "rampup_ratio": 0.05, "batch_size": 100},
+        {"decay": HalfLifeRampup(steps=5, rampup_ratio=0.05)},
+        1,
+    ),
+    "DINO": (
+        "DINO",
+        {"momentum_teacher": 0.9, "epochs": 4, "iterations_per_epoch": 50},
+        {"decay": CosineDecay(start=0.9, total_steps=200)},
+        1,
+    ),
+    "BYOL": (
+        "BYOL",
+        {"base_target_ema": 0.9, "max_steps": 150},
+        {"decay": CosineDecay(start=0.9, total_steps=150)},
+        1,
+    ),
+    "torchtitan": (
+        "torchtitan",
+        {"half_life_fraction": 0.05},
+        {"decay": HalfLifeRampup(steps=math.inf, rampup_ratio=0.05)},
+        1,
+    ),
+    "torchtitan, not every step": (
+        "torchtitan",
+        {"half_life_fraction": 0.1, "update_every_n_steps": 3},
+        {"decay": HalfLifeRampup(steps=math.inf, rampup_ratio=0.1), "update_every": 3},
+        1,
+    ),
+    "ultralytics": (
+        "ultralytics",
+        {},
+        {"decay": ExponentialRamp(decay=0.9999, tau=2000)},
+        1,
+    ),
+    "ultralytics, faster": (
+        "ultralytics",
+        {"decay": 0.99, "tau": 30},
+        {"decay": ExponentialRamp(decay=0.99, tau=30)},
+        1,
+    ),
 }
 
 
@@ -242,3 +302,37 @@ def test_averaged_buffers_agree(name, make_peer, relative_error):
         averages = ours.averaged_parameters()
         for buffer in ("running_mean", "running_var"):
             assert relative_error([averages[buffer]], [getattr(averaged, buffer)]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["numpy", "host"])
+def test_the_momentum_of_a_whole_dino_run_is_that_of_its_table(make_peer, walk, backend):
+    """100 epochs of 1 251 iterations from 0.996: each momentum to 1e-15, the first exactly."""
+    settings = {"momentum_teacher": 0.996, "epochs": 100, "iterations_per_epoch": 1251}
+    table = np.array(list(make_peer("DINO", walk(), **settings).decays))
+    schedule = CosineDecay(start=0.996, total_steps=len(table))
+    if backend == "numpy":
+        ours = 1 - schedule.weight(np.arange(1.0, len(table) + 1), 1, np)
+    else:
+        ours = np.array([1 - schedule.weight(float(n)) for n in range(1, len(table) + 1)])
+    np.testing.assert_allclose(ours, table, rtol=0, atol=1e-15)
+    assert ours[0] == table[0] == 0.996
+
+
+def test_buffers_of_ultralytics_agree(make_peer, relative_error):
+    """Its ``ModelEMA`` averages all floating-point buffers: ``buffers="average"``."""
+    model = nn.BatchNorm1d(4)
+    peer = make_peer("ultralytics", model, decay=0.9, tau=10)
+    decays = peer.decays
+    peers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ours = EMAModel(model, ExponentialRamp(decay=0.9, tau=10), buffers="average")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        model(torch.randn(8, 4, generator=generator))
+        decay = next(decays)
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point():
+                peers[name].mul_(decay).add_(buffer, alpha=1 - decay)
+        ours.update()
+        averages = ours.averaged_parameters()
+        for name in ("running_mean", "running_var"):
+            assert relative_error([averages[name]], [peers[name]]) <= TOLERANCE

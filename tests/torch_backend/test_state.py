@@ -247,7 +247,7 @@ def damage(**changes):
         (damage(update_every=0), "`update_every` must be an integer >= 1, got 0"),
         (damage(averages=[1]), "`averages` must be a mapping"),
         (damage(not_averaged="all"), "`not_averaged` must be a list"),
-        (damage(schedule=None), "`schedule` must be a mapping"),
+        (damage(schedule="HalfLife"), "`schedule` must be a mapping"),
         (
             lambda s: {**s, "averages": {**s["averages"], "first.bias": 3.0}},
             r"`averages\['first.bias'\]` must be a tensor",
