@@ -1,5 +1,6 @@
 """The code blocks of the page on PyTorch run; the page on scaling says what the plan says."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -109,3 +110,49 @@ def test_the_defaults_of_the_plan_are_the_bandwidths_of_the_scaling_page():
     assert len(named) == 4
     for option, value in named:
         assert getattr(plan, option.replace("-", "_")) == parse_quantity(option, value)
+
+
+def test_the_schedules_of_the_page_on_schedules_run_in_the_frameworks_that_it_names(capsys):
+    """``Warmup`` in both, ``Milestones`` in JAX; the table of the page names every class of ours."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    import ema
+
+    text = (DOCS / "schedules.md").read_text()
+    names = {"__name__": "page"}
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(block, names)
+    assert "Schedule:                 Warmup(decay=0.999, updates=100)" in capsys.readouterr().out
+    warmup = names["Warmup"](decay=0.5, updates=3)
+    milestones = names["Milestones"]((0.5, 0.75), (2,))
+    # what three updates towards 0 leave of 1
+    for schedule, left in ((warmup, 0.0689655), (milestones, 0.5 * 0.5 * 0.75)):
+        tx = ema.params_ema(schedule)
+        params, state = jnp.ones(()), tx.init(jnp.ones(()))
+        for _ in range(3):
+            _, state = jax.jit(tx.update)(-params, state, params)
+        assert float(state.params_ema) == pytest.approx(left, rel=1e-5)
+    module = torch.nn.Linear(1, 1)
+    average = ema.EMAModel(module, warmup)
+    average.update()
+    assert average.decay == pytest.approx(1 - math.exp(-1 / 3))
+    rows = set(re.findall(r"^\| `(\w+)\(", text, re.M))
+    assert rows == set(ema.schedules.SCHEDULES)
+
+
+def test_every_schedule_of_ours_has_a_setting_of_a_peer():
+    """And a peer whose row is in the table has a row in the tests."""
+    text = (DOCS / "peers.md").read_text()
+    from ema.schedules import SCHEDULES
+
+    absent = {
+        name for name in SCHEDULES if f"{name}(" not in text and f"{name}.from_std(" not in text
+    }
+    assert absent == {"ConstantDecay", "HalfLife"}  # a number is a ConstantDecay
+    rows = re.findall(r"^\| \*\*(.+?)\*\*", text, re.M)
+    tested = (Path(__file__).parents[1] / "peers" / "test_trajectories.py").read_text()
+    named = {"torch": "AveragedModel", "flax": "nnx.EMA", "optax": "incremental_update"}
+    for row in rows:
+        assert f'"{named.get(row, row)}"' in tested, row
