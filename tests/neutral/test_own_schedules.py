@@ -53,6 +53,8 @@ def test_the_error_for_a_field_that_is_not_plain_names_its_class():
         ema.ArgumentTypeError, match="numbers, strings, lists or dicts, got ndarray"
     ):
         UNDESCRIBED["array"].to_dict()
+    with pytest.raises(ema.ArgumentTypeError, match="nested at most 32 levels deep"):
+        UNDESCRIBED["endless"].to_dict()
 
 
 def test_a_description_of_tuples_is_the_description_of_lists():
@@ -176,7 +178,27 @@ class Careless(ema.Schedule):
 def test_code_for_single_numbers_gives_the_weights_of_single_numbers(how):
     schedule, counts = Careless(how), np.arange(1.0, 200.0)
     expected = [schedule.weight(float(count)) for count in counts]
-    np.testing.assert_allclose(weights_of(schedule, counts, 1), expected, rtol=1e-12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights = weights_of(schedule, counts, 1)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    assert not caught  # what NumPy says about the attempt is not for the user
+
+
+def test_one_wrong_weight_among_many_is_found():
+    class Once(ema.Schedule):
+        def weight(self, count, span=1, xp=None):
+            return (
+                xp.maximum(0.5, 2.0 - abs(count - 501))
+                if xp is np
+                else 2.0
+                if count == 501
+                else 0.5
+            )
+
+    schedule = Once()
+    with pytest.raises(ema.ArgumentError, match=r"must lie in \[0, 1\], got 2.0 at update 501"):
+        ema.describe_ema(schedule, 1000)
 
 
 def test_an_expression_of_xp_is_asked_once_for_all_updates():
