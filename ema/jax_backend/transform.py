@@ -66,7 +66,8 @@ def params_ema(
     ``optax.apply_if_finite``, so that it counts the steps that are really made.
 
     Args:
-        decay: a number in [0, 1], applied per update, or a schedule (``ema.HalfLife(steps=…)``).
+        decay: a number in [0, 1], applied per update, or a schedule (``ema.HalfLife(steps=…)``);
+            ``jit`` traces one of your own, so its ``weight`` has to be an expression of ``xp``.
             Under ``optax.inject_hyperparams`` a traced scalar of at least float32. Several averages
             from one pass over the parameters: a mapping from names to these; of one name it is the
             same as ``name``.
@@ -99,7 +100,8 @@ def params_ema(
     Raises:
         ArgumentError: an argument is out of its range, ``decay`` is an array narrower than float32,
             or ``update`` got no params, or another kind of state than it makes, or is traced and
-            would have to raise.
+            would have to raise, or a schedule of your own that cannot be traced, or whose weight is
+            outside [0, 1] where that is known before the step runs.
         ArgumentTypeError: an argument has the wrong type.
         ModelError: from ``init``, when no leaf can be averaged; from ``update``, when the params
             are not those of the state.
