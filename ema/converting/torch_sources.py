@@ -182,11 +182,12 @@ def _named(tensors: Mapping[str, Any]) -> dict[str, Source]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise CheckpointError(f"{name!r:.80} is {type(tensor).__name__}, no tensor")
+        source = source_of(name, tensor)  # refuses what has neither strides nor an address
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and memory in seen:
             continue
         seen.add(memory)
-        sources[name] = source_of(name, tensor)
+        sources[name] = source
     return sources
 
 

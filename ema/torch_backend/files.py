@@ -27,6 +27,7 @@ from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed,
 from ema.errors import CheckpointError, ModelError, listing
 from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.distributed.gather import Whole, on_first_rank
+from ema.torch_backend.memory import row_major
 from ema.torch_backend.selection import Selection
 
 __all__ = [
@@ -282,8 +283,8 @@ def source_of(
 def _bytes_of(tensor: Tensor, dtype: torch.dtype, whole: Whole | None) -> Any:
     if whole is not None:
         tensor = whole(tensor)
-    tensor = tensor.detach().resolve_conj().resolve_neg().to("cpu", dtype).contiguous()
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    tensor = tensor.detach().resolve_conj().resolve_neg().to("cpu", dtype)
+    return row_major(tensor).view(torch.uint8).numpy()
 
 
 def tensor_of(stored: StoredTensor) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "flat",
     "is_dense",
     "real",
+    "row_major",
 ]
 
 CHUNK = 1 << 20
@@ -56,6 +57,15 @@ def flat(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor as a real, one-dimensional view."""
     tensor = real(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The elements of any strided tensor in row-major order, as a real vector of stride 1.
+
+    It is a view where they lie in that order already. PyTorch calls every tensor of one element or
+    of none contiguous, whatever its strides are, so ``contiguous()`` alone does not give this.
+    """
+    return flat(tensor.contiguous())
 
 
 def allocate(

@@ -314,7 +314,8 @@ def _check_averageable(name: str, tensor: Tensor) -> None:
         raise ModelError(
             f"`{name}` is a {type(tensor).__name__} without memory of its own: exclude it"
         )
-    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+    repeats = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    if tensor.numel() and repeats:
         raise ModelError(f"`{name}` is expanded: its elements share memory, so none can be swapped")
 
 

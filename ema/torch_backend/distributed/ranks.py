@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ema.errors import StateError, listing
 from ema.torch_backend.distributed.sharding import is_sharded, place_of
-from ema.torch_backend.memory import CHUNK, flat, is_dense, real
+from ema.torch_backend.memory import CHUNK, flat, is_dense, row_major
 
 __all__ = ["verify_ranks"]
 
@@ -78,7 +78,7 @@ def _placement(live: Any) -> str:
 def _digest(tensor: Tensor) -> bytes:
     """Of the bytes of a tensor, a chunk at a time."""
     state = xxhash.xxh3_128()
-    memory = flat(tensor) if is_dense(tensor) else real(tensor).reshape(-1)
+    memory = flat(tensor) if is_dense(tensor) else row_major(tensor)
     for chunk in torch.split(memory, CHUNK):
         data: Any = chunk.cpu().view(torch.uint8).numpy()
         state.update(data)
