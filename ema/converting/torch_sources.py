@@ -114,6 +114,8 @@ def _torch_ema(state: Mapping[str, Any]) -> Found:
     """Without ``use_num_updates`` the decay is constant, and steps are not counted."""
     tensors = _listed(state["shadow_params"])
     schedule: RampWarmup | ConstantDecay
+    if "decay" not in state:
+        raise CheckpointError("this is no state of torch-ema: it has no `decay`")
     try:
         if state["num_updates"] is None:
             schedule = ConstantDecay(decay=state["decay"])

@@ -26,6 +26,7 @@ from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
 from ema.schedule_descriptions import describe_schedule
+from ema.torch_backend.copying import has_memory, host_copy, kind_of, without_values
 from ema.torch_backend.distributed.gather import Whole, on_first_rank
 from ema.torch_backend.memory import row_major
 from ema.torch_backend.selection import Selection
@@ -33,6 +34,7 @@ from ema.torch_backend.selection import Selection
 __all__ = [
     "averaged_model",
     "averaged_state_dict",
+    "check_some",
     "export",
     "load",
     "save",
@@ -194,8 +196,15 @@ def export(path: str | os.PathLike[str], tensors: Mapping[str, tuple[Tensor, tor
         tensors: of :func:`averaged_model`.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or holds wrappers of several tensors (torchao).
     """
+    wrappers = [key for key, (tensor, _) in tensors.items() if not has_memory(tensor)]
+    if wrappers:
+        kinds = sorted({type(tensors[key][0]).__name__ for key in wrappers})
+        raise CheckpointError(
+            f"safetensors does not hold {listing(wrappers)} ({', '.join(kinds)}): save() writes the"
+            " averages alone, torch.save(ema_model.averaged_state_dict(), path) everything"
+        )
 
     def write(whole: Whole) -> Path:
         sources = {key: source_of(key, *source, whole) for key, source in tensors.items()}
@@ -215,7 +224,8 @@ def averaged_model(
         found: the tensors of the model.
 
     Raises:
-        ModelError: ``state`` holds other things than tensors, or lacks what is averaged.
+        ModelError: ``state`` holds other things than tensors, or tensors without values (on the
+            meta device), or lacks what is averaged.
     """
     names = {id(tensor): name for name, tensor in found.averaged.items()}
     names |= {id(tensor): name for name, (first, tensor) in found.ties.items() if first in averages}
@@ -235,7 +245,17 @@ def averaged_model(
     parameters = [name for name, live in found.averaged.items() if isinstance(live, nn.Parameter)]
     if absent := [name for name in parameters if name not in seen]:
         raise ModelError(f"the state dict of the model lacks what is averaged: {listing(absent)}")
+    _check_values({key: tensor for key, (tensor, _) in tensors.items()})
     return tensors
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    places: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        if place := without_values(tensor):
+            places.setdefault(place, []).append(key)
+    for place, keys in places.items():
+        raise ModelError(f"{listing(keys)} {'are' if len(keys) > 1 else 'is'} {place}")
 
 
 def averaged_state_dict(tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> dict[str, Tensor]:
@@ -248,13 +268,29 @@ def averaged_state_dict(tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> di
         for key, (tensor, dtype) in tensors.items():
             same = (id(tensor), dtype)
             if same not in made:
-                made[same] = whole(tensor).detach().to("cpu", dtype, copy=True)
+                made[same] = host_copy(whole(tensor), dtype)
             state[key] = made[same]
 
     made: dict[tuple[int, torch.dtype], Tensor] = {}
     state: dict[str, Tensor] = {}
     on_first_rank([tensor for tensor, _ in tensors.values()], collect)
     return state
+
+
+def check_some(averages: Mapping[str, Tensor], found: Selection) -> None:
+    """Refuse a file without averages for a model whose parameters hold no values to average.
+
+    A lazy module may have none yet; parameters on the meta device may never have any.
+
+    Raises:
+        CheckpointError: there is no average, and parameters are on the meta device.
+    """
+    lacking = [name for name, tensor in found.others.items() if tensor.is_meta]
+    if lacking and not averages:
+        raise CheckpointError(
+            f"there is no average to write: {listing(lacking)} stayed on the meta device, which"
+            " holds no values"
+        )
 
 
 def source_of(
@@ -269,12 +305,14 @@ def source_of(
         whole: what brings all of a sharded tensor here.
 
     Raises:
-        CheckpointError: the format has no such dtype or layout.
+        CheckpointError: the format has no such dtype or layout, or the tensor has no values.
     """
     dtype = tensor.dtype if dtype is None else dtype
-    if dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta:
+    if reason := without_values(tensor):
+        raise CheckpointError(f"`{name}` is {reason}")
+    if dtype not in _NAMES or tensor.layout != torch.strided or not has_memory(tensor):
         raise CheckpointError(
-            f"`{name}` is {dtype} in the layout {tensor.layout} on {tensor.device.type}:"
+            f"`{name}` is {kind_of(tensor)} of {dtype} in the layout {tensor.layout}:"
             " the format has no such tensors"
         )
     return Source(_NAMES[dtype], tuple(tensor.shape), partial(_bytes_of, tensor, dtype, whole))

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema.errors import ModelError, difference
-from ema.torch_backend.distributed.sharding import local_of, place_of
+from ema.torch_backend.copying import obstacle
+from ema.torch_backend.distributed.sharding import place_of
 from ema.torch_backend.selection import Rules, Selection, select
 
 __all__ = ["check_writable", "targets"]
+
+_NOTHING = Rules(include=(), exclude=(), buffers=())
 
 
 def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> dict[str, Tensor]:
@@ -20,18 +23,20 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
 
     Args:
         model: another model than the averaged one.
-        values: by canonical name; of a sharded tensor the part that is here.
+        values: by canonical name; of a sharded tensor the part that is here. What ``ours`` does
+            not average is among them only if it is copied too.
         ours: the tensors of the averaged model.
 
     Raises:
         ModelError: the parameters of the two models, their ties, or the shapes or shards of these
-            tensors differ; all differences are listed.
+            tensors differ, or one that is not averaged cannot be copied; all differences are
+            listed.
     """
-    found = select(model, Rules.of(None, None, "copy"), tracked=values)
+    written = [name for name in values if name in ours.averaged]
+    found = select(model, _NOTHING, written, into=True)
     theirs = {**found.averaged, **found.others, **found.buffers}
     live = {**ours.averaged, **ours.others, **ours.buffers}
-    unbuilt = {*found.pending, *(name for name, tensor in found.buffers.items() if is_lazy(tensor))}
-    available = theirs.keys() - unbuilt
+    available = {name for name, tensor in theirs.items() if not is_lazy(tensor)}
     names = dict.fromkeys([*values, *ours.averaged, *ours.others])
     firsts = {name: found.first_name(name) for name in names}  # a tied tensor has several names
     usable = {name: first for name, first in firsts.items() if first in available}
@@ -49,6 +54,14 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
     )
     if text:
         raise ModelError(f"the average does not fit this model: {text}")
+    copied = [name for name in values if name not in ours.averaged]
+    phrases = {name: obstacle(theirs[usable[name]], live[name]) for name in copied}
+    if odd := [f"`{name}` {phrase}" for name, phrase in phrases.items() if phrase]:
+        raise ModelError(
+            f"what is not averaged cannot be copied: {difference((), (), odd)};"
+            " other.load_state_dict(ema_model.averaged_parameters(), strict=False) writes the"
+            " averages alone"
+        )
     return {name: theirs[usable[name]] for name in values}
 
 
@@ -68,9 +81,6 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise ModelError(f"`{name}` was made in inference mode and cannot be written")
-        strides = zip(local_of(tensor).stride(), local_of(tensor).shape, strict=True)
-        if any(stride == 0 and size > 1 for stride, size in strides):
-            raise ModelError(f"`{name}` is expanded: its elements share memory and cannot differ")
 
 
 def _mismatch(name: str, theirs: Tensor, ours: Tensor) -> list[str]:

@@ -23,6 +23,7 @@ from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
 from ema.torch_backend.blocks import ENDED_BESIDE, Block, ended_inside, report
+from ema.torch_backend.copying import copy_over
 from ema.torch_backend.counters import Counters
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.distributed.ranks import verify_ranks
@@ -484,15 +485,18 @@ class EMAModel(Generic[ModelT]):
     def copy_to(self, model: nn.Module, *, name: str | None = None) -> None:
         """Write the averages, and all that is not averaged as it is, into ``model`` for good.
 
+        Frozen quantized weights are copied where the two models are quantized alike.
+
         Args:
             model: a model with the same names and shapes. If it is the live one, its
                 weights are lost.
             name: which average, where there are several.
 
         Raises:
-            ModelError: names or shapes differ; all differences are listed. Or a tensor of
-                ``model`` cannot be written: one that is expanded, or was made in inference mode.
-                Nothing has changed.
+            ModelError: names or shapes differ; all differences are listed. Or a tensor that is
+                not averaged cannot be copied: it is quantized in another way, or has no values
+                on the meta device. Or a tensor of ``model`` cannot be written: one that is
+                expanded, or was made in inference mode. Nothing has changed.
             StateError: averages are swapped into ``model``, these or another one's.
         """
         if self._is_swapped_into(model):
@@ -504,7 +508,10 @@ class EMAModel(Generic[ModelT]):
         check_writable(theirs)
         with uninterrupted():
             for key, value in values.items():
-                local_of(theirs[key]).copy_(local_of(value))
+                if key in averages:
+                    local_of(theirs[key]).copy_(local_of(value))
+                else:
+                    copy_over(theirs[key], value)
             torch.clear_autocast_cache()
 
     @in_turn
@@ -579,9 +586,11 @@ class EMAModel(Generic[ModelT]):
             The file.
 
         Raises:
-            CheckpointError: it cannot be written, with the file and the reason.
+            CheckpointError: it cannot be written, with the file and the reason; or there is no
+                average, since the parameters are on the meta device.
         """
         averages, found = self._look(name)
+        files.check_some(averages, found)
         state = {
             **self._progress(),
             "not_averaged": list(found.others),
@@ -667,8 +676,11 @@ class EMAModel(Generic[ModelT]):
             The file.
 
         Raises:
-            CheckpointError: it cannot be written, with the file and the reason.
-            ModelError: the model's state dict holds something other than its tensors.
+            CheckpointError: it cannot be written, with the file and the reason; or a weight is
+                quantized into several tensors (torchao), which :meth:`averaged_state_dict` can
+                hold and a plain safetensors file cannot.
+            ModelError: the model's state dict holds something other than its tensors, or tensors
+                on the meta device, which have no values.
         """
         return files.export(path, self._averaged_model(name))
 
@@ -682,7 +694,8 @@ class EMAModel(Generic[ModelT]):
             name: which average, where there are several.
 
         Raises:
-            ModelError: the model's state dict holds something other than its tensors.
+            ModelError: the model's state dict holds something other than its tensors, or tensors
+                on the meta device, which have no values.
         """
         return files.averaged_state_dict(self._averaged_model(name))
 

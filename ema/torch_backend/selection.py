@@ -10,6 +10,7 @@ from torch import Tensor, nn, strided
 from torch.nn.parameter import is_lazy
 
 from ema.errors import ArgumentError, ArgumentTypeError, ModelError, listing
+from ema.torch_backend.copying import has_memory, kind_of, without_values
 from ema.torch_backend.distributed.sharding import (
     check_supported,
     fully_sharded,
@@ -163,6 +164,7 @@ def select(
     *,
     known: Mapping[str, Tensor] | None = None,
     first_look: FirstLook | None = None,
+    into: bool = False,
 ) -> Selection:
     """Find what ``rules`` average in ``model``, besides what is ``tracked`` already.
 
@@ -173,12 +175,14 @@ def select(
         known: those tensors as they were last seen. One that has another name by now is known by
             its identity, and takes its average along.
         first_look: decides which buffers must not be averaged, and remembers it.
+        into: whether averages are only written into these tensors, not made of them.
 
     Raises:
         ArgumentTypeError: ``model`` is not a module.
         ModelError: a pattern matches nothing; two tensors have one name or share a part of their
-            memory; one is to be averaged and cannot be (sparse, repeating its elements), or is kept by an engine
-            that leaves nothing to average (FSDP1, ZeRO-3).
+            memory; one is to be averaged and cannot be (sparse, repeating its elements, float8,
+            quantized, on the meta device), or is kept by an engine that leaves nothing to average
+            (FSDP1, ZeRO-3).
     """
     found = named_tensors(model)
     if gathered := fully_sharded(found.modules):
@@ -186,7 +190,7 @@ def select(
         found = named_tensors(model)
     check_supported(found.modules, found.parameters)
     rules.check_used(found)
-    choice = _Choice(found, rules, tracked, known or {}, first_look or FirstLook())
+    choice = _Choice(found, rules, tracked, known or {}, first_look or FirstLook(), into=into)
     selection = Selection(
         averaged={},
         others={},
@@ -214,7 +218,10 @@ class _Choice:
         tracked: Collection[str],
         known: Mapping[str, Tensor],
         first_look: FirstLook,
+        *,
+        into: bool,
     ) -> None:
+        self._into = into
         self._found = found
         self._rules = rules
         self._tracked = tracked
@@ -244,7 +251,7 @@ class _Choice:
         if origin is not None:
             selection.origins[first] = origin
         if wanted or (origin is not None and not is_lazy(tensor)):
-            _check_averageable(first, tensor)
+            _check_averageable(first, tensor, into=self._into)
             selection.averaged[first] = tensor
         else:
             (selection.others if parameters else selection.buffers)[first] = tensor
@@ -297,7 +304,16 @@ def _address(tensor: Tensor) -> int:
     return here.data_ptr() if here.numel() else 0
 
 
-def _check_averageable(name: str, tensor: Tensor) -> None:
+def _check_averageable(name: str, tensor: Tensor, *, into: bool) -> None:
+    if reason := without_values(tensor):
+        raise ModelError(f"`{name}` is {reason}")
+    left_out = "exclude it"
+    if not isinstance(tensor, nn.Parameter):
+        left_out = f"give it a rule of its own, buffers={{{name!r}: 'copy', …}}"
+    if tensor.dtype.itemsize == 1 and not into:
+        raise ModelError(
+            f"`{name}` is {tensor.dtype}, in which weights cannot be averaged: {left_out}"
+        )
     if is_sharded(tensor):
         try:
             place_of(tensor)
@@ -308,12 +324,8 @@ def _check_averageable(name: str, tensor: Tensor) -> None:
         raise ModelError(f"`{name}` has the layout {tensor.layout}, only dense tensors average")
     if tensor.is_conj() or tensor.is_neg():
         raise ModelError(f"`{name}` is a view that conjugates or negates: take its resolve_conj()")
-    if tensor.is_meta:
-        raise ModelError(f"`{name}` is {ON_META}, where it has no values to average")
-    if tensor.numel() and not _address(tensor):
-        raise ModelError(
-            f"`{name}` is a {type(tensor).__name__} without memory of its own: exclude it"
-        )
+    if tensor.numel() and not has_memory(tensor):
+        raise ModelError(f"`{name}` is {kind_of(tensor)} without memory of its own: {left_out}")
     repeats = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
     if tensor.numel() and repeats:
         raise ModelError(f"`{name}` is expanded: its elements share memory, so none can be swapped")
