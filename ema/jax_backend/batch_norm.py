@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError
+from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError, listing
 from ema.extras import require
 
 require("flax", "jax")
@@ -34,7 +34,7 @@ def recalibrate_batch_norm(
     variables: Mapping[str, Any] | None = None,
     forward: Forward | None = None,
 ) -> Any:
-    """Recompute the running statistics of all BatchNorm layers in one pass over ``batches``.
+    """Recompute the running statistics of BatchNorm layers in one pass over ``batches``.
 
     Each layer gets the mean and the (biased, as in Flax) variance of all values that it saw, over
     all batches together::
@@ -45,6 +45,13 @@ def recalibrate_batch_norm(
     model is changed in place, in its statistics and in nothing else; if anything is raised
     it is what it was. For a linen model the new collection is returned.
 
+    A layer that the model keeps in evaluation mode (a frozen backbone) keeps its statistics. In
+    nnx it is one that the model calls with ``use_running_average=True``, one whose flag is True
+    while another layer's is False, or one that ``model.train()`` leaves so, where the class
+    overrides ``train``. In linen it is one that runs with ``use_running_average=True`` while
+    another one does not: let ``forward`` call the model as in training then,
+    ``lambda apply, x: apply(x, train=True)``.
+
     Args:
         model: an ``nnx.Module``, inside ``use_ema`` or made by ``EMA.apply_to``, or a linen module.
         batches: what to call it with: an array, a tuple or list (its first element, as in
@@ -54,8 +61,8 @@ def recalibrate_batch_norm(
         forward: calls the model in place of that. For nnx ``forward(model, batch)``, which may be
             jitted; batches count by the length of their first array. For linen
             ``forward(apply, batch)`` with ``apply(*args, **kwargs)``, that of the model with its
-            variables filled in, run without ``jit``; ``train=False`` keeps Dropout quiet, and
-            the layers gather their statistics nevertheless.
+            variables filled in, run without ``jit``. With ``train=False`` the layers gather their
+            statistics nevertheless, and with ``train=True`` Dropout does nothing all the same.
 
     Returns:
         ``None`` for nnx; the new ``batch_stats`` for linen.
@@ -63,7 +70,7 @@ def recalibrate_batch_norm(
     Raises:
         ArgumentError: there are no batches, or ``variables`` is missing or too much.
         ArgumentTypeError: a batch is something else and ``forward`` is not given.
-        ModelError: the model has no BatchNorm layer.
+        ModelError: the model has no BatchNorm layer, or keeps all of them in evaluation mode.
         StateError: ``forward`` made no layer gather statistics.
 
     Example:
@@ -115,17 +122,79 @@ def _recalibrate_nnx(model: Any, batches: Iterable[Any], forward: Forward) -> No
     }
     if not layers:
         raise ModelError("`model` must have a BatchNorm layer, got none")
-    pools = {path: _Pool() for path in layers}
-    with _gathering(model, layers.values()):
+    kept = _kept_in_evaluation(model, layers)
+    gathering = {path: layer for path, layer in layers.items() if path not in kept}
+    if not gathering:
+        raise ModelError(
+            "`model` must have a BatchNorm layer that it does not keep in evaluation mode, got"
+            f" {listing('.'.join(map(str, path)) for path in layers)}"
+        )
+    pools = {path: _Pool() for path in gathering}
+    own = {path: _finite(layer) for path, layer in gathering.items()}
+    starts = dict.fromkeys(gathering, _IMPOSSIBLE)
+    with _gathering(model, layers.values(), gathering.values()):
         for batch in batches:
-            for layer in layers.values():
-                _set(layer, 0.0, -1.0)  # no variance is negative: says whether the layer ran
-            forward(model, batch)
-            for path, layer in layers.items():
-                if (layer.var[...] >= 0).all() or jnp.isnan(layer.var[...]).any():
-                    pools[path].add(_length(batch), layer.mean[...], layer.var[...])
+            ran = _run(model, batch, forward, gathering, starts)
+            quiet = {p: own[p] for p in gathering.keys() - ran if starts[p] is _IMPOSSIBLE}
+            if quiet:  # not called, or called to normalize by what they have
+                starts |= quiet
+                ran = _run(model, batch, forward, gathering, starts)
+            for path in ran:
+                layer = gathering[path]
+                pools[path].add(_length(batch), layer.mean[...], layer.var[...])
     for path, (mean, var) in _results(pools).items():
         _set(layers[path], mean, var)
+
+
+def _kept_in_evaluation(model: Any, layers: Mapping[Path, Any]) -> set[Path]:
+    """The layers that stay in evaluation mode while the model trains; all is put back."""
+
+    def evaluating() -> set[Path]:
+        return {path for path, layer in layers.items() if layer.use_running_average}
+
+    now = evaluating()
+    kept = now if now != layers.keys() else set()
+    if type(model).train is not nnx.Module.train:
+        with _put_back(model):
+            model.train()
+            kept |= evaluating()
+            if now == layers.keys():
+                model.eval()
+    return kept
+
+
+_IMPOSSIBLE: tuple[Any, Any] = (0.0, -1.0)
+"""A mean and a variance that no batch has."""
+
+
+def _finite(layer: Any) -> tuple[Any, Any]:
+    """The statistics of a layer; where they are not finite, others that are.
+
+    A layer that gathers multiplies what it has by 0, which makes NaN of Inf.
+    """
+    mean, var = layer.mean[...], layer.var[...]
+    return (mean, var) if bool(jnp.isfinite(mean + var).all()) else (0.0, 1.0)
+
+
+def _run(
+    model: Any,
+    batch: Any,
+    forward: Forward,
+    layers: Mapping[Path, Any],
+    starts: Mapping[Path, tuple[Any, Any]],
+) -> set[Path]:
+    """Run one batch from these statistics: the layers that now hold those of the batch."""
+    for path, layer in layers.items():
+        _set(layer, *starts[path])
+    forward(model, batch)
+    return {
+        path
+        for path, layer in layers.items()
+        if any(
+            not np.array_equal(np.broadcast_to(old, new.shape), new, equal_nan=True)
+            for old, new in zip(starts[path], (layer.mean[...], layer.var[...]), strict=True)
+        )
+    }
 
 
 def _set(layer: Any, mean: Any, var: Any) -> None:
@@ -135,8 +204,21 @@ def _set(layer: Any, mean: Any, var: Any) -> None:
 
 
 @contextmanager
-def _gathering(model: Any, layers: Iterable[Any]) -> Iterator[None]:
-    """The layers show the statistics of each batch, all else evaluates, and all is put back."""
+def _gathering(model: Any, layers: Iterable[Any], gathering: Iterable[Any]) -> Iterator[None]:
+    """Some layers show the statistics of each batch, all else evaluates, and all is put back."""
+    with _put_back(model):
+        model.set_attributes(deterministic=True, raise_if_not_found=False)
+        for layer in layers:
+            layer.use_running_average = True
+        for layer in gathering:
+            layer.use_running_average = False
+            layer.momentum = 0.0
+        yield
+
+
+@contextmanager
+def _put_back(model: Any) -> Iterator[None]:
+    """The variables of a model, and the flags of its modules, are afterwards what they were."""
     before = nnx.as_pure(nnx.state(model))
     flags = [
         (module, name, getattr(module, name))
@@ -145,12 +227,6 @@ def _gathering(model: Any, layers: Iterable[Any]) -> Iterator[None]:
         if name in vars(module)
     ]
     try:
-        for module, name, _ in flags:
-            if name == "deterministic":
-                setattr(module, name, True)
-        for layer in layers:
-            layer.use_running_average = False
-            layer.momentum = 0.0
         yield
     finally:
         for module, name, value in flags:
@@ -168,12 +244,20 @@ def _recalibrate_linen(
     if not jax.tree.leaves(stats):
         raise ModelError("`variables` must hold the batch_stats of a BatchNorm layer, got none")
     pools: dict[Path, _Pool] = {}
+    modes: dict[Path, bool] = {}  # whether a layer evaluates, each time that it was called
+    kept: set[Path] = set()
 
     def gather(
         run: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext
     ) -> Any:
         layer = context.module
+        if context.method_name == "__call__" and isinstance(layer, linen.Dropout):
+            return args[0] if args else kwargs["inputs"]
         if not isinstance(layer, linen.BatchNorm) or context.method_name != "__call__":
+            return run(*args, **kwargs)
+        place = ("batch_stats", *layer.path)
+        modes[place] = modes.get(place, True) and _evaluates(layer, args, kwargs)
+        if place in kept:
             return run(*args, **kwargs)
         x, mask = args[0], kwargs.get("mask")
         # frozen to its users; either flag may be set, and both together are an error
@@ -187,7 +271,7 @@ def _recalibrate_linen(
                 object.__setattr__(layer, name, value)
         seen = layer.variables["batch_stats"]
         values = x.size if mask is None else int(np.broadcast_to(mask, x.shape).sum())
-        pool = pools.setdefault(("batch_stats", *layer.path), _Pool())
+        pool = pools.setdefault(place, _Pool())
         pool.add(values / seen["mean"].size, seen["mean"], seen["var"])
         return result
 
@@ -197,8 +281,12 @@ def _recalibrate_linen(
 
     # A trace made earlier knows nothing of the interceptor, and one made here would outlive it.
     with jax.disable_jit():
-        for batch in batches:
+        for number, batch in enumerate(batches):
             _call(apply, batch) if forward is None else forward(apply, batch)
+            if not number and len({*modes.values()}) > 1:
+                kept |= {place for place, evaluates in modes.items() if evaluates}
+                pools.clear()  # which saw what the kept layers made of the batch
+                _call(apply, batch) if forward is None else forward(apply, batch)
     results = _results(pools)
 
     def new(path: Any, leaf: Any) -> Any:
@@ -211,6 +299,12 @@ def _recalibrate_linen(
         )
 
     return jax.tree_util.tree_map_with_path(new, stats)
+
+
+def _evaluates(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a layer of linen was called to use its running statistics."""
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    return bool(layer.use_running_average if given is None else given)
 
 
 def _results(pools: Mapping[Path, _Pool]) -> dict[Path, tuple[Any, Any]]:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError
+from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError, listing
+from ema.torch_backend.names import unwrap
 
 __all__ = ["recalibrate_batch_norm"]
 
@@ -28,7 +29,7 @@ def recalibrate_batch_norm(
     device: torch.device | str | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> None:
-    """Recompute the running statistics of all BatchNorm layers in one pass over ``batches``.
+    """Recompute the running statistics of BatchNorm layers in one pass over ``batches``.
 
     Each layer gets the mean and the unbiased variance of all values that it saw, over all
     batches together::
@@ -40,6 +41,13 @@ def recalibrate_batch_norm(
     Everything else is in evaluation mode on the way, so Dropout does nothing, as when the model
     is used. Training mode, momentum and every other buffer are what they were afterwards; if
     anything is raised, the statistics too.
+
+    A layer that the model keeps in evaluation mode (a frozen backbone) keeps its statistics. It is
+    one that ``model.train()`` leaves in evaluation mode, because a class overrides ``train``, or
+    one that is in evaluation mode now while the model is in training mode. In a model that is in
+    evaluation mode as a whole, a layer that the training loop froze by hand looks like any other:
+    call this before ``model.eval()`` then. A layer whose parameters are frozen and that trains its
+    statistics all the same is recomputed.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> ema_model = EMAModel(model, decay=0.99)
@@ -57,8 +65,10 @@ def recalibrate_batch_norm(
     Raises:
         ArgumentError: there are no batches.
         ArgumentTypeError: a batch is something else and ``forward`` is not given.
-        ModelError: the model has no BatchNorm layer with running statistics.
+        ModelError: the model has no BatchNorm layer with running statistics, or keeps all of them
+            in evaluation mode.
         StateError: a layer saw one value a channel at most, of which there is no variance.
+        Exception: what ``model.train()`` raises, where a class overrides it. Nothing has changed.
     """
     layers = {
         name: module
@@ -67,6 +77,13 @@ def recalibrate_batch_norm(
     }
     if not layers:
         raise ModelError("`model` must have a BatchNorm layer with running statistics, got none")
+    kept = _kept_in_evaluation(model, layers)
+    if len(kept) == len(layers):
+        raise ModelError(
+            "`model` must have a BatchNorm layer that it does not keep in evaluation mode, got"
+            f" {listing(kept)}"
+        )
+    layers = {name: layer for name, layer in layers.items() if name not in kept}
     pools = {name: _Pool() for name in layers}
     with _gathering(model, layers, pools):
         number = 0
@@ -137,23 +154,53 @@ def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, 
     return count, mean, squares
 
 
+def _kept_in_evaluation(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The layers that stay in evaluation mode while the model trains.
+
+    The mode of every module is what it was afterwards, and so is every buffer.
+    """
+    trains = unwrap(model).training
+    kept = {name for name, layer in layers.items() if trains and not layer.training}
+    if any(map(_overrides_train, model.modules())):
+        with _put_back(model):
+            model.train()
+            kept |= {name for name, layer in layers.items() if not layer.training}
+            if not trains:
+                model.eval()
+    return [name for name in layers if name in kept]
+
+
+def _overrides_train(module: nn.Module) -> bool:
+    return type(module).train is not nn.Module.train or "train" in vars(module)
+
+
 @contextmanager
 def _gathering(
     model: nn.Module, layers: Mapping[str, _BatchNorm], pools: Mapping[str, _Pool]
 ) -> Iterator[None]:
     """The layers in training mode, everything else in evaluation mode, and all buffers put back."""
+    hooks = []
+    with _put_back(model):
+        try:
+            for module in model.modules():
+                module.training = False
+            for name, layer in layers.items():
+                layer.training = True
+                hooks.append(layer.register_forward_pre_hook(pools[name]))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Modes and buffers are afterwards what they were."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    hooks = []
     try:
-        model.eval()
-        for name, layer in layers.items():
-            layer.training = True
-            hooks.append(layer.register_forward_pre_hook(pools[name]))
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, mode in training:
             module.training = mode
         for buffer, before in buffers:

@@ -98,7 +98,6 @@ def test_nnx_and_linen_agree(linen):
 @pytest.mark.parametrize("error", [False, True])
 def test_only_batch_norm_layers_change(error):
     model = Network(nnx.Rngs(0), momentum=0.7)
-    model.last.use_running_average = True
     before = of(model)
     if error:
         with pytest.raises(TypeError):
@@ -109,7 +108,7 @@ def test_only_batch_norm_layers_change(error):
     names = {f"{layer}.{name}" for layer in ("norm", "last") for name in ("mean", "var")}
     assert changed == (set() if error else names)
     assert (model.norm.momentum, model.norm.use_running_average) == (0.7, False)
-    assert (model.last.momentum, model.last.use_running_average) == (0.99, True)
+    assert (model.last.momentum, model.last.use_running_average) == (0.99, False)
     assert model.dropout.deterministic is False
 
 
@@ -192,6 +191,127 @@ def test_under_the_averaged_weights(linen):
         stats["norm"]["var"],
         batches[0] @ state.ema_params["first"]["kernel"],
     )
+
+
+class Backbone(nnx.Module):
+    """A frozen layer and a trained one; ``freeze`` says by which means it is frozen."""
+
+    def __init__(self, freeze):
+        self.freeze = freeze
+        self.frozen = nnx.BatchNorm(3, use_running_average=freeze == "flag", rngs=nnx.Rngs(0))
+        self.last = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def train(self, **attributes):
+        super().train(**attributes)
+        if self.freeze == "train":
+            self.frozen.use_running_average = True
+
+    def __call__(self, x):
+        x = self.frozen(x, use_running_average=True) if self.freeze == "call" else self.frozen(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("freeze", "mode"),
+    [
+        ("flag", "as constructed"),
+        ("train", "as constructed"),
+        ("train", "train"),
+        ("train", "eval"),
+        ("call", "as constructed"),
+        ("call", "eval"),
+    ],
+)
+def test_layers_that_an_nnx_model_keeps_in_evaluation_mode_keep_their_statistics(
+    freeze, mode, jitted
+):
+    """And what comes after them sees what they make of their own statistics."""
+    model, batches = Backbone(freeze), data(8, 8, 3)
+    if mode != "as constructed":
+        getattr(model, mode)()
+    model.frozen.mean[...] = jnp.full(3, 5.0)
+    model.frozen.var[...] = jnp.full(3, 4.0)
+    flags = [layer.use_running_average for layer in (model.frozen, model.last)]
+    forward = nnx.jit(lambda model, batch: model(batch)) if jitted else None
+    recalibrate_batch_norm(model, batches, forward=forward)
+    assert [layer.use_running_average for layer in (model.frozen, model.last)] == flags
+    np.testing.assert_array_equal(model.frozen.mean[...], jnp.full(3, 5.0))
+    np.testing.assert_array_equal(model.frozen.var[...], jnp.full(3, 4.0))
+    seen = (jnp.concatenate(batches) - 5.0) / jnp.sqrt(4.0 + 1e-5)
+    check(model.last.mean[...], model.last.var[...], seen)
+
+
+def test_an_nnx_layer_that_only_some_batches_reach_has_the_statistics_of_these():
+    """Also if the first one does not reach it, and if it held NaN."""
+
+    class Sometimes(nnx.Module):
+        def __init__(self):
+            self.always = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.large = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.always(self.large(x) if len(x) > 4 else x)
+
+    for start in (2.0, float("nan")):
+        model, batches = Sometimes(), data(3, 8, 2, 6)
+        model.large.mean[...] = jnp.full(3, start)
+        recalibrate_batch_norm(model, batches)
+        again = Sometimes()
+        recalibrate_batch_norm(again, [batches[1], batches[3]])
+        np.testing.assert_allclose(model.large.var[...], again.large.var[...], rtol=1e-6)
+        np.testing.assert_allclose(model.large.mean[...], again.large.mean[...], rtol=1e-6)
+        assert jnp.isfinite(model.always.var[...]).all()
+
+
+def test_recalibrating_an_nnx_model_twice_gives_the_same():
+    """The statistics that a layer starts with are those of the very batch."""
+    model, batches = Network(nnx.Rngs(0)), data(8)
+    recalibrate_batch_norm(model, batches)
+    first = of(model)
+    recalibrate_batch_norm(model, batches)
+    for name, value in of(model).items():
+        np.testing.assert_array_equal(value, first[name])
+
+
+def test_an_nnx_model_that_keeps_all_layers_in_evaluation_mode_is_refused():
+    class Closed(nnx.Sequential):
+        def train(self, **attributes):
+            self.eval(**attributes)
+
+    model = Closed(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ema.ModelError, match=r"keep in evaluation mode, got `layers\.0`"):
+        recalibrate_batch_norm(model, data(4))
+    assert model.layers[0].use_running_average is False
+
+
+class FrozenLinen(nn.Module):
+    as_argument: bool
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if self.as_argument:
+            x = nn.BatchNorm(name="frozen")(x, True)
+        else:
+            x = nn.BatchNorm(use_running_average=True, name="frozen")(x)
+        x = nn.Dropout(0.9)(x, deterministic=not train)
+        x = nn.BatchNorm(name="last")(x, use_running_average=not train)
+        return nn.Dropout(0.9, deterministic=not train)(inputs=x)
+
+
+@pytest.mark.parametrize("as_argument", [False, True])
+def test_layers_that_a_linen_model_keeps_in_evaluation_mode_keep_their_statistics(as_argument):
+    """Where ``forward`` calls the model as in training; Dropout does nothing even then."""
+    model, batches = FrozenLinen(as_argument), data(8, 8, 3)
+    variables = model.init(jax.random.key(0), batches[0])
+    variables["batch_stats"]["frozen"] = {"mean": jnp.full(3, 5.0), "var": jnp.full(3, 4.0)}
+    stats = recalibrate_batch_norm(
+        model, batches, variables=variables, forward=lambda apply, x: apply(x, train=True)
+    )
+    np.testing.assert_array_equal(stats["frozen"]["mean"], jnp.full(3, 5.0))
+    np.testing.assert_array_equal(stats["frozen"]["var"], jnp.full(3, 4.0))
+    seen = (jnp.concatenate(batches) - 5.0) / jnp.sqrt(4.0 + 1e-5)
+    check(stats["last"]["mean"], stats["last"]["var"], seen)
 
 
 def test_mistakes(linen):

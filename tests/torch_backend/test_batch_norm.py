@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_one_batch_gives_what_a_training_step_with_momentum_one_gives(model):
 def test_only_batch_norm_layers_change(momentum):
     model = Network(momentum)
     model.train()
-    model.last.eval()
+    model.dropout.eval()
     before, modes = state(model), [m.training for m in model.modules()]
     recalibrate_batch_norm(model, data(4, 4))
     changed = {name for name, t in state(model).items() if not torch.equal(t, before[name])}
@@ -124,6 +125,168 @@ def test_a_layer_that_is_not_called_keeps_its_statistics(model):
     model.unused.running_mean.fill_(7.0)
     recalibrate_batch_norm(model, data(4))
     assert model.unused.running_mean.eq(7.0).all()
+
+
+class Frozen(nn.Module):
+    """A backbone that ``train`` keeps in evaluation mode, two layers deep, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)))
+        self.head = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.register_buffer("switches", torch.zeros(()))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.switches += 1
+        self.backbone.eval()
+        return self
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+class Outer(nn.Module):
+    """The override is that of a submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Frozen()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def frozen_by_an_instance():
+    """``train`` is replaced on the object, as scripts do that did not write the class."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+    def train(mode=True):
+        nn.Sequential.train(model, mode)
+        model[0].eval()
+        return model
+
+    model.train = train
+    return model
+
+
+def changed_layers(model, call):
+    """Names of the layers whose statistics ``call`` changes; it may change no mode nor buffer else."""
+    before, modes = state(model), [m.training for m in model.modules()]
+    call()
+    assert [m.training for m in model.modules()] == modes
+    after = state(model)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    layers = {name.rpartition(".")[0] for name in changed}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{layer}.{name}" for layer in layers for name in statistics}
+    return layers
+
+
+def rows():
+    return list(torch.randn(4, 64, 3) * 10 + 3)
+
+
+@pytest.mark.parametrize("mode", ["as constructed", "train", "eval"])
+@pytest.mark.parametrize(
+    ("make", "trained"),
+    [(Frozen, "head.1"), (Outer, "inner.head.1"), (frozen_by_an_instance, "2")],
+)
+def test_layers_that_train_leaves_in_evaluation_mode_keep_their_statistics(make, trained, mode):
+    """Whichever module overrides ``train``, and whatever mode the model is in."""
+    model = make()
+    if mode != "as constructed":
+        model.train(mode == "train")
+    assert changed_layers(model, lambda: recalibrate_batch_norm(model, rows())) == {trained}
+
+
+def test_a_kept_layer_normalizes_by_its_own_statistics_on_the_way():
+    """What comes after it sees what it sees in use."""
+    model, batches = Frozen(), rows()
+    model.backbone[0].running_mean.fill_(5.0)
+    recalibrate_batch_norm(model, batches)
+    model.eval()
+    seen = model.head[0](model.backbone(torch.cat(batches)))
+    torch.testing.assert_close(model.head[1].running_mean, seen.mean(0))
+    torch.testing.assert_close(model.head[1].running_var, seen.var(0))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_the_loop_puts_into_evaluation_mode_keeps_its_statistics(compiled):
+    """Where the model is in training mode, also inside wrappers; in evaluation mode it cannot be told."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model.train()
+    model[0].eval()
+    given = torch.compile(model, backend="eager") if compiled else model
+    assert changed_layers(model, lambda: recalibrate_batch_norm(given, rows())) == {"2"}
+    model.eval()
+    call = partial(recalibrate_batch_norm, given, rows() + rows())
+    assert changed_layers(model, call) == {"0", "2"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_with_frozen_parameters_alone_is_recomputed(training):
+    """In training it gathers statistics, whatever its weights do."""
+    model = nn.Sequential(nn.BatchNorm1d(3).requires_grad_(False), nn.BatchNorm1d(3, momentum=None))
+    model.train(training)
+    assert changed_layers(model, lambda: recalibrate_batch_norm(model, rows())) == {"0", "1"}
+
+
+def test_a_model_that_keeps_all_layers_in_evaluation_mode_is_refused():
+    model = Frozen()
+    model.head = nn.Linear(3, 2)
+    message = r"does not keep in evaluation mode, got `backbone.0`, `backbone.1.0`"
+    with pytest.raises(ema.ModelError, match=message):
+        recalibrate_batch_norm(model, rows())
+    assert model.switches == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_train_raises_is_raised_and_changes_nothing(training):
+    class Stubborn(Frozen):
+        def train(self, mode=True):
+            super().train(mode)
+            raise NotImplementedError("not this one")
+
+    model = Stubborn()
+    nn.Module.train(model, training)
+
+    def call():
+        with pytest.raises(NotImplementedError, match="not this one"):
+            recalibrate_batch_norm(model, rows())
+
+    assert changed_layers(model, call) == set()
+
+
+def test_a_model_whose_train_moves_weights_is_put_into_its_mode_again():
+    """Adapters that merge themselves in evaluation mode: ``eval`` undoes what asking did."""
+
+    class Merging(nn.Sequential):
+        merged = False
+
+        def train(self, mode=True):
+            if self.merged == mode:
+                with torch.no_grad():
+                    self[0].weight.add_(-8.0 if mode else 8.0)
+                self.merged = not mode
+            return super().train(mode)
+
+    model = Merging(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    for mode, value in ((True, 0.0), (False, 8.0)):
+        model.train(mode)
+        recalibrate_batch_norm(model, rows())
+        assert model[0].weight.eq(value).all()
+        assert model.training is mode
+
+
+def test_under_averaged_weights_a_frozen_backbone_is_left_alone():
+    model = Frozen()
+    ema_model = EMAModel(model, decay=0.5)
+    with ema_model.use_ema():
+        model.eval()
+        assert changed_layers(model, lambda: recalibrate_batch_norm(model, rows())) == {"head.1"}
 
 
 def test_mistakes(model):
