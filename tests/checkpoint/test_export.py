@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from ema import CheckpointError, EMAModel, ModelError
 
@@ -104,6 +105,67 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ModelError, match="lacks what is averaged: `bias`"):
         EMAModel(hidden).export(tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def quantized_base():
+    """A frozen linear layer of torchao, whose weight is a wrapper of two tensors, and a head."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8).requires_grad_(requires_grad=False), nn.Linear(8, 2))
+    quantize_(net[0], Float8WeightOnlyConfig())
+    return net
+
+
+def test_an_export_of_a_quantized_base_is_refused_with_two_ways_that_work(tmp_path):
+    """And leaves no file; the other ways carry the whole model and the average alone."""
+    net, batch = quantized_base(), torch.randn(3, 16)
+    ema_model = EMAModel(net, 0.5)
+    with torch.no_grad():
+        net[1].weight.add_(1.0)
+    ema_model.update()
+    message = (
+        r"safetensors does not hold `0.weight` \(Float8Tensor\): save\(\) writes the averages"
+        r" alone, torch.save\(ema_model.averaged_state_dict\(\), path\) everything"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        ema_model.export(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with ema_model.use_ema():
+        expected = net(batch)
+    torch.save(ema_model.averaged_state_dict(), tmp_path / "model.pt")
+    whole = quantized_base()
+    whole.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert torch.equal(whole(batch), expected)
+    ema_model.save(tmp_path)
+    resumed = EMAModel(quantized_base(), 0.5)
+    resumed.load(tmp_path)
+    with resumed.use_ema():
+        assert torch.equal(resumed.model(batch), expected)
+
+
+def test_the_state_dict_of_a_quantized_base_shares_no_memory_with_it():
+    net = quantized_base()
+    copied = EMAModel(net, 0.5).averaged_state_dict()["0.weight"]
+    assert type(copied) is type(net[0].weight)
+    assert copied.qdata.data_ptr() != net[0].weight.qdata.data_ptr()
+
+
+def test_what_is_on_the_meta_device_is_named_in_place_of_an_empty_file(tmp_path):
+    """Wholly, as offloading leaves a model, and in part."""
+    whole = nn.Linear(4, 2, device="meta")
+    with pytest.raises(ModelError, match="`weight`, `bias` are on the meta device"):
+        EMAModel(whole).averaged_state_dict()
+    with pytest.raises(ModelError, match="`weight`, `bias` are on the meta device"):
+        EMAModel(whole).export(tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="no average to write: `weight`, `bias` stayed on"):
+        EMAModel(whole).save(tmp_path / "ema.safetensors")
+    part = nn.Sequential(nn.Linear(4, 2, device="meta").requires_grad_(False), nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"`0.weight`, `0.bias` are on the meta device"):
+        EMAModel(part).export(tmp_path / "m.safetensors")
+    part[1].register_buffer("mask", torch.ones(2, device="meta"), persistent=False)
+    assert list(tmp_path.iterdir()) == []
+    EMAModel(part).save(tmp_path)  # the averages alone, which have values
+    with pytest.raises(ModelError, match=r"`weight`, `bias` are in a lazy module"):
+        EMAModel(nn.LazyLinear(2)).export(tmp_path / "m.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")

@@ -12,6 +12,7 @@ from torch import nn
 import ema
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning, StateError
 from ema.checkpoint import read_state
+from ema.torch_backend.distributed.ranks import _digest
 
 
 class Small(nn.Module):
@@ -234,3 +235,55 @@ def test_a_remainder_whose_name_is_taken_is_refused(tmp_path):
         EMAModel(model, 0.9, compensated=True).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
     EMAModel(model, 0.9).save(tmp_path)
+
+
+ODD = {
+    "row of a column": lambda: torch.randn(3, 5)[:1, 0],
+    "three strides": lambda: torch.empty_strided((1, 1, 1), (100, 7, 3)).normal_(),
+    "stride zero": lambda: torch.tensor(2.0).expand(1, 1),
+    "scalar inside": lambda: torch.randn(3)[1],
+    "column": lambda: torch.randn(3, 5)[:, 1:2],
+    "bfloat16": lambda: torch.randn(3, 5).bfloat16()[:1, 0],
+    "float64": lambda: torch.randn(3, 5).double()[:1, 0],
+    "complex": lambda: torch.randn(3, 5, dtype=torch.complex64)[:1, 0],
+    "nothing": lambda: torch.empty_strided((0,), (7,)),
+    "nothing in rows": lambda: torch.empty_strided((0, 5), (1, 7)),
+    "nothing expanded": lambda: torch.zeros(1, 0).expand(5, 0),
+    "complex nothing": lambda: torch.empty_strided((0,), (7,), dtype=torch.complex64),
+}
+"""Tensors of one element, of none, or of one column, which PyTorch calls contiguous or nearly so."""
+
+
+@pytest.mark.parametrize("update_after_step", [0, 5])
+@pytest.mark.parametrize("kind", ODD)
+def test_strides_of_one_element_or_of_none_do_not_matter(tmp_path, kind, update_after_step):
+    """The files, exports, conversions and digests are those of the same values without strides."""
+    odd = ODD[kind]()
+    models = [nn.ParameterList([odd]), nn.ParameterList([torch.empty(odd.shape, dtype=odd.dtype)])]
+    with torch.no_grad():
+        models[1][0].copy_(odd)
+    options = {"decay": 0.9, "update_after_step": update_after_step}
+    averages = [EMAModel(model, **options) for model in models]
+    for _ in range(3):
+        step = torch.randn(odd.shape, dtype=odd.dtype)
+        for model, average in zip(models, averages, strict=True):
+            with torch.no_grad():
+                model[0].add_(step)
+            average.update()
+    for number, average in enumerate(averages):
+        folder = tmp_path / str(number)
+        average.save(folder / "saved")
+        average.export(folder / "export.safetensors")
+        torch.save(average.state_dict(), folder / "state.pt")
+        ema.convert(folder / "state.pt", folder / "converted")
+        torch.save({"0": models[number][0].detach()}, folder / "live.pt")
+        ema.convert(folder / "live.pt", folder / "live", step=1)
+        average.load(folder / "saved")
+        ema.convert({"0": models[number][0].detach()}, folder / "memory", step=1)
+    names = ("saved/ema", "export", "converted/ema", "live/ema", "memory/ema")
+    for file in (f"{name}.safetensors" for name in names):
+        assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file
+    assert _digest(averages[0].averaged_parameters()["0"]) == _digest(
+        averages[1].averaged_parameters()["0"]
+    )
+    assert _digest(models[0][0]) == _digest(models[1][0])
