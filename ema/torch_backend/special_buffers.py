@@ -61,9 +61,8 @@ def _reason(key: str, buffer: Tensor, owner: nn.Module) -> str | None:
         return "a vector of a spectral norm, which must keep its length of 1"
     if any(is_of(owner, *home_and_name) for home_and_name in _QUANTIZERS):
         return f"a range or scale of {type(owner).__name__}"
-    if buffer.dtype.itemsize == 1:
-        return f"{buffer.dtype} is too coarse for an average"
-    if not bool(torch.isfinite(buffer).all()):
+    # float8 is refused later, and PyTorch cannot tell whether it is finite
+    if buffer.dtype.itemsize > 1 and not bool(torch.isfinite(buffer).all()):
         return "it held infinities or NaN when it was first seen"
     return None
 

@@ -336,12 +336,12 @@ class TestCopyToRefuses:
         assert numbers(other.parameters()) == {1.0}
 
     def test_buffers_whose_elements_share_memory(self):
-        def make():
+        def make(value):
             linear = nn.Linear(3, 2)
-            linear.register_buffer("mask", torch.ones(1).expand(4))
+            linear.register_buffer("mask", torch.full((1,), value).expand(4))
             return linear
 
-        self.of(EMAModel(make()), make(), ModelError, "`mask` is expanded")
+        self.of(EMAModel(make(1.0)), make(2.0), ModelError, "`mask` repeats its elements")
 
     def test_a_model_that_holds_the_averages_of_another(self):
         other = nn.Linear(3, 2)
