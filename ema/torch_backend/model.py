@@ -63,6 +63,9 @@ class EMAModel(Generic[ModelT]):
     Parameters that are replaced, moved or cast are followed; one that was resized or removed is
     refused at the next update, before anything has changed.
 
+    One thread at a time uses it: a call that overlaps another thread's call raises a ``StateError``
+    and changes nothing. Calls inside calls of the same thread work.
+
     Args:
         model: any module, wrapped (DDP, ``torch.compile``) or sharded (``fully_shard``, DTensor),
             also later on, or not; it is never copied.
@@ -229,7 +232,7 @@ class EMAModel(Generic[ModelT]):
 
     @in_turn
     def reset(self) -> None:
-        """Start again from the live weights, at step 0.
+        """Start again from the live weights, at step 0; Ctrl-C waits until it is done.
 
         Raises:
             StateError: averages are swapped in, these or another one's.
@@ -393,7 +396,8 @@ class EMAModel(Generic[ModelT]):
             model: may be named to make sure that it is this one.
 
         Raises:
-            StateError: no averages are swapped in, or not into ``model``.
+            StateError: no averages are swapped in, or not into ``model``. Or a ``use_ema()`` block
+                is open, whose code relies on the averages: then the live weights are back.
         """
         if self._swap is None or not self._swap.active:
             raise StateError("restore_original needs an apply_ema before it")
@@ -414,7 +418,8 @@ class EMAModel(Generic[ModelT]):
     ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, the live ones after it, whatever is raised.
 
-        Inside another block of the same average it does nothing.
+        Inside another block of the same average it does nothing, so blocks must nest. Where the
+        outer one ends first (two coroutines, generators or threads), its end raises.
 
         Args:
             model: another model with the same names and shapes.
@@ -423,7 +428,9 @@ class EMAModel(Generic[ModelT]):
 
         Raises:
             ModelError: see :meth:`apply_ema`.
-            StateError: likewise.
+            StateError: likewise; or at the end, if a block inside this one is still open, or
+                another thread is within a call. The live weights are back, or come back when that
+                call ends.
         """
         if isinstance(model, str):
             model, name = None, model
@@ -554,7 +561,8 @@ class EMAModel(Generic[ModelT]):
 
         Warns:
             EMAWarning: it was made with another schedule, ``update_after_step`` or
-                ``update_every``.
+                ``update_every``; or it is of a step before ``update_after_step``, where the average
+                equals the live weights, and these differ from those in the state.
         """
         self._refuse_while_swapped("load_state_dict")
         self._go_on(state)
@@ -618,6 +626,10 @@ class EMAModel(Generic[ModelT]):
     ) -> None:
         """Go on from a file that :meth:`save` or a JAX run wrote, see :meth:`load_state_dict`.
 
+        Everything is checked before the first byte is assigned, and Ctrl-C waits for the
+        assignment. If reading fails in the middle of that, every later use of the average raises a
+        ``StateError`` until a load or :meth:`reset` succeeds.
+
         Args:
             path: the file, or the folder with ``ema.safetensors`` in it.
             name: which average goes on from it, where there are several; the others stay as they
@@ -629,7 +641,7 @@ class EMAModel(Generic[ModelT]):
 
         Raises:
             CheckpointError: the file cannot be read, is damaged, of a newer version, or of another
-                model. Nothing has changed.
+                model. Nothing has changed, unless reading broke off, see above.
             ArgumentError: ``rename`` gives two tensors one name, or has a name the file lacks;
                 ``transform`` has a name that no tensor gets.
             StateError: averages are swapped in.

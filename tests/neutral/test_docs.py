@@ -38,7 +38,7 @@ def names():
 def test_the_blocks_of_the_pytorch_page_run(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "pytorch.md").read_text(), re.M | re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(block, names)
     assert names["ema_model"].count == 5
