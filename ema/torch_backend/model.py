@@ -21,6 +21,8 @@ from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
+from ema.torch_backend.averaged_module import AveragedModules
+from ema.torch_backend.caches import clearing
 from ema.torch_backend.counters import Counters
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.distributed.ranks import verify_ranks
@@ -31,8 +33,9 @@ from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import FORMAT_VERSION, State
+from ema.torch_backend.steps import run
 from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
-from ema.torch_backend.teacher import call_with
+from ema.torch_backend.teacher import call_with, current_buffers
 
 __all__ = ["EMAModel"]
 
@@ -147,6 +150,7 @@ class EMAModel(Generic[ModelT]):
         self._model = model
         self._settings = settings
         self._average = Average(model, settings)
+        self._modules = AveragedModules(model, settings.rules, self._average)
         self._swap: Swap | None = None
         self._counters = Counters()
         self._file_metadata: dict[str, str] = {}
@@ -223,6 +227,7 @@ class EMAModel(Generic[ModelT]):
         else:
             self._average.start()
         self._counters = Counters()
+        self._modules.refresh()
 
     @eager
     def update(self) -> None:
@@ -246,6 +251,7 @@ class EMAModel(Generic[ModelT]):
         every = self._settings.update_every
         if since <= 0 or since % every:
             self._counters = dataclasses.replace(self._counters, step=step)
+            self._modules.refresh()
             return
         settled = self._settled()
         count, skipped = settled.count, settled.skipped
@@ -259,6 +265,7 @@ class EMAModel(Generic[ModelT]):
         self._counters = Counters(step, count, skipped)
         made = self._average.update(weights, count)
         self._counters = Counters(step, count, skipped, made)
+        self._modules.refresh()
 
     def before_write(self) -> None:
         """With ``overlap``, before anything but a PyTorch optimizer writes live weights."""
@@ -320,6 +327,38 @@ class EMAModel(Generic[ModelT]):
             )
         averages, found = self._look()
         return call_with(self._model, found, averages, args, kwargs)
+
+    def averaged_module(self, name: str | None = None) -> nn.Module:
+        """A copy of the bare model that has the averaged weights and follows every update.
+
+        It is a module of the same class with a mode, hooks, attributes, buffers and frozen
+        parameters of its own, and calling it costs a plain forward pass. Its parameters do not
+        require grad. Where an average has the dtype and the device of its parameter, the parameter
+        of the copy refers to the memory of the average. The others, frozen parameters and buffers
+        are copies. Each :meth:`update`, :meth:`load`, :meth:`load_state_dict` and :meth:`reset`
+        brings them up to date. While averages are swapped into the live model the copy shows
+        averages all the same.
+
+        The copy is for reading: what is written into its weights goes into the average, and before
+        ``update_after_step`` into the live model. Moved or cast, it holds copies of the averages in
+        the new place. Its own copies and pickles do not follow. This object holds it weakly: an
+        update does nothing for a module that is not used any more.
+
+        Tensors with a history among the attributes (a loss that ``forward`` has kept) are None in
+        the copy. A function that has a weight or a module in its closure refers to the live one.
+
+        Args:
+            name: which average, where there are several.
+
+        Raises:
+            ModelError: something cannot be copied, with the path of its module and its attribute; a
+                tensor has no memory yet; or ``fully_shard`` was called on the model.
+            StateError: averages are swapped in, these or another one's.
+        """
+        index = self._settings.index(name)
+        self._refuse_while_swapped("averaged_module")
+        self._refuse_others()
+        return self._modules.make(index, {id(self): None})
 
     def apply_ema(
         self, model: nn.Module | None = None, *, name: str | None = None, assign: bool = False
@@ -412,12 +451,13 @@ class EMAModel(Generic[ModelT]):
         """
         if self._is_swapped_into(model):
             raise StateError("copy_to needs a model that no averages are swapped into")
+        self._modules.refuse(model)
         averages, found = self._look(name)
-        values = {**averages, **found.others, **found.buffers}
+        values = {**averages, **found.others, **current_buffers(self._model, found)}
         theirs = targets(model, values, found)
         for key, value in values.items():
             local_of(theirs[key]).copy_(local_of(value))
-        torch.clear_autocast_cache()
+        run(clearing())
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the averages, the counters and the schedule, see :class:`State`.
@@ -621,6 +661,7 @@ class EMAModel(Generic[ModelT]):
             )
         self._average.assign(values)
         self._counters = Counters(loaded.step, loaded.count, loaded.skipped or 0)
+        self._modules.refresh()
 
     def _progress(self) -> dict[str, Any]:
         """How far the averages are, and the seed that their next rounding depends on."""
@@ -690,6 +731,7 @@ class EMAModel(Generic[ModelT]):
     ) -> Swap | None:
         """A swap of the averages into a model, or None where they are in it already."""
         target = self._model if model is None else model
+        self._modules.refuse(target)
         if self._swap is not None and self._swap.active:
             if self._is_swapped_into(target) and self._swap.name == name:
                 return None
@@ -704,7 +746,9 @@ class EMAModel(Generic[ModelT]):
                 averages = {key: average.clone() for key, average in averages.items()}
         elif not self._average.started:
             params = averages = {}
-        self._swap = Swap(target, averages, params, found, name=name, assign=assign)
+        self._swap = Swap(
+            target, averages, params, found, name=name, assign=assign, modules=self._modules
+        )
         return self._swap
 
     def _end(self, swap: Swap | None) -> None:

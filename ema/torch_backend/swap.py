@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
+from ema.torch_backend.averaged_module import AveragedModules
+from ema.torch_backend.caches import clearing
 from ema.torch_backend.distributed.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.eager import eager
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.steps import Progress, Step
-from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
+from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, Repointing, alike
 
 __all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
 
@@ -41,6 +43,7 @@ class Swap:
         found: the tensors of the averaged model, for those who ask during the swap.
         name: of the averages, where there are several.
         assign: whether plain parameters that share their memory with no other refer to the averages.
+        modules: those that show averages, and go on doing so.
 
     Raises:
         StateError: another average is in one of these parameters, or one of them cannot be
@@ -56,6 +59,7 @@ class Swap:
         *,
         name: str | None = None,
         assign: bool = False,
+        modules: AveragedModules | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -73,6 +77,9 @@ class Swap:
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()
+            places = [(self._averages[key], self._views[key]) for key in self._exchanged]
+            self._repointed = Repointing([]) if modules is None else modules.repointing(places)
+            self._parts.append(self._repointed)
         self._into: Progress | None = None
         self._back: Progress | None = None
 
@@ -115,14 +122,15 @@ class Swap:
         _swapped_in.update({id(tensor): self for tensor in self._params.values()})
         self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
         self._into.run()
-        increment_version(self._assigned.values())
+        increment_version([*self._assigned.values(), *self._repointed.tensors])
 
     def _restore(self) -> None:
         reshard(self._gathering)
         if self._back is None:
             self._back = Progress(_noticed(self._way_back()))
         self._back.run()
-        increment_version(self._assigned.values())  # graphs built before must not be used now
+        # graphs built before must not be used now
+        increment_version([*self._assigned.values(), *self._repointed.tensors])
         for name, tensor in self._params.items():
             view, here = self._views[name], local_of(tensor)
             if here.data_ptr() != view.data_ptr():  # moved or cast meanwhile
@@ -173,8 +181,8 @@ def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
 
 
 def _noticed(steps: Iterable[Step]) -> Iterable[Step]:
-    """And forget what autocast keeps of the values before: it casts a weight once a block."""
-    return chain(steps, [torch.clear_autocast_cache])
+    """And forget what PyTorch has computed from the values before."""
+    return chain(steps, clearing())
 
 
 def _sole(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
