@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ema.errors import ArgumentError, ModelError, listing
+from ema.errors import ModelError, listing
 from ema.torch_backend.average import Average
 from ema.torch_backend.copying import copy_of
 from ema.torch_backend.distributed.sharding import fully_sharded, local_of
-from ema.torch_backend.following import Follower, can_share, in_form, sources
+from ema.torch_backend.following import Follower, can_share, sources
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Rules, Selection, select
-from ema.torch_backend.swap_parts import Repointing
 
 __all__ = ["AveragedModules"]
 
@@ -40,18 +39,6 @@ class AveragedModules:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_followers": []}
-
-    def refuse(self, model: nn.Module) -> None:
-        """Make sure that averages are not written into a module that shows them.
-
-        Raises:
-            ArgumentError: ``model`` was made here.
-        """
-        if any(follower.module is unwrap(model) for follower in self._followers):
-            raise ArgumentError(
-                "`model` must be another one than averaged_module() has made, whose parameters are"
-                " the averages"
-            )
 
     def make(self, index: int, given: Mapping[int, Any]) -> nn.Module:
         """A module that shows an average from now on.
@@ -78,7 +65,8 @@ class AveragedModules:
                 if not buffer.is_leaf
             }
             module = copy_of(unwrap(self._model), {**shared, **computed, **given})
-            module.requires_grad_(requires_grad=False)
+            for parameter in module.parameters():
+                parameter.requires_grad = False
             follower = Follower(module, self._model, index)
             follower.follow(averages, found)
             for child in module.modules():
@@ -99,23 +87,6 @@ class AveragedModules:
                 for follower in self._followers:
                     if follower.index == index:
                         follower.follow(averages, found)
-
-    def repointing(self, exchanged: Iterable[tuple[Tensor, Tensor]]) -> Repointing:
-        """A part of a swap that keeps showing averages while their memory holds live weights.
-
-        Args:
-            exchanged: averages and the memory that they change places with.
-        """
-        by_address = {average.data_ptr(): (average, other) for average, other in exchanged}
-        shown = [tensor for follower in self._followers for tensor in follower.lent()]
-        return Repointing(
-            [
-                (tensor, in_form(average, tensor), in_form(other, tensor))
-                for tensor in shown
-                if tensor.numel() and tensor.data_ptr() in by_address
-                for average, other in [by_address[tensor.data_ptr()]]
-            ]
-        )
 
     def _look(self, index: int) -> tuple[dict[str, Tensor], Selection]:
         """The averages, which are the live tensors themselves before the start, and the live tensors."""

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ema.errors import EMAWarning, listing
+from ema.errors import ArgumentError, EMAWarning, listing
 from ema.torch_backend.distributed.sharding import local_of
 from ema.torch_backend.memory import PLAIN
-from ema.torch_backend.names import named_tensors
+from ema.torch_backend.names import named_tensors, unwrap
 from ema.torch_backend.selection import Selection
+from ema.torch_backend.swap_parts import Repointing
 
-__all__ = ["Follower", "can_share", "in_form", "sources"]
+__all__ = ["Follower", "can_share", "refuse_follower", "repointing", "sources"]
+
+_followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+"""All there are, of every average."""
 
 
 class Follower:
@@ -50,6 +55,7 @@ class Follower:
         self._once = list(once.values())
         self._found: Selection | None = None
         self._warned = False
+        _followers.add(self)
 
     @property
     def module(self) -> nn.Module | None:
@@ -73,24 +79,20 @@ class Follower:
                 elif name in self._buffers:
                     self._buffers[name].place(self._model, found.paths[name], average)
             self._found = found
-            self._warn_of_missing(found)
-        for parameter in self._once:
-            parameter.refresh()
-        for buffer in self._buffers.values():
-            buffer.refresh()
+        tensors: list[_Parameter | _Buffer] = [*self._once, *self._buffers.values()]
+        _copy(chain.from_iterable(tensor.due() for tensor in tensors))
         increment_version(self.lent())  # a graph that has saved their former values is refused
+        self._warn_of_missing(found)
 
     def lent(self) -> list[Tensor]:
         """The parameters that refer to the memory of an average."""
         return [parameter.tensor for parameter in self._once if parameter.lent]
 
     def _warn_of_missing(self, found: Selection) -> None:
-        missing = [
-            name
-            for name in (*found.averaged, *found.others)
-            if name not in self._parameters and name not in self._buffers
-        ]
-        if missing and not self._warned:
+        if self._warned:
+            return
+        known = {*self._parameters, *self._buffers}
+        if missing := [name for name in (*found.averaged, *found.others) if name not in known]:
             self._warned = True
             warnings.warn(
                 "a module that averaged_module() has made lacks what the model has got since:"
@@ -115,7 +117,8 @@ class _Parameter:
         self._memory: Tensor | None = tensor.detach() if self._plain else None  # which we gave it
         self._seen = self._memory  # which it had when it was placed
         self._kind: object = None  # of the live tensor
-        self._live = self._average = tensor
+        self._live = tensor
+        self._average: Tensor | None = None
         self._stamp: object = None
 
     @property
@@ -133,7 +136,7 @@ class _Parameter:
         first, moved, self._kind = self._kind is None, self._kind != _kind(live), _kind(live)
         if live is not self._live:
             self._stamp = _stamp(live) if first else None
-        self._live, self._average = live, live if average is None else average
+        self._live, self._average = live, average
         if not self._plain:
             return
         was_lent, self.lent = self.lent, False
@@ -143,17 +146,19 @@ class _Parameter:
             self.lent = True
             self._memory = average
         elif was_lent or _kind(self.tensor) != self._kind:
-            self._memory = torch.empty_like(self._average, device=live.device, dtype=live.dtype)
+            like = live if average is None else average
+            self._memory = torch.empty_like(like, device=live.device, dtype=live.dtype)
         if self._memory is not None and not self.tensor.is_set_to(self._memory):
             self.tensor.data = self._memory
             self._stamp = None
         self._seen = self.tensor.detach()
 
-    def refresh(self) -> None:
-        """Copy what it follows, unless it refers to that or nothing can have changed."""
-        if self.lent or (self._average is self._live and not self._has_changed()):
+    def due(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its memory and what to copy into it, unless nothing can have changed."""
+        if self.lent or (self._average is None and not self._has_changed()):
             return
-        local_of(self.tensor).copy_(local_of(self._average))
+        here = local_of(self.tensor) if self._seen is None else self._seen
+        yield here, local_of(self._live) if self._average is None else self._average
 
     def _has_changed(self) -> bool:
         """Whether a live tensor that is not averaged may hold other values than before."""
@@ -177,18 +182,49 @@ class _Buffer:
         self._theirs, self._key = _holder(model, path)
         self._average = average
 
-    def refresh(self) -> None:
-        """Copy what it follows; ``forward`` may have replaced the one or the other."""
-        live, here = self._theirs.get(self._key), self._ours.get(self._key)
+    def due(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its memory and what to copy into it; ``forward`` may have replaced the one or the other."""
+        live, here = _held(self._theirs, self._key), _held(self._ours, self._key)
         if live is None:
             return
         source = live if self._average is None else self._average
         before, self._kind = self._kind, _kind(live)
         fits = here is not None and here.shape == live.shape and not here.is_inference()
         if here is not None and fits and before in {None, self._kind}:
-            local_of(here).copy_(local_of(source))
+            yield local_of(here), local_of(source)
         else:
             self._ours[self._key] = source.detach().to(live.device, live.dtype, copy=True)
+
+
+def repointing(moved: Iterable[tuple[Tensor, Tensor]]) -> Repointing:
+    """A part of a swap: parameters of copies show the same values before, during and after it.
+
+    Args:
+        moved: memory, and where its values are during the swap.
+    """
+    by_address = {memory.data_ptr(): (memory, there) for memory, there in moved}
+    return Repointing(
+        [
+            (tensor, tensor.detach(), _in_form(there, tensor, memory))
+            for follower in _followers
+            for tensor in follower.lent()
+            if tensor.numel() and tensor.data_ptr() in by_address
+            for memory, there in [by_address[tensor.data_ptr()]]
+        ]
+    )
+
+
+def refuse_follower(model: nn.Module) -> None:
+    """Make sure that averages are not written into a copy whose parameters are averages.
+
+    Raises:
+        ArgumentError: ``model`` follows an average.
+    """
+    if any(follower.module is unwrap(model) for follower in _followers):
+        raise ArgumentError(
+            "`model` must not be a module that averaged_module() has made, since its parameters are"
+            f" averages; got that of a {type(unwrap(model)).__name__}"
+        )
 
 
 def sources(
@@ -200,7 +236,22 @@ def sources(
             yield name, live, averages.get(name)
     for name, (first, live) in found.ties.items():
         average = averages.get(first)
-        yield name, live, None if average is None else in_form(average, local_of(live))
+        if average is not None:
+            average = _in_form(average, local_of(live), average)
+        yield name, live, average
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first one."""
+    plain: tuple[list[Tensor], list[Tensor]] = [], []
+    for here, source in pairs:
+        if type(here) in PLAIN and type(source) in PLAIN:
+            plain[0].append(here)
+            plain[1].append(source)
+        else:
+            here.copy_(source)
+    if plain[0]:
+        torch._foreach_copy_(*plain)
 
 
 def can_share(average: Tensor, live: Tensor) -> bool:
@@ -208,9 +259,9 @@ def can_share(average: Tensor, live: Tensor) -> bool:
     return type(live) in PLAIN and _kind(average) == _kind(live)
 
 
-def in_form(memory: Tensor, tensor: Tensor) -> Tensor:
-    """A view of ``memory`` with the shape and the strides of ``tensor``."""
-    if memory.shape == tensor.shape and memory.stride() == tensor.stride():
+def _in_form(memory: Tensor, tensor: Tensor, like: Tensor) -> Tensor:
+    """``memory`` as ``tensor`` sees the memory of ``like``."""
+    if tensor.shape == like.shape and tensor.stride() == like.stride():
         return memory
     return memory.as_strided(tensor.shape, tensor.stride())
 
@@ -228,5 +279,12 @@ def _stamp(live: Tensor) -> object:
 
 def _holder(module: nn.Module, path: str) -> tuple[dict[str, Any], str]:
     """The dict that holds a buffer of ``module``, and the key of the buffer."""
-    prefix, _, key = path.rpartition(".")
-    return module.get_submodule(prefix)._buffers, key
+    *parents, key = path.split(".")
+    for name in parents:
+        module = cast("nn.Module", module._modules[name])
+    return module._buffers, key
+
+
+def _held(holder: Mapping[str, Any], key: str) -> Tensor | None:
+    """What is there; the holder of a scripted module has no ``get``."""
+    return holder[key] if key in holder else None  # noqa: SIM401

@@ -29,6 +29,7 @@ from ema.torch_backend.distributed.ranks import verify_ranks
 from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.eager import eager
 from ema.torch_backend.fit import targets
+from ema.torch_backend.following import refuse_follower
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
@@ -451,7 +452,7 @@ class EMAModel(Generic[ModelT]):
         """
         if self._is_swapped_into(model):
             raise StateError("copy_to needs a model that no averages are swapped into")
-        self._modules.refuse(model)
+        refuse_follower(model)
         averages, found = self._look(name)
         values = {**averages, **found.others, **current_buffers(self._model, found)}
         theirs = targets(model, values, found)
@@ -731,7 +732,7 @@ class EMAModel(Generic[ModelT]):
     ) -> Swap | None:
         """A swap of the averages into a model, or None where they are in it already."""
         target = self._model if model is None else model
-        self._modules.refuse(target)
+        refuse_follower(target)
         if self._swap is not None and self._swap.active:
             if self._is_swapped_into(target) and self._swap.name == name:
                 return None
@@ -746,9 +747,7 @@ class EMAModel(Generic[ModelT]):
                 averages = {key: average.clone() for key, average in averages.items()}
         elif not self._average.started:
             params = averages = {}
-        self._swap = Swap(
-            target, averages, params, found, name=name, assign=assign, modules=self._modules
-        )
+        self._swap = Swap(target, averages, params, found, name=name, assign=assign)
         return self._swap
 
     def _end(self, swap: Swap | None) -> None:

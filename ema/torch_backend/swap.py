@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
-from ema.torch_backend.averaged_module import AveragedModules
 from ema.torch_backend.caches import clearing
 from ema.torch_backend.distributed.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.eager import eager
+from ema.torch_backend.following import repointing
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.steps import Progress, Step
-from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, Repointing, alike
+from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
 
 __all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
 
@@ -43,7 +43,6 @@ class Swap:
         found: the tensors of the averaged model, for those who ask during the swap.
         name: of the averages, where there are several.
         assign: whether plain parameters that share their memory with no other refer to the averages.
-        modules: those that show averages, and go on doing so.
 
     Raises:
         StateError: another average is in one of these parameters, or one of them cannot be
@@ -59,7 +58,6 @@ class Swap:
         *,
         name: str | None = None,
         assign: bool = False,
-        modules: AveragedModules | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -70,6 +68,7 @@ class Swap:
         self._views = {key: local_of(tensor) for key, tensor in params.items()}
         self._gathering = fully_sharded(model.modules())
         self._exchanged: set[str] = set()
+        self._moved: list[tuple[Tensor, Tensor]] = []  # memory, and where its values go
         refuse_if_swapped(self._params)
         for key, tensor in self._params.items():
             if tensor.is_inference():
@@ -77,8 +76,7 @@ class Swap:
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()
-            places = [(self._averages[key], self._views[key]) for key in self._exchanged]
-            self._repointed = Repointing([]) if modules is None else modules.repointing(places)
+            self._repointed = repointing(self._moved)
             self._parts.append(self._repointed)
         self._into: Progress | None = None
         self._back: Progress | None = None
@@ -157,9 +155,12 @@ class Swap:
                 parts.append(Assignment(self._params[name], average))
             elif alike(average, view):
                 self._exchanged.add(name)
+                self._moved += [(average, view), (view, average)]
                 parts.extend(buffers.exchanges(view, average))
             else:
-                parts.append(Copying(view, average))
+                copying = Copying(view, average)
+                self._moved.append((view, copying.kept))
+                parts.append(copying)
         return parts
 
 

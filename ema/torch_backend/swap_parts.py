@@ -86,15 +86,18 @@ class Copying:
     Args:
         here: the memory of the parameter.
         average: of the same shape.
+
+    Attributes:
+        kept: the live values, during the swap.
     """
 
     def __init__(self, here: Tensor, average: Tensor) -> None:
         self._here = here
-        self._kept = torch.empty_like(here)
-        self.into: list[Step] = [partial(self._kept.copy_, here), partial(here.copy_, average)]
+        self.kept = torch.empty_like(here)
+        self.into: list[Step] = [partial(self.kept.copy_, here), partial(here.copy_, average)]
 
     def back(self) -> list[Step]:
-        return [partial(self._here.copy_, self._kept)]
+        return [partial(self._here.copy_, self.kept)]
 
 
 class Repointing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
 from typing import Any
 
 from torch import nn
@@ -20,18 +19,20 @@ def attributes_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
     submodules that are registered or replaced. What an attribute refers to is not copied: a list or
     tensor that the block changes in place stays changed.
     """
-    before = [(holder, dict(holder)) for module in modules for holder in _holders(module)]
+    before = [(holder, holder.copy()) for module in modules for holder in _holders(module)]
     try:
         yield
     finally:
         for holder, kept in before:
-            if len(holder) != len(kept) or not all(map(is_, holder.values(), kept.values())):
+            holder.update(kept)
+            if len(holder) != len(kept):
                 for added in holder.keys() - kept.keys():
                     del holder[added]
-                holder.update(kept)
 
 
-def _holders(module: nn.Module) -> list[dict[str, Any]]:
-    """The dicts that hold what a module has; a scripted module keeps some of them elsewhere."""
-    registered = module._parameters, module._buffers, module._modules
-    return [vars(module), *(holder for holder in registered if isinstance(holder, dict))]
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dicts that hold what a module has; a scripted module keeps some of it elsewhere."""
+    yield vars(module)
+    for registered in (module._parameters, module._buffers, module._modules):
+        if isinstance(registered, dict):
+            yield registered
