@@ -6,6 +6,7 @@ parameters of another dtype or device than their average are copies, brought up 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -98,7 +99,7 @@ class Follower:
                 "a module that averaged_module() has made lacks what the model has got since:"
                 f" {listing(missing)}; call averaged_module() again",
                 EMAWarning,
-                stacklevel=5,
+                stacklevel=_levels_up_to_the_user(),
             )
 
 
@@ -264,6 +265,15 @@ def _in_form(memory: Tensor, tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.shape == like.shape and tensor.stride() == like.stride():
         return memory
     return memory.as_strided(tensor.shape, tensor.stride())
+
+
+def _levels_up_to_the_user() -> int:
+    """How far up from the caller the code begins that is not of this package."""
+    package = __name__.partition(".")[0]
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{package}."):
+        level, frame = level + 1, frame.f_back
+    return level - 1
 
 
 def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:
