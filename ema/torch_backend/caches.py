@@ -11,16 +11,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ema.torch_backend.steps import Step
 
-__all__ = ["clearing", "parametrizations_put_aside"]
+__all__ = ["clearing", "forget_parametrizations", "parametrizations_put_aside"]
 
 
 def clearing() -> list[Step]:
     """Steps that empty these caches; make them soon, since PyTorch may begin another cache."""
     return [torch.clear_autocast_cache, parametrize._cache.clear]
+
+
+def forget_parametrizations(module: nn.Module) -> None:
+    """Drop what is cached of the parametrized weights of one module, and of no other one."""
+    if cache := parametrize._cache:
+        within = {id(child) for child in module.modules()}
+        for key in [key for key in cache if key[0] in within]:
+            del cache[key]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ema.errors import ArgumentError, EMAWarning, listing
+from ema.torch_backend.caches import forget_parametrizations
 from ema.torch_backend.distributed.sharding import local_of
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.names import named_tensors, unwrap
@@ -83,6 +84,8 @@ class Follower:
         tensors: list[_Parameter | _Buffer] = [*self._once, *self._buffers.values()]
         _copy(chain.from_iterable(tensor.due() for tensor in tensors))
         increment_version(self.lent())  # a graph that has saved their former values is refused
+        if self.module is not None:
+            forget_parametrizations(self.module)
         self._warn_of_missing(found)
 
     def lent(self) -> list[Tensor]:
@@ -93,7 +96,10 @@ class Follower:
         if self._warned:
             return
         known = {*self._parameters, *self._buffers}
-        if missing := [name for name in (*found.averaged, *found.others) if name not in known]:
+        now = {**found.averaged, **found.others}
+        # the model itself may have become the home of a copy
+        copies = {id(parameter.tensor) for each in _followers for parameter in each._once}
+        if missing := [n for n, t in now.items() if n not in known and id(t) not in copies]:
             self._warned = True
             warnings.warn(
                 "a module that averaged_module() has made lacks what the model has got since:"

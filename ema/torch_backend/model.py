@@ -317,9 +317,12 @@ class EMAModel(Generic[ModelT]):
         """Run the model with the averaged weights and leave the live ones alone: a teacher.
 
         No gradient reaches the live parameters, and buffers (the statistics of a BatchNorm) stay
-        as they are. The bare model is called, without DDP and not compiled; for more than a
-        few calls in a row :meth:`use_ema` is cheaper, and under ``fully_shard`` it is the only
-        way: calling raises a ``ModelError`` there. Gradients with respect to the inputs are not
+        as they are. Attributes that ``forward`` assigns are afterwards what they were before; a
+        container that it changes in place stays changed. The bare model is called, in the mode of
+        the live one, without DDP and not compiled; a function that has a weight in its closure uses
+        the live weight. :meth:`averaged_module` is cheaper for many calls, and has a mode of its
+        own. Under ``fully_shard`` :meth:`use_ema` is the only way: calling raises a ``ModelError``
+        there. Gradients with respect to the inputs are not
         right through what is checkpointed: that is computed again, from the live weights.
         """
         if self._settings.names:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema import ArgumentError, EMAWarning, HalfLife, ModelError, StateError
@@ -289,6 +289,17 @@ def test_frozen_parameters_follow_when_they_are_written_and_are_left_alone_else(
     model[0].weight.data = torch.ones(SIZE, 4)  # other memory, without a new version
     ema_model.update()
     assert_shows(module, ema_model)
+
+
+def test_excluded_parameters_follow_however_they_are_written():
+    """An optimizer may write through ``.data``, which has a version of its own."""
+    model = network()
+    ema_model = EMAModel(model, 0.5, exclude="0.*")
+    module = ema_model.averaged_module()
+    for _ in range(2):
+        model[0].weight.data.add_(1)
+        ema_model.update()
+        assert_shows(module, ema_model)
 
 
 class Counting(nn.Module):
@@ -637,6 +648,84 @@ def test_an_average_among_the_attributes_of_the_model_is_not_copied():
     module = ema_model.averaged_module()
     assert module.average is None
     assert_shows(module, ema_model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is deprecated:DeprecationWarning")
+def test_programs_of_a_copy_of_it_have_these_averages_for_good():
+    """As the documentation advises: a program refers to the memory of the module it was made from."""
+    model = network()
+    ema_model = EMAModel(model, 0.5)
+    train(model, ema_model)
+    fixed = copy.deepcopy(ema_model.averaged_module()).eval()
+    inputs = torch.randn(3, 4)
+    programs = [torch.export.export(fixed, (inputs,)).module(), torch.jit.trace(fixed, inputs)]
+    expected = output(fixed, inputs)
+    train(model, ema_model)
+    with ema_model.use_ema():
+        assert all(torch.equal(program(inputs), expected) for program in programs)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_not_compiled_again_for_an_update_or_a_swap():
+    model = network()
+    ema_model = EMAModel(model, 0.5)
+    module = ema_model.averaged_module()
+    inputs = torch.randn(3, 4)
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend=backend)
+    for _ in range(3):
+        train(model, ema_model)
+        assert torch.equal(output(compiled, inputs), output(module, inputs))
+        with ema_model.use_ema():
+            assert torch.equal(output(compiled, inputs), output(model, inputs))
+    assert len(made) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_model_itself_may_hold_it(start):
+    """As a submodule, and without a warning that it lacks itself."""
+    model = network()
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    ema_model = EMAModel(model, 0.5, update_after_step=start)
+    module = ema_model.averaged_module()
+    model.teacher = module
+    train(model, ema_model, 4)
+    averages = ema_model.averaged_parameters()
+    assert list(averages) == [name for name, _ in network().named_parameters()]
+    assert all(torch.equal(module.state_dict()[name], averages[name]) for name in averages)
+    before = {name: average.clone() for name, average in averages.items()}
+    with ema_model.use_ema():
+        for name, average in before.items():
+            assert torch.equal(module.state_dict()[name], average)
+            assert torch.equal(model.state_dict()[name], average)
+    assert not torch.equal(model[0].weight, module[0].weight)
+
+
+def test_a_cache_of_parametrized_weights_does_not_survive_an_update():
+    model = parametrizations.weight_norm(nn.Linear(4, 4))
+    ema_model = EMAModel(model, 0.5)
+    module = ema_model.averaged_module()
+    x = torch.randn(3, 4)
+    with parametrize.cached():
+        model(x)
+        module(x)
+        train(model, ema_model)
+        live = parametrize._cache[id(model), "weight"]
+        with ema_model.use_ema():
+            expected = model(x)
+            assert torch.equal(module(x), expected)
+        train(model, ema_model)
+        assert not torch.equal(module(x), expected)
+    assert live.requires_grad
 
 
 def test_it_is_held_weakly():
