@@ -289,6 +289,10 @@ class Average:
                     slot.copy_(place_of(value).part(local_of(value), bound.places[name]))
             self.incomplete = before - changed
 
+    def look(self) -> Selection:
+        """The tensors of the model as they are now, by the rules alone."""
+        return self._select()
+
     def _select(self, before: _Bound | None = None, *, tracked: Collection[str] = ()) -> Selection:
         """The tensors of the model now: by the rules, and what has an average before or by name."""
         known = {} if before is None else before.selection.averaged

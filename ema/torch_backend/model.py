@@ -22,7 +22,9 @@ from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend import files
 from ema.torch_backend.average import Average
+from ema.torch_backend.averaged_module import AveragedModules
 from ema.torch_backend.blocks import ENDED_BESIDE, Block, ended_inside, report
+from ema.torch_backend.caches import clearing
 from ema.torch_backend.copying import copy_over
 from ema.torch_backend.counters import Counters
 from ema.torch_backend.distance import relative_distance
@@ -30,13 +32,15 @@ from ema.torch_backend.distributed.ranks import verify_ranks
 from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
 from ema.torch_backend.eager import eager
 from ema.torch_backend.fit import check_writable, targets
+from ema.torch_backend.following import refuse_follower
 from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import FORMAT_VERSION, State
+from ema.torch_backend.steps import run
 from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
-from ema.torch_backend.teacher import call_with
+from ema.torch_backend.teacher import call_with, current_buffers
 from ema.torch_backend.turns import Turns, in_eager_turn, in_turn
 from ema.weights import weight_of
 
@@ -157,6 +161,7 @@ class EMAModel(Generic[ModelT]):
         self._model = model
         self._settings = settings
         self._average = Average(model, settings)
+        self._modules = AveragedModules(model, self._average)
         self._swap: Swap | None = None
         self._blocks: list[Block] = []  # that are open and see the swap, in the order of entering
         self._turns = Turns()
@@ -248,6 +253,7 @@ class EMAModel(Generic[ModelT]):
             else:
                 self._average.start()
             self._counters = Counters()
+        self._modules.refresh()
 
     @eager
     @in_eager_turn
@@ -281,6 +287,7 @@ class EMAModel(Generic[ModelT]):
         every = self._settings.update_every
         if since <= 0 or since % every:
             self._counters = dataclasses.replace(self._counters, step=step)
+            self._modules.refresh()
             return
         self._average.check_values()
         settled = self._settled()
@@ -292,6 +299,7 @@ class EMAModel(Generic[ModelT]):
         count += 1
         counters = Counters(step, count, skipped)
         self._average.update(weights, counters, partial(setattr, self, "_counters"))
+        self._modules.refresh()
 
     @in_turn
     def before_write(self) -> None:
@@ -347,9 +355,12 @@ class EMAModel(Generic[ModelT]):
         """Run the model with the averaged weights and leave the live ones alone: a teacher.
 
         No gradient reaches the live parameters, and buffers (the statistics of a BatchNorm) stay
-        as they are. The bare model is called, without DDP and not compiled; for more than a
-        few calls in a row :meth:`use_ema` is cheaper, and under ``fully_shard`` it is the only
-        way: calling raises a ``ModelError`` there. Gradients with respect to the inputs are not
+        as they are. Attributes that ``forward`` assigns are afterwards what they were before; a
+        container that it changes in place stays changed. The bare model is called, in the mode of
+        the live one, without DDP and not compiled; a function that has a weight in its closure uses
+        the live weight. :meth:`averaged_module` is cheaper for many calls, and has a mode of its
+        own. Under ``fully_shard`` :meth:`use_ema` is the only way: calling raises a ``ModelError``
+        there. Gradients with respect to the inputs are not
         right through what is checkpointed: that is computed again, from the live weights.
         """
         if self._settings.names:
@@ -358,6 +369,40 @@ class EMAModel(Generic[ModelT]):
             )
         averages, found = self._look()
         return call_with(self._model, found, averages, args, kwargs)
+
+    @in_turn
+    def averaged_module(self, name: str | None = None) -> nn.Module:
+        """A copy of the bare model that has the averaged weights and follows every update.
+
+        It is a module of the same class with a mode, hooks, attributes, buffers and frozen
+        parameters of its own, and calling it costs a plain forward pass. Its parameters do not
+        require grad. Where an average has the dtype and the device of its parameter, the parameter
+        of the copy refers to the memory of the average. The others, frozen parameters and buffers
+        are copies. Each :meth:`update`, :meth:`load`, :meth:`load_state_dict` and :meth:`reset`
+        brings them up to date. While averages are swapped into the live model the copy shows
+        averages all the same.
+
+        The copy is for reading: what is written into its weights goes into the average, and before
+        ``update_after_step`` into the live model. Moved or cast, it holds copies of the averages in
+        the new place. Its own copies and pickles do not follow. This object holds it weakly: an
+        update does nothing for a module that is not used any more.
+
+        Tensors with a history among the attributes (a loss that ``forward`` has kept) are None in
+        the copy. A function that has a weight or a module in its closure refers to the live one.
+
+        Args:
+            name: which average, where there are several.
+
+        Raises:
+            ModelError: something cannot be copied, with the path of its module and its attribute; a
+                tensor has no memory yet; or ``fully_shard`` was called on the model.
+            StateError: averages are swapped in, these or another one's.
+        """
+        index = self._settings.index(name)
+        self._refuse_while_swapped("averaged_module")
+        self._refuse_incomplete(index)
+        self._refuse_others()
+        return self._modules.make(index, {id(self): None})
 
     @in_turn
     def apply_ema(
@@ -508,8 +553,9 @@ class EMAModel(Generic[ModelT]):
         """
         if self._is_swapped_into(model):
             raise StateError("copy_to needs a model that no averages are swapped into")
+        refuse_follower(model)
         averages, found = self._look(name)
-        values = {**averages, **found.others, **found.buffers}
+        values = {**averages, **found.others, **current_buffers(self._model, found)}
         theirs = targets(model, values, found)
         refuse_if_swapped(theirs)
         check_writable(theirs)
@@ -519,7 +565,7 @@ class EMAModel(Generic[ModelT]):
                     local_of(theirs[key]).copy_(local_of(value))
                 else:
                     copy_over(theirs[key], value)
-            torch.clear_autocast_cache()
+            run(clearing())
 
     @in_turn
     def state_dict(self) -> dict[str, Any]:
@@ -780,6 +826,7 @@ class EMAModel(Generic[ModelT]):
                 f" live weights. They differ from those in the state: {listing(names)}. Load the"
                 " weights of the model as well"
             )
+        self._modules.refresh()
 
     def _progress(self) -> dict[str, Any]:
         """How far the averages are, and the seed that their next rounding depends on."""
@@ -891,6 +938,7 @@ class EMAModel(Generic[ModelT]):
     ) -> Swap | None:
         """A swap of the averages into a model, or None where they are in it already."""
         target = self._model if model is None else model
+        refuse_follower(target)
         if self._swap is not None and self._swap.active:
             if self._is_swapped_into(target) and self._swap.name == name:
                 return None

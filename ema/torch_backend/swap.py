@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
+from ema.torch_backend.caches import clearing
 from ema.torch_backend.distributed.sharding import fully_sharded, local_of, reshard
 from ema.torch_backend.eager import eager
+from ema.torch_backend.following import repointing
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.steps import Progress, Step
@@ -66,6 +68,7 @@ class Swap:
         self._views = {key: local_of(tensor) for key, tensor in params.items()}
         self._gathering = fully_sharded(model.modules())
         self._exchanged: set[str] = set()
+        self._moved: list[tuple[Tensor, Tensor]] = []  # memory, and where its values go
         refuse_if_swapped(self._params)
         for key, tensor in self._params.items():
             if tensor.is_inference():
@@ -73,6 +76,8 @@ class Swap:
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()
+            self._repointed = repointing(self._moved)
+            self._parts.append(self._repointed)
         self._into: Progress | None = None
         self._back: Progress | None = None
 
@@ -115,14 +120,15 @@ class Swap:
         _swapped_in.update({id(tensor): self for tensor in self._params.values()})
         self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
         self._into.run()
-        increment_version(self._assigned.values())
+        increment_version([*self._assigned.values(), *self._repointed.tensors])
 
     def _restore(self) -> None:
         reshard(self._gathering)
         if self._back is None:
             self._back = Progress(_noticed(self._way_back()))
         self._back.run()
-        increment_version(self._assigned.values())  # graphs built before must not be used now
+        # graphs built before must not be used now
+        increment_version([*self._assigned.values(), *self._repointed.tensors])
         for name, tensor in self._params.items():
             view, here = self._views[name], local_of(tensor)
             if here.data_ptr() != view.data_ptr():  # moved or cast meanwhile
@@ -149,9 +155,12 @@ class Swap:
                 parts.append(Assignment(self._params[name], average))
             elif alike(average, view):
                 self._exchanged.add(name)
+                self._moved += [(average, view), (view, average)]
                 parts.extend(buffers.exchanges(view, average))
             else:
-                parts.append(Copying(view, average))
+                copying = Copying(view, average)
+                self._moved.append((view, copying.kept))
+                parts.append(copying)
         return parts
 
 
@@ -173,8 +182,8 @@ def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
 
 
 def _noticed(steps: Iterable[Step]) -> Iterable[Step]:
-    """And forget what autocast keeps of the values before: it casts a weight once a block."""
-    return chain(steps, [torch.clear_autocast_cache])
+    """And forget what PyTorch has computed from the values before."""
+    return chain(steps, clearing())
 
 
 def _sole(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ema.torch_backend.memory import CHUNK, flat, is_dense
 from ema.torch_backend.steps import Step
 
-__all__ = ["Assignment", "Buffers", "Copying", "Exchange", "Part", "alike"]
+__all__ = ["Assignment", "Buffers", "Copying", "Exchange", "Part", "Repointing", "alike"]
 
 
 class Part(Protocol):
@@ -86,15 +86,46 @@ class Copying:
     Args:
         here: the memory of the parameter.
         average: of the same shape.
+
+    Attributes:
+        kept: the live values, during the swap.
     """
 
     def __init__(self, here: Tensor, average: Tensor) -> None:
         self._here = here
-        self._kept = torch.empty_like(here)
-        self.into: list[Step] = [partial(self._kept.copy_, here), partial(here.copy_, average)]
+        self.kept = torch.empty_like(here)
+        self.into: list[Step] = [partial(self.kept.copy_, here), partial(here.copy_, average)]
 
     def back(self) -> list[Step]:
-        return [partial(self._here.copy_, self._kept)]
+        return [partial(self._here.copy_, self.kept)]
+
+
+class Repointing:
+    """Parameters refer to other memory of the same values for as long as a swap lasts.
+
+    Args:
+        places: a parameter, the memory that it refers to, and the one during the swap.
+    """
+
+    def __init__(self, places: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._places = places
+        self.into: list[Step] = [
+            int,  # does nothing
+            *(partial(setattr, tensor, "data", there) for tensor, _, there in places),
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters."""
+        return [tensor for tensor, _, _ in self._places]
+
+    def back(self) -> list[Step]:
+        """Steps that put back what the parameters referred to, unless they were moved meanwhile."""
+        return [
+            partial(setattr, tensor, "data", here)
+            for tensor, here, there in self._places
+            if tensor.is_set_to(there) or tensor.is_set_to(here)
+        ]
 
 
 class Buffers:

@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
-from ema.errors import ModelError
+from ema.errors import ModelError, listing
+from ema.torch_backend.caches import parametrizations_put_aside
 from ema.torch_backend.distributed.sharding import fully_sharded, wrapped_like
-from ema.torch_backend.names import unwrap
+from ema.torch_backend.names import named_tensors, unwrap
 from ema.torch_backend.selection import Selection
+from ema.torch_backend.traces import attributes_put_back
 
-__all__ = ["call_with"]
+__all__ = ["call_with", "current_buffers"]
 
 
 def call_with(
@@ -27,26 +30,34 @@ def call_with(
 
     Averages are cast to the dtypes of the tensors that they stand for. Everything else is
     detached, so no gradient reaches the live parameters, and buffers are copies, so that
-    the statistics of a BatchNorm in training mode stay as they are.
+    the statistics of a BatchNorm in training mode stay as they are. Attributes that ``forward``
+    assigns are afterwards what they were before.
 
     Raises:
-        ModelError: ``fully_shard`` was called on it, which gathers what it knows of and nothing else.
+        ModelError: ``fully_shard`` was called on it, which gathers what it knows of and nothing
+            else, or a lazy module has not been run yet.
     """
     if fully_sharded(selection.modules):
         raise ModelError(
             "under fully_shard a model can only be called with its own parameters: call it inside"
             " use_ema()"
         )
+    if lazy := [name for name, tensor in selection.others.items() if is_lazy(tensor)]:
+        raise ModelError(
+            f"a lazy model can be called after its own first forward pass, got no shape of"
+            f" {listing(lazy)} yet"
+        )
     live = selection.averaged
+    buffers = current_buffers(model, selection)
     tensors = {
         **{
             name: wrapped_like(average.to(live[name].device, live[name].dtype), live[name])
             for name, average in averages.items()
         },
         **{name: tensor.detach() for name, tensor in selection.others.items()},
-        **{name: tensor.clone() for name, tensor in selection.buffers.items()},
+        **{name: tensor.clone() for name, tensor in buffers.items()},
     }
-    kinds = (live, selection.others, selection.buffers)
+    kinds = (live, selection.others, buffers)
     given = {id(tensor) for kind in kinds for tensor in kind.values()}
     for name, (first, tied) in selection.ties.items():
         if id(tied) in given:  # functional_call replaces it under each of its names
@@ -59,7 +70,17 @@ def call_with(
     inner = unwrap(model)
     skip = len(next(path for path in _prefix(model, inner)))
     by_path = {selection.paths[name][skip:]: tensor for name, tensor in tensors.items()}
-    return functional_call(inner, by_path, args, kwargs)
+    with attributes_put_back(selection.modules), parametrizations_put_aside():
+        return functional_call(inner, by_path, args, kwargs)
+
+
+def current_buffers(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
+    """The buffers that are not averaged, as the modules hold them now.
+
+    ``forward`` may have assigned others since the selection was made: ``self.count = self.count + 1``.
+    """
+    now = named_tensors(model).buffers
+    return {name: now.get(name, tensor) for name, tensor in selection.buffers.items()}
 
 
 def _prefix(model: nn.Module, inner: nn.Module) -> list[str]:

@@ -38,7 +38,7 @@ def names():
 def test_the_blocks_of_the_pytorch_page_run(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "pytorch.md").read_text(), re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         exec(block, names)
     assert names["ema_model"].count == 5
@@ -46,6 +46,7 @@ def test_the_blocks_of_the_pytorch_page_run(names, tmp_path, monkeypatch):
     assert names["normed"][1].num_batches_tracked == 4
     assert set(names["head_only"].averaged_parameters()) == {"head.weight", "head.bias"}
     assert not names["target"].requires_grad
+    assert type(names["teacher"]) is type(names["model"])
     assert names["resumed"].count == 5
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 HOME = Path(__file__).parent
 ENVIRONMENT = {
@@ -109,3 +110,11 @@ def shared(once) -> Path:
 def runs(shared) -> dict[int, list]:
     """What each rank has found, by the number of ranks; four come first, the others resume."""
     return {int(ranks): r for ranks, r in json.loads((shared / "runs.json").read_text()).items()}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

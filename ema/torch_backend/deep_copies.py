@@ -1,0 +1,85 @@
+"""A deep copy of a module, in which some things stand for others and histories are left out."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema.errors import ModelError
+
+__all__ = ["copy_of"]
+
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+_UNSEARCHED = (type, FunctionType, ModuleType)
+
+
+def copy_of(model: nn.Module, given: Mapping[int, Any]) -> nn.Module:
+    """A deep copy of ``model``, with its attributes and hooks.
+
+    Tensors with a history (a loss that ``forward`` has kept, the weight that an old
+    ``torch.nn.utils.weight_norm`` has computed) cannot be copied and are None in the copy.
+
+    Args:
+        model: stays as it is.
+        given: by ``id`` of something within the model, what the copy refers to in its place; it is
+            not copied.
+
+    Raises:
+        ModelError: something cannot be copied, with the path of its module and its attribute.
+    """
+    memo = {**{id(tensor): None for tensor in _with_history(model, given)}, **given}
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(_reason(model, memo, error)) from error
+
+
+def _with_history(model: nn.Module, given: Mapping[int, Any]) -> Iterator[Tensor]:
+    """Tensors that autograd has computed, in attributes and in what these hold."""
+    seen = set(given)
+    left: list[Any] = [model]
+    while left:
+        thing = left.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            if not thing.is_leaf:
+                yield thing
+        elif isinstance(thing, Mapping):
+            left.extend(thing.values())
+        elif isinstance(thing, _CONTAINERS):
+            left.extend(thing)
+        elif not isinstance(thing, _UNSEARCHED):
+            left.extend(getattr(thing, "__dict__", {}).values())
+
+
+def _reason(model: nn.Module, memo: Mapping[int, Any], error: Exception) -> str:
+    """What cannot be copied, and why."""
+    # what refers to a module of the model is not to blame for what that module holds
+    memo = {**memo, **{id(module): module for module in model.modules()}}
+    for path, module in model.named_modules():
+        for name, value in _attributes(module):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception as cause:
+                full = f"{path}.{name}" if path else name
+                kind = type(value).__name__
+                return f"`{full}` is a {kind} that cannot be copied with its module: {cause}"
+    return f"the model, a {type(model).__name__}, cannot be copied: {error}"
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name in {"_parameters", "_buffers"}:
+            yield from value.items()
+        elif name != "_modules" and not (isinstance(value, dict) and not value):
+            yield name, value

@@ -1,0 +1,38 @@
+"""Take back what a forward pass leaves on the modules that it runs through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["attributes_put_back"]
+
+
+@contextmanager
+def attributes_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block every attribute of these modules refers to what it referred to before.
+
+    This holds for plain attributes (an auxiliary loss, a counter), and for parameters, buffers and
+    submodules that are registered or replaced. What an attribute refers to is not copied: a list or
+    tensor that the block changes in place stays changed.
+    """
+    before = [(holder, holder.copy()) for module in modules for holder in _holders(module)]
+    try:
+        yield
+    finally:
+        for holder, kept in before:
+            holder.update(kept)
+            if len(holder) != len(kept):
+                for added in holder.keys() - kept.keys():
+                    del holder[added]
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dicts that hold what a module has; a scripted module keeps some of it elsewhere."""
+    yield vars(module)
+    for registered in (module._parameters, module._buffers, module._modules):
+        if isinstance(registered, dict):
+            yield registered
