@@ -72,7 +72,7 @@ class EMAModel(Generic[ModelT]):
 
     Args:
         model: any module, wrapped (DDP, ``torch.compile``) or sharded (``fully_shard``, DTensor),
-            also later on, or not; it is never copied.
+            also later on, or not; only :meth:`averaged_module` copies it.
         decay: the decay of one update in [0, 1], or a schedule; a mapping from names to these
             keeps several averages, which read the parameters once (``use_ema("long")``).
         update_after_step: through this step the average equals the live weights; updates count
