@@ -23,8 +23,6 @@ __all__ = ["AveragedModules"]
 class AveragedModules:
     """The modules that an ``EMAModel`` has made, while they are in use.
 
-    Copies and pickles of this have no modules.
-
     Args:
         model: the live model.
         average: the averages.
@@ -34,9 +32,6 @@ class AveragedModules:
         self._model = model
         self._average = average
         self._followers: list[Follower] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_followers": []}
 
     def make(self, index: int, given: Mapping[int, Any]) -> nn.Module:
         """A module that shows an average from now on.

@@ -800,6 +800,7 @@ class EMAModel(Generic[ModelT]):
             self._take_over(loaded, values, None if name is None else self._settings.index(name))
             if metadata is not None:
                 self._file_metadata = dict(metadata)
+        self._modules.refresh()
 
     def _take_over(
         self, loaded: State, values: list[Mapping[str, Tensor]], only: int | None
@@ -826,7 +827,6 @@ class EMAModel(Generic[ModelT]):
                 f" live weights. They differ from those in the state: {listing(names)}. Load the"
                 " weights of the model as well"
             )
-        self._modules.refresh()
 
     def _progress(self) -> dict[str, Any]:
         """How far the averages are, and the seed that their next rounding depends on."""
@@ -843,9 +843,11 @@ class EMAModel(Generic[ModelT]):
         """For copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
         self._refuse_incomplete()
+        average = self._average.apart()
         return {
             **self.__dict__,
-            "_average": self._average.apart(),
+            "_average": average,
+            "_modules": AveragedModules(self._model, average),
             "_counters": self._settled(),
             "_swap": None,
             "_blocks": [],

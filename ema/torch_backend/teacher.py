@@ -54,7 +54,7 @@ def call_with(
             name: wrapped_like(average.to(live[name].device, live[name].dtype), live[name])
             for name, average in averages.items()
         },
-        **{name: tensor.detach() for name, tensor in selection.others.items()},
+        **{name: _without_gradient(tensor) for name, tensor in selection.others.items()},
         **{name: tensor.clone() for name, tensor in buffers.items()},
     }
     kinds = (live, selection.others, buffers)
@@ -81,6 +81,11 @@ def current_buffers(model: nn.Module, selection: Selection) -> dict[str, Tensor]
     """
     now = named_tensors(model).buffers
     return {name: now.get(name, tensor) for name, tensor in selection.buffers.items()}
+
+
+def _without_gradient(tensor: Tensor) -> Tensor:
+    """A frozen parameter itself: it may be of a class that ``detach`` loses (bitsandbytes)."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _prefix(model: nn.Module, inner: nn.Module) -> list[str]:

@@ -307,3 +307,23 @@ def test_a_cache_of_parametrized_weights_does_not_survive_copy_to(parametrized):
         assert torch.equal(model(x), live)
         ema_model.copy_to(model)
         assert torch.equal(model(x), averaged)
+
+
+class Packed(nn.Parameter):
+    """A quantized weight whose scale only its own class knows, as in bitsandbytes."""
+
+    scale = 3.0
+
+
+def test_a_frozen_parameter_keeps_its_class():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = Packed(torch.ones(2), requires_grad=False)
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.linear(x) * self.weight.scale
+
+    model = Quantized()
+    assert torch.equal(EMAModel(model)(torch.ones(1, 2)), model(torch.ones(1, 2)))
