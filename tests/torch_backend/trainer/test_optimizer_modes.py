@@ -7,6 +7,7 @@ import types
 import pytest
 import schedulefree
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
@@ -218,6 +219,7 @@ def test_an_optimizer_is_known_by_its_two_methods():
     """Inside wrappers that always have them, and inside one more."""
     parameters = [nn.Parameter(torch.ones(2))]
     doubling = Doubling(parameters, lr=0.1)
+    Accelerator(cpu=True)
     accelerated = AcceleratedOptimizer(doubling, device_placement=False)
     assert with_modes(doubling) is with_modes(accelerated) is doubling
     assert with_modes(types.SimpleNamespace(optimizer=doubling)) is doubling
