@@ -39,10 +39,13 @@ class _Override:
         own = vars(self._owner)
         if own.get(self._name) is not self:
             return
-        if self._before is _NOTHING:
+        before = self._before
+        while isinstance(before, _Override) and before._around is None:
+            before = before._before
+        if before is _NOTHING:
             del own[self._name]
         else:
-            own[self._name] = self._before
+            own[self._name] = before
 
     def uncovered(self) -> Any:
         """The attribute that was there before any override, if there was one."""
