@@ -22,26 +22,26 @@ class _Override:
     def __init__(self, owner: object, name: str, around: Around) -> None:
         self._owner = owner
         self._name = name
-        self._around: Around | None = around
+        self.around: Around | None = around
         self._original = self.__wrapped__ = getattr(owner, name)
         self.__func__ = getattr(self._original, "__func__", None)  # torch.compile looks at it
-        self._before = vars(owner).get(name, _NOTHING)
+        self.before = vars(owner).get(name, _NOTHING)
         vars(owner)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._around is None or torch.compiler.is_dynamo_compiling():
+        if self.around is None or torch.compiler.is_dynamo_compiling():
             return self._original(*args, **kwargs)
-        return self._around(self._original, *args, **kwargs)
+        return self.around(self._original, *args, **kwargs)
 
     def undo(self) -> None:
         """Uncover what was there; covered itself by a later attribute, only pass calls on."""
-        self._around = None
+        self.around = None
         own = vars(self._owner)
         if own.get(self._name) is not self:
             return
-        before = self._before
-        while isinstance(before, _Override) and before._around is None:
-            before = before._before
+        before = self.before
+        while isinstance(before, _Override) and before.around is None:
+            before = before.before
         if before is _NOTHING:
             del own[self._name]
         else:
@@ -49,7 +49,7 @@ class _Override:
 
     def uncovered(self) -> Any:
         """The attribute that was there before any override, if there was one."""
-        before = self._before
+        before = self.before
         return before.uncovered() if isinstance(before, _Override) else before
 
 
