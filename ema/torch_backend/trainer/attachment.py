@@ -46,6 +46,11 @@ class Attachment:
             self._wrap("evaluate", self._with_average)
             self._wrap("predict", self._with_average)
 
+    @property
+    def optimizer(self) -> Any:
+        """Of the Trainer, once it has one."""
+        return self._trainer.optimizer
+
     def undo(self) -> None:
         """Give the Trainer its own methods back.
 
@@ -109,5 +114,6 @@ class Attachment:
     def _with_average(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._callback.has_average:  # before training there is nothing but the live weights
             return original(*args, **kwargs)
-        with self._callback.use_ema(self._trainer.model):
+        model: Any = self._trainer.model
+        with self._callback.evaluating(model):
             return original(*args, **kwargs)

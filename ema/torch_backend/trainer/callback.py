@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from ema.info import describe_ema
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
+from ema.torch_backend.swap import any_swapped
 from ema.torch_backend.trainer.attachment import Attachment
 from ema.torch_backend.trainer.claims import claim
-from ema.torch_backend.trainer.evaluation import EvaluationSwap, live_weights
+from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate, live_weights
 from ema.torch_backend.trainer.export import save_pretrained
+from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, applied
 from ema.torch_backend.trainer.run_average import RunAverage
 from ema.torch_backend.trainer.run_folder import (
     belongs_to,
@@ -35,6 +37,7 @@ from ema.torch_backend.trainer.run_folder import (
     model_folder,
 )
 from ema.torch_backend.trainer.skipped import SkippedSteps
+from ema.torch_backend.trainer.surroundings import surroundings
 
 __all__ = ["EMACallback"]
 
@@ -145,6 +148,8 @@ class EMACallback(TrainerCallback):
         )
         self._skipped = SkippedSteps()
         self._evaluation = EvaluationSwap()
+        self._optimizer = RunOptimizer()
+        self._applied = ExitStack()  # from apply_ema to restore_original
         self._attachment: Attachment | None = None
         self._notes: Mapping[str, str] = {}  # of the file that training went on from
         self._batch_size: int | None = None  # of the training that has begun and not ended
@@ -181,7 +186,10 @@ class EMACallback(TrainerCallback):
             CheckpointError: the loaded state does not fit ``model``.
         """
         self._evaluation.end()  # from now on it is for the caller to restore
-        self._run.fit(model).apply_ema(model, assign=assign)
+        average = self._run.fit(model)
+        average.apply_ema(model, assign=assign)
+        self._applied.close()
+        self._applied.enter_context(applied(average, model, self._optimizers(), assign=assign))
 
     def restore_original(self, model: nn.Module | None = None) -> None:
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
@@ -190,15 +198,23 @@ class EMACallback(TrainerCallback):
             StateError: no averages are swapped in, or not into ``model``.
         """
         self.ema_model.restore_original(model)
+        self._applied.close()
 
     @contextmanager
     def use_ema(
         self, model: nn.Module | None = None, *, assign: bool = False
     ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, see :meth:`EMAModel.use_ema`."""
-        ema_model = self._run.fit(model)
-        with self._evaluation.suspended(), ema_model.use_ema(model, assign=assign) as averaged:
+        loan = Loan(self._run.fit(model), model, self._optimizers(), assign=assign)
+        with self._evaluation.suspended(), loan.block() as averaged:
             yield averaged
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Averaged weights inside the block, and live ones in the checkpoints written there."""
+        loan = Loan(self._run.fit(model), model, self._optimizers())
+        with self._evaluation.suspended(), loan.block(), known_to_evaluate(loan):
+            yield
 
     def get_ema_state(self) -> dict[str, Any]:
         """The state to save, see :meth:`EMAModel.state_dict`.
@@ -235,7 +251,7 @@ class EMACallback(TrainerCallback):
             ModelError: the average does not fit ``model``.
             StateError: there is no average.
         """
-        with self._evaluation.suspended():  # it would end where the weights are read
+        with self._evaluation.suspended():
             save_pretrained(self._run.fit(model), model, folder, **options)
 
     def attach(self, trainer: Trainer) -> EMACallback:
@@ -293,6 +309,7 @@ class EMACallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Start the average, or go on with the one that was saved or loaded."""
@@ -300,6 +317,7 @@ class EMACallback(TrainerCallback):
             return
         claim(state, file_name(self.name), evaluates=self.eval_with_ema)
         self._evaluation.end()
+        self._optimizer.set(optimizer)
         self._skipped.forget()
         self._notes = {}
         smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
@@ -370,6 +388,29 @@ class EMACallback(TrainerCallback):
         self._evaluation.end()
         self._expect(args, state, control)
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Show the averages to the callbacks that come later too, then the live weights."""
+        self._evaluation.end_after_event()
+        self._warn_if_live()
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Do the same after a prediction."""
+        self._evaluation.end_after_event()
+        self._warn_if_live()
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -423,14 +464,31 @@ class EMACallback(TrainerCallback):
         )
         if may_save and args.should_save and not state.is_hyper_param_search:
             discard(checkpoint_folder(args, state) / file_name(self.name))
-        if control.should_evaluate:
-            self._begin_evaluation()
+        self._begin_evaluation()  # a callback that comes later may ask for one
 
     def _begin_evaluation(self) -> None:
-        """For a Trainer that is attached the wrapped methods do it."""
+        """Be ready for an evaluation; for a Trainer that is attached the wrapped methods do it."""
         attached = self._attachment is not None and self._attachment.trains
         if self.eval_with_ema and not attached:
-            self._evaluation.begin(self.ema_model)
+            self._evaluation.arm(self.ema_model, self._optimizer)
+
+    def _optimizers(self) -> list[Any]:
+        """What may rewrite the live weights while averages are in the model."""
+        attached = None if self._attachment is None else self._attachment.optimizer
+        return [self._optimizer.get(), attached]
+
+    def _warn_if_live(self) -> None:
+        """Say that an evaluation of the run that is over was one of the live weights."""
+        if self.eval_with_ema and self._run.exists and surroundings().training:
+            average = self.ema_model
+            if average.count > 0 and not any_swapped():
+                warnings.warn(
+                    "this evaluation saw live weights in spite of `eval_with_ema`: it was run by a"
+                    " callback, or it did not call `model.eval()`; attach(trainer) gives the"
+                    " averaged weights to every evaluation",
+                    EMAWarning,
+                    stacklevel=3,
+                )
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Find the average of the checkpoint that training goes on from."""

@@ -1,81 +1,196 @@
 """Averaged weights for the evaluations of a Trainer that only sends events.
 
-A callback is told that an evaluation will come, but not when the last of its data sets is done, and
-weights are saved without any event in between. So the averages leave the model at whatever comes
-first: the next event of training, a training-mode forward pass, or anything that reads or writes
-the weights through a state dict, of the model or of a part of it.
+The Trainer announces an evaluation at the end of a step, and callbacks that come later in the list
+have yet to see the live weights of that step. So the callback only *arms* the model: it gets a
+``train`` of its own. The evaluation calls ``model.eval()``, which calls ``train(False)``, after the
+last callback has had its turn and before the first forward pass; wrappers pass the call on. That is
+when the averages come in. They leave when the last callback has been told the metrics.
+
+An evaluation that raises sends no event. Then the averages leave at the next event, or when
+something outside of an evaluation asks the model for its weights, loads others or changes its mode.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
+from ema.errors import EMAWarning
 from ema.torch_backend.model import EMAModel
+from ema.torch_backend.names import unwrap
+from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, rewriting_live_weights
+from ema.torch_backend.trainer.overrides import overridden
+from ema.torch_backend.trainer.surroundings import surroundings
 
-__all__ = ["EvaluationSwap", "live_weights"]
+__all__ = ["EvaluationSwap", "known_to_evaluate", "live_weights"]
 
-_begun: weakref.WeakSet[EvaluationSwap] = weakref.WeakSet()
-"""Those that have averages in a model."""
+_begun: weakref.WeakSet[EvaluationSwap | Loan] = weakref.WeakSet()
+"""Those that have averages in a model for an evaluation."""
 
 
 class EvaluationSwap:
-    """The averages in the model from :meth:`begin` to the first sign that evaluation is over."""
+    """The averages in the model from the ``model.eval()`` of an evaluation to its last callback."""
 
     def __init__(self) -> None:
-        self._average: EMAModel[nn.Module] | None = None
+        self._average: EMAModel[nn.Module] | None = None  # while the model is armed
+        self._optimizer = RunOptimizer()
+        self._armed = ExitStack()
         self._inside = ExitStack()
+        self._last = _LastCallback(self)
 
-    def begin(self, average: EMAModel[nn.Module]) -> None:
-        """Swap the averages in, and watch for the end."""
+    @property
+    def inside(self) -> bool:
+        """Whether the averages are in the model."""
+        return self in _begun
+
+    def arm(self, average: EMAModel[nn.Module], optimizer: RunOptimizer) -> None:
+        """Swap the averages in for each evaluation that begins before :meth:`end`.
+
+        Args:
+            average: of the model that is trained.
+            optimizer: trains it.
+        """
         self.end()
-
-        def over(*_: Any, **__: Any) -> None:
-            self.end()
-
-        def over_if_training(module: nn.Module, *_: Any) -> None:
-            if module.training:
-                self.end()
-
-        with ExitStack() as inside:
-            inside.enter_context(average.use_ema())
-            model = average.model
-            # before those of FSDP, which gather the weights as they are
-            hook = model.register_forward_pre_hook(over_if_training, prepend=True)
-            inside.callback(hook.remove)
-            for module in model.modules():
-                for register in (
-                    module.register_state_dict_pre_hook,
-                    module.register_load_state_dict_pre_hook,
-                ):
-                    inside.callback(register(over).remove)  # type: ignore[no-untyped-call]
-            self._inside, self._average = inside.pop_all(), average
-            _begun.add(self)
+        # wrappers, which may be around this model or outside of it, pass the call on to the inner one
+        self._armed.enter_context(overridden(unwrap(average.model), train=self._mode_changes))
+        self._average, self._optimizer = average, optimizer
 
     def end(self) -> None:
-        """Put the live weights back, if they are not there."""
+        """Put the live weights back, if they are not there, and leave nothing on the model."""
+        self._leave()
         self._average = None
-        _begun.discard(self)
-        self._inside.close()
+        self._last.step_back()
+        self._armed.close()
+
+    def end_after_event(self) -> None:
+        """Put the live weights back when the last callback has been told of this evaluation.
+
+        An evaluation that a callback runs while it is told of another one does not end that.
+        """
+        place = surroundings()
+        if self.inside and place.handler is not None and place.events == 1:
+            self._last.follow(place.handler)
+
+    def last_was_told(self) -> None:
+        """All callbacks have been told the metrics: live weights, until the next evaluation."""
+        if surroundings().events == 1:
+            self._last.step_back()
+            self._leave()
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it has averages in ``model``."""
-        return self._average is not None and self._average.model is model
+        average = self._average
+        return self.inside and average is not None and unwrap(average.model) is unwrap(model)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Live weights, and nobody watching, inside the block; then as it was before."""
-        average = self._average
-        self.end()
+        """Live weights inside the block; then as it was before."""
+        inside = self.inside
+        self._leave()
         try:
             yield
         finally:
-            if average is not None:
-                self.begin(average)
+            if inside and not self.inside:
+                self._enter()
+
+    def _enter(self) -> None:
+        if (average := self._average) is None:
+            return
+        with ExitStack() as inside:
+            inside.enter_context(average.use_ema())
+            watched = {"state_dict": self._is_read, "load_state_dict": self._is_loaded}
+            for module in average.model.modules():
+                inside.enter_context(overridden(module, **watched))
+            # which parameters() calls too; a forward pass may call that of a part
+            inside.enter_context(overridden(average.model, named_parameters=self._is_read))
+            inside.enter_context(rewriting_live_weights([self._optimizer.get()], self.suspended))
+            self._inside = inside.pop_all()
+            _begun.add(self)
+
+    def _leave(self) -> None:
+        _begun.discard(self)
+        self._inside.close()
+
+    def _mode_changes(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``model.train(mode)``: an evaluation begins, or it is over."""
+        place = surroundings()
+        trains = bool(args[0] if args else kwargs.get("mode", True))
+        if not place.training or (trains and not place.evaluating and place.events == 0):
+            self.end()
+        elif place.another_callback:
+            self._leave()
+        elif not trains and place.events == 0 and not self.inside:
+            self._enter()
+        return original(*args, **kwargs)
+
+    def _is_read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        place = surroundings()
+        if not place.evaluation_of_training:
+            self._is_over()
+        elif place.saving:
+            warnings.warn(
+                "a checkpoint that a callback writes during an evaluation holds the live weights,"
+                " and the model has them from now on: callbacks that come later do not see the"
+                " averages that this evaluation was of; attach(trainer) shows them the averages",
+                EMAWarning,
+                stacklevel=2,
+            )
+            self._is_over()
+        return original(*args, **kwargs)
+
+    def _is_loaded(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_over()
+        return original(*args, **kwargs)
+
+    def _is_over(self) -> None:
+        """Training may evaluate again before the next event."""
+        if surroundings().training:
+            self._leave()
+        else:
+            self.end()
+
+
+class _LastCallback(TrainerCallback):
+    """Stands behind all callbacks while they are told of an evaluation."""
+
+    def __init__(self, swap: EvaluationSwap) -> None:
+        self._swap = swap
+        self._callbacks: list[TrainerCallback] = []
+
+    def follow(self, handler: CallbackHandler) -> None:
+        """Take the last place in the list that is being gone through."""
+        self.step_back()
+        self._callbacks = handler.callbacks
+        self._callbacks.append(self)
+
+    def step_back(self) -> None:
+        """Leave the list, if it is in one."""
+        if self in self._callbacks:
+            self._callbacks.remove(self)
+        self._callbacks = []
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self._swap.last_was_told()
+
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        self._swap.last_was_told()
+
+
+@contextmanager
+def known_to_evaluate(loan: Loan) -> Iterator[None]:
+    """Let :func:`live_weights` know of a loan that is for an evaluation."""
+    _begun.add(loan)
+    try:
+        yield
+    finally:
+        _begun.discard(loan)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """LoRA with the real peft: only adapters are averaged, saved and exported."""
 
+from typing import ClassVar
+
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from ema import EMACallback
 
@@ -131,3 +133,56 @@ def test_resumed_equals_uninterrupted(new_lora, train, folder):
     assert all(torch.equal(ours["averages"][n], a) for n, a in theirs["averages"].items())
     live = adapters(other)
     assert all(torch.equal(live[name], value) for name, value in adapters(model).items())
+
+
+class Generating(Trainer):
+    """Generates in its evaluations, which enters the model through the base that PEFT wraps."""
+
+    generated: ClassVar[list] = []
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self.generated.append((generate(self.model, inputs["input_ids"]), adapters(self.model)))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+
+def generate(model, tokens):
+    """Four tokens from each beginning, with their scores."""
+    found = model.generate(
+        input_ids=tokens[:, :4],
+        attention_mask=torch.ones_like(tokens[:, :4]),
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(found.scores)
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
+def test_generating_in_an_evaluation_sees_the_average(
+    new_lora, train, tokens, recorder, attached, monkeypatch
+):
+    """Though it does not pass through the outermost module."""
+    monkeypatch.setattr(Generating, "generated", [])
+    model, rows = new_lora(), tokens(8, seed=1)
+    record, callback = recorder(), EMACallback(0.6, eval_with_ema=True)
+    train(
+        model,
+        [record, callback],
+        attach=callback if attached else None,
+        kind=Generating,
+        eval_dataset=rows,
+        eval_strategy="steps",
+        eval_steps=6,
+    )
+    ((scores, seen),) = Generating.generated
+    average = {name: record.average(0.6)[name] for name in seen}
+    assert all(torch.equal(seen[name], average[name]) for name in seen)
+    other = new_lora().eval()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(average.get(name, parameter))
+    assert torch.equal(scores, generate(other, torch.stack([row["input_ids"] for row in rows])))
+    live = adapters(model)
+    assert all(torch.equal(live[name], record.history[6][name]) for name in live)
