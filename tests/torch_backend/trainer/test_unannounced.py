@@ -2,6 +2,7 @@
 
 import shutil
 
+import optuna
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
@@ -274,3 +275,44 @@ def test_resuming_from_an_incomplete_checkpoint_is_pointed_out(saved_run, folder
     with pytest.warns(EMAWarning, match=message):
         saved_run({}, callback, attached=attached, resume=True, steps=3)
     assert callback.ema_model.count == 3
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("hp_name", [None, lambda trial: f"own{trial.number}"], ids=["run", "own"])
+@pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
+def test_in_a_trial_of_a_search(
+    new_gpt2, make_trainer, recorder, load, assert_same, folder, attached, hp_name
+):
+    """In the folder of the trial, and outside of it, where the Trainer saves on SIGTERM."""
+    record, saver, callback = recorder(), Saver({}), EMACallback(0.5)
+    expected = []
+
+    def save(args, state, control, **kwargs):
+        if state.global_step == 2:
+            saver.trainer._save_checkpoint(saver.trainer.model, saver.trainer._trial)
+            saver.trainer._save_checkpoint(saver.trainer.model, trial=None)
+            expected.append(record.average(0.5, 2))
+
+    saver.on_step_end = save
+    trainer = saver.trainer = make_trainer(
+        None,
+        [record, saver, callback],
+        kind=lambda model, **options: Trainer(model_init=lambda: new_gpt2(seed=0), **options),
+        eval_dataset=[{"input_ids": torch.arange(8), "labels": torch.arange(8)}],
+        steps=3,
+    )
+    if attached:
+        callback.attach(trainer)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)},
+        backend="optuna",
+        n_trials=2,
+        hp_name=hp_name,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    trials = ["run-0", "run-1"] if hp_name is None else ["own0", "own1"]
+    for trial, average in zip(trials, expected, strict=True):
+        assert_same(load(folder / trial / "checkpoint-2").averaged_parameters(), average)
+        assert_complete(folder / trial / "checkpoint-2")
+    assert_same(load(folder / "checkpoint-2").averaged_parameters(), expected[1])
