@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ema.errors import StateError
+from ema.torch_backend.trainer.checkpoints import Checkpoints
+from ema.torch_backend.trainer.evaluation import live_weights
 
 if TYPE_CHECKING:
     from ema.torch_backend.trainer.callback import EMACallback
@@ -29,11 +31,12 @@ class Attachment:
         resumed_from: the checkpoint that it was told to go on from.
     """
 
-    def __init__(self, callback: EMACallback, trainer: Trainer) -> None:
+    def __init__(self, callback: EMACallback, trainer: Trainer, checkpoints: Checkpoints) -> None:
         self.trains = False
         self.resumed_from: Path | None = None
         self._trainer = trainer
         self._callback = callback
+        self._checkpoints = checkpoints
         self._added = callback not in trainer.callback_handler.callbacks
         if self._added:
             trainer.add_callback(callback)
@@ -42,6 +45,8 @@ class Attachment:
         self._wrap("train", self._train)
         self._wrap("log", self._log)
         self._wrap("get_batch_samples", self._batches)
+        self._wrap("_save_checkpoint", self._save)
+        self._wrap("_tune_save_checkpoint", self._save_for_tune)
         if callback.eval_with_ema:
             self._wrap("evaluate", self._with_average)
             self._wrap("predict", self._with_average)
@@ -86,6 +91,7 @@ class Attachment:
             path = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
         self.resumed_from = Path(path) if path else None
         self.trains = True
+        self._checkpoints.forget()
         try:
             return original(*args, **kwargs)
         finally:
@@ -110,6 +116,29 @@ class Attachment:
             trainer.control.should_training_stop = True
             return [], None
         return original(*args, **kwargs)
+
+    def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Save a checkpoint with its average, whoever asks for it and whenever."""
+        trial = args[1] if len(args) > 1 else kwargs.get("trial")
+        folder = self._trainer._get_output_dir(trial)
+        return self._with_file(folder, functools.partial(original, *args, **kwargs))
+
+    def _save_for_tune(self, original: Callable[..., Any], checkpoint_dir: str) -> Any:
+        """Likewise for Ray Tune, which gets its checkpoints in a folder of its own."""
+        return self._with_file(checkpoint_dir, functools.partial(original, checkpoint_dir))
+
+    def _with_file(self, parent: str, save: Callable[[], Any]) -> Any:
+        trainer = self._trainer
+        model: Any = trainer.model
+        if not (self.trains or self._checkpoints.follows(model)):
+            return save()
+        step = trainer.state.global_step
+        folder = Path(parent) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self._checkpoints.saving(trainer.args, folder, step, trainer.optimizer)
+        with live_weights(model):
+            result = save()
+        self._checkpoints.saved(trainer.args, folder, step)
+        return result
 
     def _with_average(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._callback.has_average:  # before training there is nothing but the live weights

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -22,9 +21,10 @@ from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.swap import any_swapped
 from ema.torch_backend.trainer.attachment import Attachment
+from ema.torch_backend.trainer.checkpoints import Checkpoints, wait_for_everyone
 from ema.torch_backend.trainer.claims import claim
 from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate, live_weights
-from ema.torch_backend.trainer.export import save_pretrained
+from ema.torch_backend.trainer.export import processing_class_of, save_pretrained
 from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, applied
 from ema.torch_backend.trainer.run_average import RunAverage
 from ema.torch_backend.trainer.run_folder import (
@@ -32,11 +32,10 @@ from ema.torch_backend.trainer.run_folder import (
     checkpoint_folder,
     discard,
     file_name,
+    is_incomplete,
     is_there,
-    list_files,
     model_folder,
 )
-from ema.torch_backend.trainer.skipped import SkippedSteps
 from ema.torch_backend.trainer.surroundings import surroundings
 
 __all__ = ["EMACallback"]
@@ -146,12 +145,12 @@ class EMACallback(TrainerCallback):
             on_nonfinite=on_nonfinite,
             overlap=overlap,
         )
-        self._skipped = SkippedSteps()
+        self._checkpoints = Checkpoints(self._run, name)
         self._evaluation = EvaluationSwap()
         self._optimizer = RunOptimizer()
         self._applied = ExitStack()  # from apply_ema to restore_original
         self._attachment: Attachment | None = None
-        self._notes: Mapping[str, str] = {}  # of the file that training went on from
+        self._processing_class: Any = None  # of the Trainer, or the tokenizer of its data collator
         self._batch_size: int | None = None  # of the training that has begun and not ended
         self._missing_is_error = on_missing_average == "error"
         self.eval_with_ema = eval_with_ema
@@ -238,21 +237,39 @@ class EMACallback(TrainerCallback):
         self._evaluation.end()
         self._run.load(state)
 
-    def save_pretrained(self, model: nn.Module, folder: str | Path, **options: Any) -> None:
+    def save_pretrained(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        *,
+        processing_class: Any = None,
+        **options: Any,
+    ) -> None:
         """Write a complete model with averaged weights that ``from_pretrained(folder)`` loads.
 
         Args:
             model: the model that was trained; of a PEFT model the adapter is written.
             folder: is created where needed; ``ema.json`` in it says what the weights are.
+            processing_class: a tokenizer or processor that is written beside the model. By default
+                that of the Trainer whose run began last, or the tokenizer of its data collator: what
+                the Trainer puts into its checkpoints.
             **options: for the model's own ``save_pretrained``.
 
         Raises:
-            ArgumentTypeError: the model has no ``save_pretrained``.
+            ArgumentTypeError: the model or ``processing_class`` has no ``save_pretrained``.
             ModelError: the average does not fit ``model``.
             StateError: there is no average.
         """
         with self._evaluation.suspended():
-            save_pretrained(self._run.fit(model), model, folder, **options)
+            save_pretrained(
+                self._run.fit(model),
+                model,
+                folder,
+                processing_class=(
+                    self._processing_class if processing_class is None else processing_class
+                ),
+                **options,
+            )
 
     def attach(self, trainer: Trainer) -> EMACallback:
         """Serve this Trainer beyond what events allow; adds itself to its callbacks if need be.
@@ -275,7 +292,7 @@ class EMACallback(TrainerCallback):
         if self._attachment is not None:
             raise StateError("the callback is attached to a Trainer already: detach it first")
         self._evaluation.end()
-        self._attachment = Attachment(self, trainer)
+        self._attachment = Attachment(self, trainer, self._checkpoints)
         return self
 
     def detach(self) -> None:
@@ -318,8 +335,8 @@ class EMACallback(TrainerCallback):
         claim(state, file_name(self.name), evaluates=self.eval_with_ema)
         self._evaluation.end()
         self._optimizer.set(optimizer)
-        self._skipped.forget()
-        self._notes = {}
+        self._checkpoints.notes = {}
+        self._processing_class = processing_class_of(**kwargs)
         smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
         self._batch_size = state.train_batch_size
         with live_weights(model):
@@ -330,6 +347,7 @@ class EMACallback(TrainerCallback):
             )
             if state.global_step > 0 and not go_on:
                 self._resume(args, state)
+        self._checkpoints.begin(args, state)
         self._warn_if_too_slow(state.max_steps)
         if args.eval_on_start:
             self._begin_evaluation()
@@ -343,6 +361,7 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Train with the live weights."""
         self._evaluation.end()
+        self._complete(args, state, control)
         if state.global_step >= state.max_steps:  # the Trainer looks at that after a step only
             warnings.warn(
                 f"training goes on from step {state.global_step}, and max_steps={state.max_steps}:"
@@ -361,7 +380,8 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the scale of the gradients, if there is one."""
-        self._skipped.before(optimizer)
+        self._complete(args, state, control)
+        self._checkpoints.before_step(optimizer)
 
     def on_step_end(
         self,
@@ -372,9 +392,9 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Update after an optimizer step, unless the gradient scaler skipped it."""
-        if not self._skipped.skipped(optimizer):
-            with live_weights(self.ema_model.model):
-                self.ema_model.update()
+        self._complete(args, state, control)  # of the step before
+        self._checkpoints.follow(state.global_step, optimizer)
+        self._complete(args, state, control)
         self._expect(args, state, control)
 
     def on_epoch_end(
@@ -386,6 +406,7 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """See to the evaluation and the save that follow, if they do."""
         self._evaluation.end()
+        self._complete(args, state, control)
         self._expect(args, state, control)
 
     def on_evaluate(
@@ -420,12 +441,19 @@ class EMACallback(TrainerCallback):
     ) -> None:
         """Put the average into the checkpoint, as its last file."""
         self._evaluation.end()
-        _wait_for_everyone()  # each process writes a file with the state of its random numbers
-        # without shards every process holds the same average, and one writes it
-        if args.should_save or self.ema_model.sharded:
-            folder = checkpoint_folder(args, state)
-            notes = {**self._notes, **list_files(folder)}
-            self.ema_model.save(folder / file_name(self.name), metadata=notes)
+        self._checkpoints.announced(args, state)
+
+    def _told(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Look whether a checkpoint was saved without an event."""
+        self._complete(args, state, control)
+
+    on_epoch_begin = on_substep_end = on_optimizer_step = on_log = _told
 
     def on_train_end(
         self,
@@ -438,6 +466,7 @@ class EMACallback(TrainerCallback):
         """Keep the best average where the best model is kept, and write the averaged model."""
         self._evaluation.end()
         self._batch_size = None
+        self._complete(args, state, control)
         average = self.ema_model
         if average.step > 0 and average.count == 0:
             warnings.warn(
@@ -449,7 +478,7 @@ class EMACallback(TrainerCallback):
             )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and self.eval_with_ema and best is not None:
-            _wait_for_everyone()  # the main process may still be writing the average of this step
+            wait_for_everyone()  # the main process may still be writing the average of this step
             self._load_from(Path(best), "the last average is kept")
         writes = args.should_save or average.sharded
         if self.save_ema_model and writes and model is not None:
@@ -465,6 +494,13 @@ class EMACallback(TrainerCallback):
         if may_save and args.should_save and not state.is_hyper_param_search:
             discard(checkpoint_folder(args, state) / file_name(self.name))
         self._begin_evaluation()  # a callback that comes later may ask for one
+
+    def _complete(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """For a Trainer that is attached the wrapped methods do it."""
+        if not (self._attachment is not None and self._attachment.trains):
+            self._checkpoints.complete(args, state, control)
 
     def _begin_evaluation(self) -> None:
         """Be ready for an evaluation; for a Trainer that is attached the wrapped methods do it."""
@@ -511,9 +547,14 @@ class EMACallback(TrainerCallback):
 
     def _load_from(self, folder: Path, otherwise: str) -> None:
         file = folder / file_name(self.name)
+        if is_incomplete(folder):
+            self._miss(
+                f"{folder} is incomplete, the Trainer was interrupted while it saved there:"
+                " last_complete_checkpoint finds the latest complete one"
+            )
         if is_there(file):
             self.ema_model.load(file)
-            self._notes = open_state(file).record.extra
+            self._checkpoints.notes = open_state(file).record.extra
         else:
             self._miss(f"there is no average in {folder} ({file.name}): {otherwise}")
 
@@ -545,8 +586,3 @@ class EMACallback(TrainerCallback):
                 EMAWarning,
                 stacklevel=2,
             )
-
-
-def _wait_for_everyone() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

@@ -13,14 +13,36 @@ from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.names import unwrap
 
-__all__ = ["NOTE", "save_pretrained"]
+__all__ = ["NOTE", "processing_class_of", "save_pretrained"]
 
 NOTE = "ema.json"
 """File beside the weights that says what they are."""
 
 
+def processing_class_of(
+    processing_class: Any = None, train_dataloader: Any = None, **_: Any
+) -> Any:
+    """What the Trainer puts into its checkpoints beside the model, or None.
+
+    Args:
+        processing_class: of the Trainer, as its events name it.
+        train_dataloader: likewise; its collator's tokenizer is saved where there is no other.
+    """
+    if processing_class is None:
+        collator = getattr(train_dataloader, "collate_fn", None)
+        collator = getattr(collator, "data_collator", collator)  # in one that removes columns
+        processing_class = getattr(collator, "tokenizer", None)
+    # the Trainer itself needs the method only when it saves
+    return processing_class if hasattr(processing_class, "save_pretrained") else None
+
+
 def save_pretrained(
-    average: EMAModel[Any], model: nn.Module, folder: str | Path, **options: Any
+    average: EMAModel[Any],
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    processing_class: Any = None,
+    **options: Any,
 ) -> None:
     """Write ``model`` with averaged weights, as its own ``save_pretrained`` writes it.
 
@@ -33,10 +55,11 @@ def save_pretrained(
         average: of the model.
         model: a transformers, diffusers or PEFT model, wrapped or not.
         folder: is created where needed.
+        processing_class: a tokenizer or processor that is written beside it, or None.
         **options: for the model's ``save_pretrained``.
 
     Raises:
-        ArgumentTypeError: the model has no ``save_pretrained``.
+        ArgumentTypeError: the model or ``processing_class`` has no ``save_pretrained``.
         ModelError: the average does not fit it.
     """
     inner: Any = unwrap(model)
@@ -45,19 +68,25 @@ def save_pretrained(
             f"`model` must have save_pretrained, which {type(inner).__name__} has not:"
             " EMAModel.export writes any module"
         )
+    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
+        raise ArgumentTypeError(
+            f"`processing_class` must have save_pretrained, got {type(processing_class).__name__}"
+        )
     if not average.sharded:
         with average.use_ema(model):
             inner.save_pretrained(folder, **options)
-        _write_note(average, folder)
+        _write_beside(folder, average, processing_class)
         return
     if id(unwrap(average.model)) != id(inner):
         raise ModelError("a sharded average can only be written with the model that it belongs to")
     if state := average.averaged_state_dict():
         inner.save_pretrained(folder, state_dict=state, **options)
-        _write_note(average, folder)
+        _write_beside(folder, average, processing_class)
 
 
-def _write_note(average: EMAModel[Any], folder: str | Path) -> None:
+def _write_beside(folder: str | Path, average: EMAModel[Any], processing_class: Any) -> None:
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
     note = {
         "weights": "ema",
         "decay": _decay_of(average),

@@ -14,11 +14,11 @@ from ema.torch_backend.trainer import last_complete_checkpoint
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 
 
-def run(config, folder, *arguments):
+def run(config, folder, *arguments, program=PROGRAM):
     """Both processes to their end: the exit code and what they have said."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(PROGRAM), json.dumps(config), str(folder), *arguments),
+        *(str(program), json.dumps(config), str(folder), *arguments),
     ]
     with subprocess.Popen(
         command,
@@ -75,3 +75,17 @@ def test_a_checkpoint_that_another_process_did_not_finish_is_not_complete(config
     assert "trainer_state.json" in files
     assert not files & {"rng_state_1.pth", "ema.safetensors"}
     assert last_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+
+
+@pytest.mark.slow
+def test_a_save_without_an_event_in_two_processes(config, tmp_path):
+    """Written once all have saved; alone only on SIGTERM, and another save is warned of."""
+    code, output = run(config, tmp_path, program=PROGRAM.with_name("ddp_saves.py"))
+    assert code == 0, output
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert len(one) == 8
+    for case, found in one.items():
+        unknown = case.startswith("ByHand") and case.endswith("alone")
+        assert (found["complete"], found["right"]) == ((False, None) if unknown else (True, True))
+        assert len(found["warned"]) == unknown, case
+        assert two[case] == {**found, "warned": []}

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -113,3 +117,75 @@ def test_bad_input(gpt2, new_gpt2, train, tmp_path):
     with pytest.raises(ArgumentTypeError, match="must have save_pretrained, which Linear has not"):
         callback.save_pretrained(nn.Linear(2, 2), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def new_tokenizer():
+    """A word-level tokenizer of two words."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1, "world": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
+
+
+def assert_tokenizer_in(folder):
+    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert loaded("hello", return_tensors=None)["input_ids"] == [1]
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
+def test_the_processing_class_of_the_trainer_is_written_too(
+    gpt2, make_trainer, folder, tmp_path, attached
+):
+    """At the end of training and by hand, as into every checkpoint."""
+    callback = EMACallback(0.6, save_ema_model=True)
+    trainer = make_trainer(gpt2, [callback])
+    trainer.processing_class = trainer.callback_handler.processing_class = new_tokenizer()
+    if attached:
+        callback.attach(trainer)
+    trainer.train()
+    callback.save_pretrained(gpt2, tmp_path / "by hand")
+    for written in (folder / "ema", tmp_path / "by hand"):
+        assert_tokenizer_in(written)
+        AutoModelForCausalLM.from_pretrained(written)
+
+
+@pytest.mark.parametrize("columns", [True, False], ids=["columns-removed", "columns-kept"])
+def test_the_tokenizer_of_the_data_collator_is_written_where_there_is_no_other(
+    gpt2, make_trainer, folder, columns
+):
+    """As the Trainer does."""
+    trainer = make_trainer(
+        gpt2, [EMACallback(0.6, save_ema_model=True)], remove_unused_columns=columns, max_steps=5
+    )
+    trainer.data_collator = DataCollatorForLanguageModeling(new_tokenizer(), mlm=False)
+    trainer.train_dataset = [{"input_ids": [1, 2, 1]}] * 8
+    trainer.train()
+    trainer.save_model(str(folder / "live"))
+    for written in ("ema", "live"):
+        assert_tokenizer_in(folder / written)
+
+
+class Unsaved:
+    """A processing class that cannot save itself; the Trainer needs that only when it saves."""
+
+
+def test_a_processing_class_by_hand(gpt2, new_gpt2, make_trainer, folder, tmp_path):
+    """It comes before that of the Trainer; what cannot be saved is refused before anything is."""
+    callback = EMACallback(0.6, save_ema_model=True)
+    trainer = make_trainer(gpt2, [callback])
+    trainer.processing_class = trainer.callback_handler.processing_class = Unsaved()
+    trainer.train()
+    assert (folder / "ema" / "config.json").exists()
+    callback.save_pretrained(gpt2, tmp_path / "given", processing_class=new_tokenizer())
+    assert_tokenizer_in(tmp_path / "given")
+    with pytest.raises(ArgumentTypeError, match=r"`processing_class` .* got Unsaved"):
+        callback.save_pretrained(gpt2, tmp_path / "none", processing_class=Unsaved())
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_run_forgets_the_processing_class(gpt2, make_trainer, tmp_path):
+    callback = EMACallback(0.6)
+    for processing_class in (new_tokenizer(), None):
+        trainer = make_trainer(gpt2, [callback])
+        trainer.callback_handler.processing_class = processing_class
+        trainer.train()
+    callback.save_pretrained(gpt2, tmp_path / "averaged")
+    assert not list((tmp_path / "averaged").glob("tokenizer*"))

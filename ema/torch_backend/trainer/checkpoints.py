@@ -1,0 +1,172 @@
+"""The average in every checkpoint of a run, whichever way the Trainer came to write it.
+
+A checkpoint is named after a step, and holds the average of that step. The Trainer usually saves after
+every callback has seen the end of the step, and announces it with ``on_save``. It also saves on SIGTERM
+(``enable_jit_checkpoint``), or when somebody's callback calls it, in the middle of any event and
+without another one: before this step's update or after it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ema.errors import EMAWarning
+from ema.torch_backend.trainer.evaluation import live_weights
+from ema.torch_backend.trainer.run_average import RunAverage
+from ema.torch_backend.trainer.run_folder import checkpoint_folder, discard, file_name, list_files
+from ema.torch_backend.trainer.skipped import SkippedSteps
+from ema.torch_backend.trainer.unannounced import UnannouncedSaves
+
+__all__ = ["Checkpoints", "wait_for_everyone"]
+
+
+class Checkpoints:
+    """Keeps the average in step with the run, and writes it into the run's checkpoints.
+
+    Attributes:
+        notes: metadata of the file that training went on from; every file of the run keeps it.
+
+    Args:
+        run: the average.
+        name: of the callback, where it has one.
+    """
+
+    def __init__(self, run: RunAverage, name: str | None) -> None:
+        self.notes: Mapping[str, str] = {}
+        self._run = run
+        self._file = file_name(name)
+        self._skipped = SkippedSteps()
+        self._unannounced = UnannouncedSaves()
+        self._warned = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Another run begins: until :meth:`begin` there is no average of it."""
+        self._followed: int | None = None  # the step whose weights the average has seen
+        self._ahead: int | None = None  # the step whose update a save needed before its event
+        self._written: int | None = None  # the step whose checkpoint was written while it was saved
+        self._waiting: Path | None = None  # a checkpoint from before the average began
+
+    def follows(self, model: Any) -> bool:
+        """Whether the average is that of a run that has trained ``model``."""
+        return self._followed is not None and self._run.ema_model.model is model
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The average of the run is there, and is that of ``state.global_step``."""
+        self._skipped.forget()
+        self._warned = False
+        self._unannounced.begin(args, state)
+        self._followed, self._ahead, self._written = state.global_step, None, None
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._write_together(args, waiting)
+
+    def before_step(self, optimizer: Any) -> None:
+        """Look at the scale of the gradients, if there is one."""
+        self._skipped.before(optimizer)
+
+    def follow(self, step: int, optimizer: Any) -> None:
+        """Update after an optimizer step, unless a save has needed that already."""
+        if self._ahead != step:
+            self._update(optimizer)
+        self._followed, self._ahead = step, None
+
+    def saving(self, args: TrainingArguments, folder: Path, step: int, optimizer: Any) -> None:
+        """A checkpoint is about to be written: make the update of its step, if it is due."""
+        if self._followed is not None and step > self._followed:
+            self._update(optimizer)
+            self._followed = self._ahead = step
+        if args.should_save:
+            discard(folder / self._file)
+
+    def saved(self, args: TrainingArguments, folder: Path, step: int) -> None:
+        """Write the average into a checkpoint that was saved just now."""
+        if self._followed is None:
+            self._waiting = folder
+            return
+        self._write_together(args, folder)
+        self._written = step
+
+    def announced(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Write the average into the checkpoint that ``on_save`` is about, as its last file."""
+        if self._written == state.global_step:
+            return
+        wait_for_everyone()  # each process writes a file with the state of its random numbers
+        folder = checkpoint_folder(args, state)
+        self._write(args, folder)
+        self._unannounced.settle(state, folder)
+
+    def complete(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Write the average into checkpoints of its step that were saved without ``on_save``.
+
+        In several processes the others may still be writing their files. They are at the same event
+        when the Trainer has saved on SIGTERM, because it ends training then.
+        """
+        if self._followed is None:
+            return
+        if _several() and not (args.enable_jit_checkpoint and control.should_training_stop):
+            self._warn_if_unannounced(state)
+            return
+        wait_for_everyone()
+        for folder in self._agreed(self._unannounced.find(args, state, self._followed)):
+            if args.should_save:
+                discard(folder / self._file)  # of another run, and not to be taken for this one's
+            self._write(args, folder)
+            self._unannounced.know(folder)
+        if self._followed == state.global_step:
+            self._unannounced.settle(state)
+
+    def _update(self, optimizer: Any) -> None:
+        if not self._skipped.skipped(optimizer):
+            average = self._run.ema_model
+            with live_weights(average.model):
+                average.update()
+
+    def _write_together(self, args: TrainingArguments, folder: Path) -> None:
+        """Write into a folder that a Trainer has saved to, unless it has left that to others."""
+        wait_for_everyone()
+        for there in self._agreed([folder] if folder.is_dir() else []):
+            self._write(args, there)
+
+    def _write(self, args: TrainingArguments, folder: Path) -> None:
+        average = self._run.ema_model
+        # without shards every process holds the same average, and one writes it
+        if args.should_save or average.sharded:
+            average.save(folder / self._file, metadata={**self.notes, **list_files(folder)})
+
+    def _agreed(self, folders: list[Path]) -> list[Path]:
+        """Those that rank 0 sees, where all ranks write together."""
+        if not (_several() and self._run.ema_model.sharded):
+            return folders
+        agreed: list[Any] = [folders]
+        dist.broadcast_object_list(agreed)
+        return list(agreed[0])
+
+    def _warn_if_unannounced(self, state: TrainerState) -> None:
+        if self._unannounced.any(state) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a checkpoint of step {state.global_step} was saved without an event: in several"
+                " processes its average is only written by a callback that is attached,"
+                " attach(trainer)",
+                EMAWarning,
+                stacklevel=2,
+            )
+
+
+def wait_for_everyone() -> None:
+    """Where there are several processes, go on when all of them are here."""
+    if _several():
+        dist.barrier()
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
