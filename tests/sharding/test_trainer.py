@@ -44,8 +44,8 @@ def run(folder):
         text=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
+            output, _ = process.communicate()
+        except BaseException:
             os.killpg(process.pid, 9)  # torchrun and both of its processes
             raise
     assert process.returncode == 0, output[-5000:]

@@ -29,8 +29,8 @@ def run(config, folder, *arguments):
         text=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
+            output, _ = process.communicate()
+        except BaseException:
             os.killpg(process.pid, 9)  # torchrun and both of its processes
             raise
     return process.returncode, output
