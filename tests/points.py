@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 __all__ = ["Points", "kill_at"]
 
@@ -27,7 +27,7 @@ class Points:
         self.passed = 0
         self._act, self._lines = act, lines
 
-    def __enter__(self) -> Points:
+    def __enter__(self) -> Self:
         self._before = sys.gettrace()
         sys.settrace(self._on_call)
         return self

@@ -61,9 +61,9 @@ def kill_at_random(folder, rounds):
             save(folder, step)
     advanced = interrupted = 0
     for _ in range(rounds):
-        before = step_of(folder)
+        before, point = step_of(folder), rng.randrange(points.passed // 2)
 
-        def loop(step=before, point=rng.randrange(points.passed // 2)):
+        def loop(step=before, point=point):
             with Points(kill_at(point)):
                 while True:
                     step += 1

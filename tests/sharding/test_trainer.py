@@ -27,6 +27,10 @@ def home(once) -> Path:
 def run(folder):
     command = [
         *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+        *(
+            "--rdzv-conf",
+            "read_timeout=3600,keep_alive_interval=3600",
+        ),  # a busy machine is not dead
         *("--nproc-per-node", "2", str(PROGRAM), str(folder)),
     ]
     environment = {

@@ -204,9 +204,7 @@ threading._register_atexit(ends.set)  # before threads are waited for, and what 
 atexit.register(late.set)
 {ending}
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ended.stdout == "done\n"
 
 

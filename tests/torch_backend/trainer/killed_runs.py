@@ -124,7 +124,9 @@ def measure(config, folder, attached):
 def killed(config, folder, attached, point):
     with Points(kill_at(point), lines=False):
         train(config, folder, attached=attached)
-    os.kill(os.getpid(), signal.SIGKILL)  # it has passed fewer points than the one that was measured
+    os.kill(
+        os.getpid(), signal.SIGKILL
+    )  # it has passed fewer points than the one that was measured
 
 
 def main(config, home, moments, seed):

@@ -18,6 +18,10 @@ def run(config, folder, *arguments):
     """Both processes to their end: the exit code and what they have said."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(
+            "--rdzv-conf",
+            "read_timeout=3600,keep_alive_interval=3600",
+        ),  # a busy machine is not dead
         *(str(PROGRAM), json.dumps(config), str(folder), *arguments),
     ]
     with subprocess.Popen(
