@@ -1,30 +1,31 @@
 """Saves that are killed, in processes of their own: run by ``test_killed_saves.py``.
 
-A state of step ``k`` holds the number ``k`` in every element, so a mixture of two is seen. Steps
-of odd numbers are split over several files.
+A state of step ``k`` holds the number ``k`` in every element, so a mixture of two is seen. Two
+steps of four are split over several files, so that each form follows itself and the other.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
-from ema.checkpoint import Record, Source, read_state, write_state
+from ema.checkpoint import Record, Source, read_state, write_state, writer
+from tests.points import Points, kill_at
 
 SHAPES = {"a": (64, 256), "b": (300,), "c": (64, 128)}
 
 
-def save(folder, step, *, split=True):
+def save(folder, step):
     sources = {
         name: Source("F32", shape, np.full(shape, step, np.float32).tobytes)
         for name, shape in SHAPES.items()
     }
-    limit = 40_000 if split and step % 2 else 10**9
+    limit = 40_000 if step % 4 in (1, 2) else 10**9
     write_state(folder, Record(step=step, count=step), sources, max_shard_size=limit)
 
 
@@ -54,20 +55,21 @@ def in_child(run):
 def kill_at_random(folder, rounds):
     """Kill an endless loop of saves, ``rounds`` times; what is there goes on from there."""
     rng = random.Random(0)
-    save(folder, 0)
+    writer._CHUNK = 4096  # so that there are lines between the parts of a tensor
+    with Points() as points:
+        for step in range(4):
+            save(folder, step)
     advanced = interrupted = 0
     for _ in range(rounds):
-        before = step_of(folder)
+        before, point = step_of(folder), rng.randrange(points.passed // 2)
 
-        def loop(step=before):
-            while True:
-                step += 1
-                save(folder, step)
+        def loop(step=before, point=point):
+            with Points(kill_at(point)):
+                while True:
+                    step += 1
+                    save(folder, step)
 
-        child = in_child(loop)
-        time.sleep(rng.uniform(0.001, 0.025))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(in_child(loop), 0)
         assert os.WIFSIGNALED(status), status
         after = step_of(folder)
         assert after >= before
@@ -84,7 +86,7 @@ def kill_at_random(folder, rounds):
 def kill_at_every_call(folder):
     """Kill before and after each call that changes the disk, in each transition of forms."""
     seen = []
-    for first, second in ((0, 2), (0, 1), (1, 3), (1, 2)):
+    for first, second in ((0, 3), (0, 1), (1, 2), (2, 3)):
         point = 0
         while True:
             for file in Path(folder).iterdir():
@@ -102,25 +104,53 @@ def kill_at_every_call(folder):
             point += 1
         save(folder, second)
         left = {file.name for file in Path(folder).iterdir()}
-        expected = {2: 1, 1: 3, 3: 3}[second]
+        expected = {1: 3, 2: 3, 3: 1}[second]
         assert len(left) == expected, left
     return {"points": len(seen), "old": seen.count(False), "new": seen.count(True)}
 
 
 def read_meanwhile(folder, rounds):
-    """Read while another process saves; each state is whole and none is older than the last."""
-    save(folder, 0)
+    """Read while another process saves, at one to three random lines of each read."""
+    rng = random.Random(0)
+    newest = 1
+    save(folder, newest)
+    with Points() as points:
+        step_of(folder)
+    orders, answers = multiprocessing.Pipe()
+    child = in_child(lambda: save_when_told(folder, answers))
+    seen = []
 
-    def loop(step=0):
-        while True:
-            step += 1
-            save(folder, step)
+    def read():
+        nonlocal newest
+        oldest, lines = newest, rng.choices(range(points.passed), k=rng.randint(1, 3))
 
-    child = in_child(loop)
-    steps = [step_of(folder) for _ in range(rounds)]
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return {"sorted": steps == sorted(steps), "different": len(set(steps))}
+        def act(number):
+            nonlocal newest
+            if number in lines:
+                newest += 1
+                orders.send(newest)
+                assert orders.recv() == newest
+
+        with Points(act):
+            found = step_of(folder)
+        assert oldest <= found <= newest, (oldest, found, newest)
+        seen.append(found > oldest)
+
+    try:
+        for _ in range(rounds):
+            read()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return {"old": seen.count(False), "new": seen.count(True)}
+
+
+def save_when_told(folder, answers):
+    """Save the steps that come through the connection."""
+    while True:
+        step = answers.recv()
+        save(folder, step)
+        answers.send(step)
 
 
 def armed(folder, step, point):

@@ -23,13 +23,13 @@ def run(folder, *what):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def test_killed_at_200_random_moments(tmp_path):
+def test_killed_at_200_random_points(tmp_path):
+    """Before any line of Python, with a part of a tensor in the file or none."""
     found = run(tmp_path, "random", "200")
     assert found["rounds"] == 200
     assert found["advanced"] > 20  # some saves came to their end
@@ -45,6 +45,7 @@ def test_killed_before_and_after_every_call_that_changes_the_disk(tmp_path):
 
 
 def test_a_reader_beside_a_writer_sees_whole_states(tmp_path):
-    found = run(tmp_path, "read", "3000")
-    assert found["sorted"]
-    assert found["different"] > 5
+    """The writer saves up to three times while one state is read, at any line of the reader."""
+    found = run(tmp_path, "read", "1500")
+    assert found["old"] > 100
+    assert found["new"] > 100

@@ -62,7 +62,6 @@ def test_a_save_and_a_load_take_at_most_one_tensor(tmp_path, backend):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     saving, loading = map(float, result.stdout.split())

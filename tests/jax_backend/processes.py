@@ -42,6 +42,7 @@ SHAPES = {
 }
 DTYPES = {"half": jnp.bfloat16, "wave": jnp.complex64}
 STEPS = 4
+A_DAY = 86_400  # the other process may be as slow as it likes; pytest ends what hangs
 
 
 def average(kind):
@@ -213,7 +214,12 @@ def test_what_lies_in_one_process_is_saved_by_it_alone(mesh, folder):
 def main(index, port, folder):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        f"127.0.0.1:{port}", num_processes=2, process_id=index, initialization_timeout=60
+        f"127.0.0.1:{port}",
+        num_processes=2,
+        process_id=index,
+        initialization_timeout=A_DAY,
+        heartbeat_timeout_seconds=A_DAY,
+        shutdown_timeout_seconds=A_DAY,
     )
     warnings.simplefilter("error", ema.EMAWarning)
     assert (jax.process_count(), len(jax.devices())) == (2, 4)

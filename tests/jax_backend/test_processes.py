@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ema.jax_backend import load_params_ema, save_params_ema
+from tests.devices import several_devices
 
 PROGRAM = Path(__file__).with_name("processes.py")
 
@@ -24,25 +25,24 @@ PROGRAM = Path(__file__).with_name("processes.py")
 def folder(tmp_path_factory):
     """What two processes have left."""
     path = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
+    with socket.socket() as held:  # no other program gets the port; JAX shares it, as gRPC does
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        run(path, held.getsockname()[1])
+    return path
+
+
+def run(path, port):
+    """Both processes to their end; if one fails, the other is ended."""
+    env = os.environ | several_devices(2)
     outputs = [path / f"output {index}" for index in range(2)]
     processes = []
     for index, output in enumerate(outputs):
         command = [sys.executable, str(PROGRAM), str(index), str(port), str(path)]
         with output.open("w") as stream:
             processes.append(subprocess.Popen(command, env=env, stdout=stream, stderr=stream))
-    end = time.monotonic() + 150
     try:
-        while None in (codes := [p.poll() for p in processes]) and time.monotonic() < end:
-            if any(codes):
-                time.sleep(2)  # the other one may have something to say too
-                break
+        while None in (codes := [p.poll() for p in processes]) and not any(codes):
             time.sleep(0.1)
     finally:
         for process in processes:
@@ -51,7 +51,6 @@ def folder(tmp_path_factory):
     assert [p.returncode for p in processes] == [0, 0], "\n".join(
         f"process {index}:\n{output.read_text()[-4000:]}" for index, output in enumerate(outputs)
     )
-    return path
 
 
 def narrowed(wide, dtype):

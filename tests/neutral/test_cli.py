@@ -192,7 +192,6 @@ def test_the_console_script_runs():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     assert result.stdout == table(0.999, 10_000)
@@ -204,7 +203,6 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(ema.__file__).parents[1])},
     )
 

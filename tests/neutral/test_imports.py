@@ -68,7 +68,6 @@ def loaded(module: str, *paths: Path) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     names, file = result.stdout.splitlines()

@@ -123,7 +123,6 @@ def test_with_one_backend_missing_the_other_is_checked_against_float64(missing, 
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(ema.__file__).parents[1])},
     )
     assert result.stdout == f"True {{None}} {named}\n", result.stderr

@@ -7,7 +7,6 @@ rank also computes them as a single process would, and compares.
 """
 
 import dataclasses
-import faulthandler
 import json
 import os
 import re
@@ -597,14 +596,13 @@ SCENARIOS = {
 def main():
     scenario, rank, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     folder = Path(folder)
-    faulthandler.dump_traceback_later(150, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=(folder / f"rendezvous-{scenario}-{ranks}").absolute().as_uri(),
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=100 if scenario != "killed" else 10),
+        timeout=timedelta(days=1),  # the others may be as slow as they like; pytest ends what hangs
     )
     report = {}
     for part in SCENARIOS.get(scenario) or [globals()[scenario]]:

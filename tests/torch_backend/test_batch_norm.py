@@ -326,7 +326,12 @@ def test_synchronized_layers_put_the_ranks_together(tmp_path):
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)
     ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait() for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
     values = torch.arange(10.0, dtype=torch.float64)[:, None] ** 2
     for rank in (0, 1):
         mean, var = torch.load(tmp_path / f"{rank}.pt")

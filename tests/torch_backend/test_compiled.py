@@ -75,4 +75,4 @@ def test_nothing_loads_dynamo_where_nothing_is_compiled():
         "e = EMAModel(torch.nn.Linear(2, 2)); e.update(); e.apply_ema(); e.restore_original(); "
         "assert 'torch._dynamo' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], check=True)

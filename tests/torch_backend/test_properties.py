@@ -30,7 +30,7 @@ def average_of(values, decay, **options):
     return ema_model
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(numbers, min_size=2, max_size=20), decays)
 def test_an_average_lies_between_the_extremes_of_what_it_averaged(values, decay):
     average = average_of(values, decay).averaged_parameters()["0"].item()
@@ -38,14 +38,14 @@ def test_an_average_lies_between_the_extremes_of_what_it_averaged(values, decay)
     assert min(values) - slack <= average <= max(values) + slack
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(numbers, st.integers(1, 30), decays)
 def test_a_constant_stays_constant(value, steps, decay):
     average = average_of([value] * (steps + 1), decay).averaged_parameters()["0"]
     assert torch.equal(average, torch.tensor([value]))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(numbers, min_size=3, max_size=20),
     decays,

@@ -359,7 +359,7 @@ def test_pickle_size_is_that_of_the_tensors():
 def _in_a_process(ema_model, results):
     ema_model.update()
     with ema_model.use_ema():
-        results.put({n: a.numpy().copy() for n, a in ema_model.averaged_parameters().items()})
+        results.send({n: a.numpy().copy() for n, a in ema_model.averaged_parameters().items()})
 
 
 @pytest.mark.slow
@@ -374,11 +374,12 @@ def test_a_process_that_is_started_gets_a_copy(method, monkeypatch):
         model.weight.add_(1)
     before = {n: a.clone() for n, a in ema_model.averaged_parameters().items()}
     context = torch.multiprocessing.get_context(method)
-    results = context.Queue()
-    process = context.Process(target=target, args=(ema_model, results))
+    results, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(ema_model, theirs))
     process.start()
+    theirs.close()  # a process that fails ends the pipe
     try:
-        theirs = results.get(timeout=60)
+        theirs = results.recv()
     finally:
         process.join()
     assert all(torch.equal(a, before[n]) for n, a in ema_model.averaged_parameters().items())

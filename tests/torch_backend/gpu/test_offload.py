@@ -4,8 +4,8 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 import weakref
+from concurrent import futures
 
 import pytest
 import torch
@@ -88,18 +88,27 @@ def test_the_host_goes_on_while_the_average_is_made():
     param = torch.ones(3)
     offload = Offload([param])
     may, seen = threading.Event(), []
-    offload.run(lambda: (may.wait(10), seen.append(offload.staged[0].clone())))
-    param.zero_()
-    assert seen == []
-    may.set()
+    offload.run(lambda: (may.wait(), seen.append(offload.staged[0].clone())))
+    try:
+        param.zero_()
+        assert seen == []
+    finally:
+        may.set()
     offload.wait()
     assert torch.equal(seen[0], torch.ones(3))
 
 
-def test_the_next_update_waits_for_the_one_before():
+def test_the_next_update_waits_for_the_one_before(monkeypatch):
+    """The first one lasts until the second is waiting for it."""
     offload, seen = Offload([torch.ones(3)]), []
-    offload.run(lambda: (time.sleep(0.2), seen.append(1)))
-    offload.run(lambda: seen.append(2))
+    waits, wait = threading.Event(), futures.wait
+    monkeypatch.setattr(futures, "wait", lambda work: (waits.set(), wait(work)))
+    offload.run(lambda: (waits.wait(), seen.append(1)))
+    try:
+        offload.run(lambda: seen.append(2))
+        assert seen[:1] == [1]
+    finally:
+        waits.set()
     offload.wait()
     assert seen == [1, 2]
 
@@ -121,23 +130,44 @@ def test_what_the_thread_raised_is_raised_once_at_the_next_call(call):
 
 
 def test_control_c_while_waiting_leaves_the_update_whole():
+    """It comes when the wait has begun, and the update ends after it."""
     code = """
-import signal, threading, time, torch
+import gc, signal, threading, torch
+from concurrent import futures
 from ema.torch_backend.gpu.offload import Offload
 
+gc.disable()  # Python drops what a handler raises while it collects
 offload, seen = Offload([torch.ones(3)]), []
-offload.run(lambda: (time.sleep(1), seen.append(1)))
-threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+may, waits, came, wait = threading.Event(), threading.Event(), threading.Event(), futures.wait
+futures.wait = lambda work: (waits.set(), wait(work))
+
+def handler(number, frame):
+    if not came.is_set():
+        came.set()
+        raise KeyboardInterrupt
+
+def interrupt():
+    waits.wait()
+    while not came.is_set():  # a signal right before a thread waits for a lock does not wake it
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        came.wait(0.1)
+
+signal.signal(signal.SIGINT, handler)
+offload.run(lambda: (may.wait(), seen.append(1)))
+threading.Thread(target=interrupt).start()
 try:
     offload.wait()
 except KeyboardInterrupt:
     assert seen == []
+    may.set()
     offload.wait()
     assert seen == [1]
 else:
     raise SystemExit("it was not interrupted")
+finally:
+    may.set()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_thread_ends_with_the_average():
@@ -151,23 +181,30 @@ def test_the_thread_ends_with_the_average():
     del offload
     gc.collect()
     assert gone() is None
-    thread.join(10)
-    assert not thread.is_alive()
+    thread.join()  # or the test never ends
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "del offload"])
 def test_a_process_ends_after_the_work(ending):
+    """The work begins when the interpreter ends, and lets the main thread go ahead."""
     code = f"""
-import time, torch
+import atexit, threading, time, torch
 from ema.torch_backend.gpu.offload import Offload
 
-offload = Offload([torch.ones(3)])
-offload.run(lambda: (time.sleep(0.5), print("done", flush=True)))
+offload, ends, late = Offload([torch.ones(3)]), threading.Event(), threading.Event()
+
+def work():
+    ends.wait()
+    for _ in range(10_000):
+        time.sleep(0)
+    print("too late" if late.is_set() else "done", flush=True)
+
+offload.run(work)
+threading._register_atexit(ends.set)  # before threads are waited for, and what follows after it
+atexit.register(late.set)
 {ending}
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ended.stdout == "done\n"
 
 
@@ -175,11 +212,12 @@ offload.run(lambda: (time.sleep(0.5), print("done", flush=True)))
 def test_a_fork_finds_the_update_done_and_can_go_on():
     """As the workers of a loader do; parent and child both make further updates."""
     code = """
-import os, time, torch
+import os, threading, torch
 from ema.torch_backend.gpu.offload import Offload
 
-average, offload = torch.zeros(3), Offload([torch.ones(3)])
-work = lambda: (time.sleep(0.3), average.add_(offload.staged[0]))
+average, offload, forks = torch.zeros(3), Offload([torch.ones(3)]), threading.Event()
+os.register_at_fork(before=forks.set)  # the latest comes first
+work = lambda: (forks.wait(), average.add_(offload.staged[0]))
 offload.run(work)
 child = os.fork()
 assert average.tolist() == [1, 1, 1], average
@@ -189,7 +227,7 @@ assert average.tolist() == [2, 2, 2], average
 if child:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_staging_takes_little_more_than_the_params():

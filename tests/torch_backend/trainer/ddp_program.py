@@ -37,15 +37,30 @@ class Recorder(TrainerCallback):
 
 
 class Killed(Trainer):
-    """The second process ends in the middle of the second save, after the first has had its time."""
+    """The second process ends in the middle of the second save, when the first one waits for it.
+
+    If the first one did not wait, it would write its average first.
+    """
 
     def _save_rng_state(self, folder):
         if os.environ["RANK"] == "1" and self.state.global_step == 4:
-            while not (Path(folder) / "trainer_state.json").exists():
+            waits, average = (Path(folder) / name for name in ("waits", "ema.safetensors"))
+            while not (waits.exists() or average.exists()):
                 time.sleep(0.01)
-            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         super()._save_rng_state(folder)
+
+
+def announce_waits(folder):
+    """The main process says in the folder of the second save that it waits for the other one."""
+    wait = dist.barrier
+
+    def announced(*args, **kwargs):
+        if (folder / "trainer_state.json").exists() and os.environ["RANK"] == "0":
+            (folder / "waits").touch()
+        return wait(*args, **kwargs)
+
+    dist.barrier = announced
 
 
 def run(config, folder, seed, attached, resume, kind=Trainer):
@@ -126,5 +141,6 @@ def main(config, home):
 if __name__ == "__main__":
     config, home = json.loads(sys.argv[1]), Path(sys.argv[2])
     if "kill" in sys.argv:
+        announce_waits(home / "run" / "checkpoint-4")
         run(config, home / "run", 0, attached=False, resume=None, kind=Killed)
     main(config, home)

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, and gone on with; for test_killed.py.
+"""Runs that are killed at random points, and gone on with; for test_killed.py.
 
 Everything is imported once, here; each run is a fork of this process, which never computes itself.
 """
@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import sys
-import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,18 +18,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from ema import EMACallback
 from ema.torch_backend.trainer import last_complete_checkpoint
+from tests.points import Points, kill_at
 
 STEPS = 10
 
 
-def train(config, folder, *, attached=True, **options):
+def train(config, folder, *, attached=True, kind=Trainer, **options):
     """Go on from the last complete checkpoint to the end, and write down where that is."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**config))
     rows = torch.randint(0, 32, (24, 8), generator=torch.Generator().manual_seed(0))
     callback = EMACallback(0.6, update_every=2)
     defaults = {"max_steps": STEPS, "save_total_limit": 2}
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         args=TrainingArguments(
             str(folder),
@@ -101,36 +102,56 @@ def name_of(checkpoint):
     return None if checkpoint is None else checkpoint.name
 
 
+def measure(config, folder, attached):
+    """A whole run, and the points where it begins, where each save begins and ends, and its end."""
+    bounds = [0]
+
+    class Watched(Trainer):
+        def _save_checkpoint(self, *args, **kwargs):
+            bounds.append(points.passed)
+            super()._save_checkpoint(*args, **kwargs)
+            bounds.append(points.passed)
+
+    with Points(lines=False) as points:
+        train(config, folder, attached=attached, kind=Watched)
+    if attached:
+        bounds.append(points.passed)
+    else:  # alone, the Trainer would take another step once the last save is complete
+        bounds.pop()
+    (folder / "bounds.json").write_text(json.dumps(bounds))
+
+
+def killed(config, folder, attached, point):
+    with Points(kill_at(point), lines=False):
+        train(config, folder, attached=attached)
+    os.kill(
+        os.getpid(), signal.SIGKILL
+    )  # it has passed fewer points than the one that was measured
+
+
 def main(config, home, moments, seed):
     prepare()
     chance = random.Random(seed)
-    whole = home / "whole"
-    assert end(start(train, config, whole)) == 0  # the first one warms up
-    shutil.rmtree(whole)
-    begun = time.monotonic()
-    assert end(start(train, config, whole)) == 0
-    took = time.monotonic() - begun
-    expected = torch.load(whole / "result.pt")
+    parts = {}
+    for attached in (False, True):
+        whole = home / f"whole{attached:d}"
+        assert end(start(measure, config, whole, attached)) == 0
+        parts[attached] = list(pairwise(json.loads((whole / "bounds.json").read_text())))
+    expected = torch.load(home / "whole1" / "result.pt")
+    assert differences(torch.load(home / "whole0" / "result.pt"), expected) == []
     report = {"killed": 0, "torn": 0, "different": [], "failed": []}
-    attempts = 0
-    while report["killed"] < moments and attempts < 3 * moments:
-        attempts += 1
-        attached = attempts % 2 == 0
-        folder = home / f"run{attempts}"
-        pid = start(train, config, folder, attached=attached)
-        time.sleep(chance.uniform(0.05, 1.0) * took)
-        os.kill(pid, signal.SIGKILL)
-        code = end(pid)
+    for number in range(moments):
+        attached, in_a_save = number % 2 == 0, number % 4 < 2
+        point = chance.randrange(*chance.choice(parts[attached][in_a_save::2]))
+        folder = home / f"run{number}"
+        report["killed"] += end(start(killed, config, folder, attached, point)) == -signal.SIGKILL
         last = name_of(last_complete_checkpoint(folder))
-        if code == 0 or (last == f"checkpoint-{STEPS}" and not attached):
-            continue  # it had finished, or all but: alone, the Trainer would take another step
-        report["killed"] += 1
         found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         report["torn"] += bool(found) and found[-1].name != last
         if code := end(start(train, config, folder, attached=attached)):
-            report["failed"].append((attempts, last, code))
+            report["failed"].append((number, point, last, code))
         elif different := differences(torch.load(folder / "result.pt"), expected):
-            report["different"].append((attempts, last, different))
+            report["different"].append((number, point, last, different))
         shutil.rmtree(folder)
     print(json.dumps(report))
 

@@ -18,6 +18,8 @@ def run(config, folder, *arguments, program=PROGRAM):
     """Both processes to their end: the exit code and what they have said."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        # a busy machine is not dead
+        *("--rdzv-conf", "read_timeout=3600,keep_alive_interval=3600"),
         *(str(program), json.dumps(config), str(folder), *arguments),
     ]
     with subprocess.Popen(
@@ -29,8 +31,8 @@ def run(config, folder, *arguments, program=PROGRAM):
         text=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
+            output, _ = process.communicate()
+        except BaseException:
             os.killpg(process.pid, 9)  # torchrun and both of its processes
             raise
     return process.returncode, output

@@ -18,10 +18,13 @@ def report(config, tmp_path):
         command = [sys.executable, str(path), json.dumps(config), str(tmp_path), *args]
         done = subprocess.run(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(__file__).parents[3]),
+            },
             capture_output=True,
             text=True,
-            timeout=280,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -31,11 +34,11 @@ def report(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(report):
-    """SIGKILL, some of them in the middle of a save; weights, average and counters are the same."""
+def test_killed_at_twenty_random_points(report):
+    """SIGKILL, half of them in the middle of a save; weights, average and counters are the same."""
     seen = report("killed_runs.py", "20", "0")
     assert (seen["killed"], seen["failed"], seen["different"]) == (20, [], [])
-    assert seen["torn"] >= 1
+    assert seen["torn"] >= 5
 
 
 @pytest.mark.slow
