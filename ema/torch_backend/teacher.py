@@ -46,20 +46,18 @@ def call_with(
         **{name: tensor.detach() for name, tensor in selection.others.items()},
         **{name: tensor.clone() for name, tensor in selection.buffers.items()},
     }
-    kinds = (live, selection.others, selection.buffers)
-    given = {id(tensor) for kind in kinds for tensor in kind.values()}
+    originals = {**live, **selection.others, **selection.buffers}
     for name, (first, tied) in selection.ties.items():
-        if id(tied) in given:  # functional_call replaces it under each of its names
-            continue
-        given.add(id(tied))
-        same = tied.shape == tensors[first].shape and tied.stride() == tensors[first].stride()
+        original = originals[first]
+        same = tied.shape == original.shape and tied.stride() == original.stride()
         tensors[name] = (
             tensors[first] if same else tensors[first].as_strided(tied.shape, tied.stride())
         )
     inner = unwrap(model)
     skip = len(next(path for path in _prefix(model, inner)))
     by_path = {selection.paths[name][skip:]: tensor for name, tensor in tensors.items()}
-    return functional_call(inner, by_path, args, kwargs)
+    # each name is given: left to functional_call, ties come back wrong where a module is shared
+    return functional_call(inner, by_path, args, kwargs, tie_weights=False)
 
 
 def _prefix(model: nn.Module, inner: nn.Module) -> list[str]:
