@@ -65,6 +65,8 @@ KNOWN_FAULT_NARROW_COPIES = True
 """Averages that were widened by a cast are narrow again in a copy or pickle."""
 KNOWN_FAULT_LATE_INCLUDE = True
 """A frozen parameter that ``include`` asks for never joins where a state or copy did not have it."""
+KNOWN_FAULT_NEWCOMERS = True
+"""A newcomer joins in an update that is then skipped or refused, and so with its NaN, for good."""
 
 FAMILIES = ("plain", "several", "narrow", "compensated", "guarded")
 
@@ -247,6 +249,10 @@ class Machine(RuleBasedStateMachine):
 
     def update(self) -> None:
         """One update, of both."""
+        guarded = self.options["on_nonfinite"] != "propagate" and self.reference.started
+        newcomers = set(self.reference.wanted()) - set(self.reference.averaged)
+        if KNOWN_FAULT_NEWCOMERS and guarded and newcomers:
+            self.train(seed=0, scale=1.0, how="set")
         if self.reference.update():
             with self.refused(StateError, "finite"):
                 self.ema.update()
@@ -310,6 +316,17 @@ class Machine(RuleBasedStateMachine):
         with torch.no_grad():
             tensor[tuple(seed % size for size in tensor.shape)] = value
         self.live_changed()
+
+    @precondition(lambda self: self.swap is None and self.options["on_nonfinite"] != "propagate")
+    @rule(pick=picks, seed=seeds, heal=st.booleans())
+    def update_with_nonfinite(self, pick: int, seed: int, heal: bool) -> None:
+        """Until an update was due; the next values may be finite again."""
+        self.write_nonfinite(pick=pick, seed=seed, value=torch.nan)
+        for _ in range(self.options["update_every"]):
+            self.update()
+        if heal:
+            self.train(seed=seed, scale=1.0, how="set")
+            self.update()
 
     # --- the model changes underneath -----------------------------------------------------------
 
