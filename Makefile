@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint format bench clean
+.PHONY: help demo test fast machine lint format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -16,6 +16,10 @@ test: .venv/.dev ## the whole test suite
 
 fast: .venv/.dev ## the tests that take a moment each
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+machine: .venv/.dev ## long random sequences of calls, new ones each time (minutes)
+	EMA_MACHINE_EXAMPLES=$${EMA_MACHINE_EXAMPLES:-2000} EMA_MACHINE_STEPS=$${EMA_MACHINE_STEPS:-30} \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -rP tests/torch_backend/test_machine.py
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .

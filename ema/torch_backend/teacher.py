@@ -57,21 +57,24 @@ def call_with(
         **{name: _without_gradient(tensor) for name, tensor in selection.others.items()},
         **{name: tensor.clone() for name, tensor in buffers.items()},
     }
-    kinds = (live, selection.others, buffers)
-    given = {id(tensor) for kind in kinds for tensor in kind.values()}
+    originals = {**live, **selection.others, **buffers}
+    inner = unwrap(model)
+    skip = len(next(path for path in _prefix(model, inner)))
+    paths = {name: path[skip:] for name, path in selection.paths.items()}
+    holders = {_holder(inner, paths[first]) for first, _ in selection.ties.values()}
     for name, (first, tied) in selection.ties.items():
-        if id(tied) in given:  # functional_call replaces it under each of its names
-            continue
-        given.add(id(tied))
-        same = tied.shape == tensors[first].shape and tied.stride() == tensors[first].stride()
+        if (holder := _holder(inner, paths[name])) in holders:
+            continue  # another name of a shared module
+        holders.add(holder)
+        original = originals[first]
+        same = tied.shape == original.shape and tied.stride() == original.stride()
         tensors[name] = (
             tensors[first] if same else tensors[first].as_strided(tied.shape, tied.stride())
         )
-    inner = unwrap(model)
-    skip = len(next(path for path in _prefix(model, inner)))
-    by_path = {selection.paths[name][skip:]: tensor for name, tensor in tensors.items()}
+    by_path = {paths[name]: tensor for name, tensor in tensors.items()}
     with attributes_put_back(selection.modules), parametrizations_put_aside():
-        return functional_call(inner, by_path, args, kwargs)
+        # each place is given: left to functional_call, ties come back wrong where a module is shared
+        return functional_call(inner, by_path, args, kwargs, tie_weights=False)
 
 
 def current_buffers(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
@@ -86,6 +89,12 @@ def current_buffers(model: nn.Module, selection: Selection) -> dict[str, Tensor]
 def _without_gradient(tensor: Tensor) -> Tensor:
     """A frozen parameter itself: it may be of a class that ``detach`` loses (bitsandbytes)."""
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _holder(model: nn.Module, path: str) -> tuple[int, str]:
+    """The module that has the tensor at the end of a path, and the name that it has there."""
+    prefix, _, key = path.rpartition(".")
+    return id(model.get_submodule(prefix)), key
 
 
 def _prefix(model: nn.Module, inner: nn.Module) -> list[str]:

@@ -84,6 +84,38 @@ def test_weights_that_are_tied_and_in_a_shared_module():
     assert not torch.equal(model(x), expected)
 
 
+def test_a_shared_module_has_its_live_weights_after_a_call(step, values, assert_same):
+    """``functional_call`` alone would leave the averages in it for good."""
+    model = nn.Module()
+    model.embedding = nn.Embedding(5, 3)
+    model.encoder = nn.Sequential(model.embedding)
+    model.forward = lambda x: model.encoder(x) + model.embedding(x)
+    ema_model = EMAModel(model, 0.5)
+    step(model)
+    ema_model.update()
+    live, before = model.embedding.weight, values(model)
+    ema_model(torch.arange(5))
+    assert model.embedding.weight is live
+    assert_same(values(model), before)
+
+
+def test_weights_with_gaps_that_share_their_memory_are_tied_in_the_teacher():
+    model = nn.Module()
+    model.first, model.second = nn.Embedding(5, 3), nn.Embedding(5, 3)
+    model.first.weight = nn.Parameter(torch.randn(5, 6)[:, ::2])
+    model.second.weight = nn.Parameter(model.first.weight.data)
+    model.forward = lambda x: model.first(x) * 2 + model.second(x)
+    ema_model = EMAModel(model, 0.5)
+    with torch.no_grad():
+        model.first.weight.add_(1)
+    ema_model.update()
+    x = torch.arange(5)
+    with ema_model.use_ema():
+        expected = model(x)
+    assert torch.equal(ema_model(x), expected)
+    assert not torch.equal(model(x), expected)
+
+
 def test_half_precision_weights_are_cast(model, step):
     model.bfloat16()
     ema_model = EMAModel(model, 0.5)
