@@ -23,7 +23,7 @@ from ema.weights import weight_of
 from tests.own_schedules import ALL, DESCRIBED, UNDESCRIBED, WRONG, Answers, Attributes, Constant
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ArrayTable(ema.Schedule):
     """A table of weights that a traced count can look up."""
 
