@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 __all__ = ["LAYOUTS", "ModelSpec", "Tree", "lay_out", "random", "specs"]
 
-KNOWN_FAULT_ODD_STRIDES = True
+KNOWN_FAULT_ODD_STRIDES = False
 """Tensors of one element or none cannot be saved where their strides are unusual."""
-KNOWN_FAULT_EMPTY_VECTORS = True
+KNOWN_FAULT_EMPTY_VECTORS = False
 """The cast of a vector without elements is not noticed: its address stays what it was, 0."""
 
 LAYOUTS = ("contiguous", "transposed", "channels_last", "gaps", "offset")
