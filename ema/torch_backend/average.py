@@ -96,6 +96,7 @@ class Average:
         self._bound: _Bound | None = None
         self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
         self._first_look = FirstLook()
+        self._unfit: list[str] = []  # newcomers that hold NaN or Inf, as the last look found
         self._warned_of_meta = False
         self.incomplete: frozenset[int] = frozenset()
         found = self._select()
@@ -158,17 +159,26 @@ class Average:
                 has changed here.
         """
         if self._copied is not None:
-            self.assign(self._copied)
+            self.assign(self._copied, dtypes={n: t.dtype for n, t in self._copied[0].items()})
+        self._unfit = []
         if self._bound is None:
             found = self._select()
             same = {n: local_of(t).to(*self._kind(t, None)) for n, t in found.averaged.items()}
             return {name: (tensor,) * self._number for name, tensor in same.items()}, found
-        if self._bound.watch.changed():
+        if self._bound.watch.changed() or (join and self._bound.selection.late):
             found = self._select(self._bound)
-            if not join:
-                found = _only(found.origins, found)
-            self._bind(found, self._bound)
+            self._bind(_only(found.origins, found), self._bound)
+            if join and self._bound.selection.late and not self._is_unfit(found):
+                self._bind(found.under_its_own_names(), self._bound)
         return self._bound.slots, self._bound.selection
+
+    def _is_unfit(self, found: Selection) -> bool:
+        """Whether newcomers have to wait: an update with these tensors will be skipped or refused."""
+        if self._settings.precision.on_nonfinite == "propagate":
+            return False
+        newcomers = {n: t for n, t in found.averaged.items() if n not in found.origins}
+        self._unfit = Guard(newcomers).nonfinite()
+        return bool(self._unfit or self.nonfinite())
 
     @property
     def left_alone(self) -> dict[str, str]:
@@ -214,8 +224,13 @@ class Average:
         return {name: several[slot] for name, several in self.held().items() if slot < len(several)}
 
     def nonfinite(self) -> list[str]:
-        """Names of the averaged tensors that hold NaN or Inf now; after ``follow(join=True)``."""
-        return [] if self._bound is None else self._bound.guard.nonfinite()
+        """Names of the tensors that hold NaN or Inf now; after ``follow(join=True)``.
+
+        Where an update finds out by itself, these are only tensors that have no average yet.
+        """
+        if self._bound is None or self.guarded_on_device:
+            return self._unfit
+        return [*self._unfit, *self._bound.guard.nonfinite()]
 
     @property
     def guarded_on_device(self) -> bool:
@@ -260,22 +275,30 @@ class Average:
         if bound.beside is not None and self._settings.rules.average_buffers:
             bound.beside.wait()  # the next forward pass writes those
 
-    def assign(self, values: Sequence[Mapping[str, Tensor]], only: int | None = None) -> None:
+    def assign(
+        self,
+        values: Sequence[Mapping[str, Tensor]],
+        only: int | None = None,
+        *,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         """Take over these values, which fit the model; nothing else is averaged from now on.
 
-        A parameter that requires grad and is not among them joins at the next update. Ctrl-C waits.
+        What is to be averaged and is not among them joins at the next update. Ctrl-C waits.
         If reading a value raises, what was assigned before stays, and :attr:`incomplete` says so.
 
         Args:
             values: by name, of each average and then of each remainder, which is 0 where it is
                 not given.
-            only: the average that they are new for; the values of the others are their own.
+            only: the average that they are new for. The others go on with their own values, or
+                start from live ones, and of the values given for them only the names count.
+            dtypes: by name, which averages are at least as wide as; None: see ``dtype``.
         """
         names = values[0]
         found = _only(names, self._select(tracked=names))
         self.wait()
         with uninterrupted():
-            bound = self._bind(found, self._bound, all_go_on=False)
+            bound = self._bind(found, self._bound, all_go_on=False, dtypes=dtypes)
             changed = frozenset(range(self._number) if only is None else [only])
             before, self.incomplete = self.incomplete, self.incomplete | changed
             for name, slots in bound.slots.items():
@@ -305,7 +328,12 @@ class Average:
         )
 
     def _bind(
-        self, found: Selection, before: _Bound | None = None, *, all_go_on: bool = True
+        self,
+        found: Selection,
+        before: _Bound | None = None,
+        *,
+        all_go_on: bool = True,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> _Bound:
         """Average what was found: averages from before go on, what has none starts live.
 
@@ -316,6 +344,7 @@ class Average:
             found: the tensors.
             before: their averages so far.
             all_go_on: whether each average from before must go on.
+            dtypes: by name, which averages are at least as wide as.
 
         Raises:
             ModelError: one of them cannot. Nothing has changed.
@@ -332,7 +361,7 @@ class Average:
             _check_followed(before, found, places, addresses, all_go_on=all_go_on)
             origins = before.origins(found)
             old = {name: (before.places[o], before.slots[o]) for name, o in origins.items()}
-        slots = self._slots_for(live, places, old)
+        slots = self._slots_for(live, places, old, dtypes or {})
         entries = [
             self._entry(name, slots[name], tensor, places[name]) for name, tensor in live.items()
         ]
@@ -359,12 +388,11 @@ class Average:
         live: Mapping[str, Tensor],
         places: Mapping[str, Place],
         old: Mapping[str, tuple[Place, tuple[Tensor, ...]]],
+        dtypes: Mapping[str, torch.dtype],
     ) -> dict[str, tuple[Tensor, ...]]:
         """Averages and remainders for these tensors: the old ones where they suit, or new ones."""
-        kinds = {
-            name: self._kind(tensor, old[name][1][0] if name in old else None)
-            for name, tensor in live.items()
-        }
+        dtypes = {**dtypes, **{name: several[0].dtype for name, (_, several) in old.items()}}
+        kinds = {name: self._kind(tensor, dtypes.get(name)) for name, tensor in live.items()}
         renew = {
             name: tensor
             for name, tensor in live.items()
@@ -394,13 +422,13 @@ class Average:
             stream = stream_of(name, precision.seed)
         return Entry(slots, live, place, stream)
 
-    def _kind(self, tensor: Tensor, old: Tensor | None) -> tuple[torch.device, torch.dtype]:
+    def _kind(self, tensor: Tensor, old: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
         """Device and dtype for the average of ``tensor``; one that exists never gets narrower."""
         dtype = self._settings.dtype
         if dtype is None:
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             if old is not None:
-                dtype = torch.promote_types(dtype, old.dtype)
+                dtype = torch.promote_types(dtype, old)
         elif tensor.is_complex():  # there is none of two bfloat16
             dtype = torch.promote_types(dtype, torch.float32).to_complex()
         return self._settings.device or tensor.device, dtype
@@ -409,11 +437,14 @@ class Average:
 def _only(names: Container[str], found: Selection) -> Selection:
     """What was found with these names averaged; the others wait for the next update."""
     later = {name: live for name, live in found.averaged.items() if name not in names}
+    parameters = {name: live for name, live in later.items() if isinstance(live, nn.Parameter)}
+    buffers = {name: live for name, live in later.items() if name not in parameters}
     return dataclasses.replace(
         found,
         averaged={name: live for name, live in found.averaged.items() if name in names},
-        others={**found.others, **later},
-        waiting=[*found.waiting, *later.values()],
+        others={**found.others, **parameters},
+        buffers={**found.buffers, **buffers},
+        late=bool(later),
     )
 
 

@@ -699,20 +699,10 @@ class EMAModel(Generic[ModelT]):
         self._refuse_while_swapped("load")
         self._settings.index(name)
         ours = self._settings.timing(name)
+        for label in self._settings.names if name is not None else ():
+            if label != name:
+                self._refuse_incomplete(self._settings.index(label))
         state, stored = files.load(path, ours, rename, transform)
-        if name is not None:  # a state of all averages, of which this one is another
-            state["schedule"] = {**self._settings.timing()["schedule"], name: state["schedule"]}
-            state["averages"] = {
-                label: state["averages"] if label == name else _wrapped(*self._look(label))
-                for label in self._settings.names
-            }
-            found = self._average.follow()[1]
-            rests = {
-                label: _wrapped(self._average.remainders(self._settings.index(label)), found)
-                for label in self._settings.names
-            }
-            rests[name] = state.get("remainders", {})
-            state["remainders"] = {label: rest for label, rest in rests.items() if rest}
         with errors_of(stored.place, "read"):
             state["format_version"] = FORMAT_VERSION
             self._go_on(state, name, metadata=stored.record.extra)
@@ -774,20 +764,21 @@ class EMAModel(Generic[ModelT]):
         """Check everything, then take over averages and counters, which Ctrl-C does not part.
 
         Args:
-            state: of all averages.
-            name: which of them are new, where the others are our own; None: all.
+            state: of all averages, or of the one with this name.
+            name: of the average that goes on from it; None: all.
             metadata: notes to take over as well.
         """
         found = self._average.follow()[1]
-        loaded = State.from_dict(state, self._settings.names).under_first_names(found)
+        names = self._settings.names if name is None else ()
+        loaded = State.from_dict(state, names).under_first_names(found)
         loaded.check_fits(found)
-        ours = self._settings.timing()
-        if other := self._settings.differing(state):
+        ours = self._settings.timing(name)
+        if other := self._settings.differing(state, name):
             warn(
                 f"the state was made with {other}, from now on it is"
                 f" { {key: ours[key] for key in other} }"
             )
-        labels = self._settings.schedules
+        labels = [label if name is None else None for label in self._settings.schedules]
         values = [loaded.averages[label] for label in labels]
         if self._settings.precision.compensated:
             values += [loaded.remainders.get(label, {}) for label in labels]
@@ -893,7 +884,7 @@ class EMAModel(Generic[ModelT]):
     def _refusing(self) -> list[str]:
         """The tensors for which the update that is due is to be skipped."""
         on_nonfinite = self._settings.precision.on_nonfinite
-        if on_nonfinite == "propagate" or self._average.guarded_on_device:
+        if on_nonfinite == "propagate":
             return []
         names = self._average.nonfinite()
         if names and on_nonfinite == "raise":

@@ -140,6 +140,7 @@ class Selection:
         origins: canonical name to the name that the same average has had so far, for what has one.
         paths: canonical name to the path in the model as it is wrapped now.
         modules: every module once.
+        late: whether some of ``others`` and ``buffers`` are averaged from the next update on.
     """
 
     averaged: dict[str, Tensor]
@@ -151,6 +152,11 @@ class Selection:
     origins: dict[str, str]
     paths: dict[str, str]
     modules: list[nn.Module]
+    late: bool = False
+
+    def under_its_own_names(self) -> Selection:
+        """The same for averages that have got the names of their tensors by now."""
+        return dataclasses.replace(self, origins={name: name for name in self.origins})
 
     def first_name(self, name: str) -> str:
         """The name under which a tensor is kept here, given any of its names."""

@@ -118,18 +118,25 @@ class Settings:
             "update_every": self.update_every,
         }
 
-    def differing(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """What :meth:`timing` of a state says where that is not what these settings say."""
-        ours = self.timing()
+    def differing(self, state: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+        """What :meth:`timing` of a state says where that is not what these settings say.
+
+        Args:
+            state: of the average of this name, or of all.
+            name: of the average.
+        """
+        ours = self.timing(name)
         same = {key: state[key] == ours[key] for key in ours if key != "schedule"}
-        same["schedule"] = self._has_schedules(state["schedule"])
+        same["schedule"] = self._has_schedules(state["schedule"], name)
         return {key: state[key] for key in ours if not same[key]}
 
-    def _has_schedules(self, described: Any) -> bool:
-        theirs = described if self.names else {None: described}
+    def _has_schedules(self, described: Any, name: str | None) -> bool:
+        if name is not None or not self.names:
+            return same_description(described, self.schedules[name])
+        theirs = described or {}
         return all(
-            same_description(theirs.get(name) if theirs else None, schedule)
-            for name, schedule in self.schedules.items()
+            same_description(theirs.get(label), schedule)
+            for label, schedule in self.schedules.items()
         )
 
 

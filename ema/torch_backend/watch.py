@@ -47,8 +47,9 @@ class Watch:
         self._sharded = [tensor for tensor in live if is_sharded(tensor)]
         self._locals = list(map(_local_tensor, self._sharded))
         here = [*(tensor for tensor in live if not is_sharded(tensor)), *self._locals]
-        self._layouts = Layouts(here)
-        self._placed = [tensor for tensor in here if id(tensor) not in read]
+        tied = _tied_by_memory(selection)  # other memory for one of them parts the tie
+        self._layouts = Layouts(list({id(tensor): tensor for tensor in (*here, *tied)}.values()))
+        self._placed = [*(tensor for tensor in here if id(tensor) not in read), *tied]
         self._aliases = [tensor.detach() for tensor in self._placed]
         self._addresses = list(map(Tensor.data_ptr, self._placed))
 
@@ -87,6 +88,14 @@ def _holders(selection: Selection, *, buffers: bool) -> Iterable[Mapping[str, An
             yield module._modules
         if buffers:
             yield module._buffers
+
+
+def _tied_by_memory(selection: Selection) -> list[Tensor]:
+    """The objects that are tied by lying in the same memory, not by being the same."""
+    firsts = {**selection.averaged, **selection.others, **selection.buffers}
+    pairs = [(firsts[first], tensor) for first, tensor in selection.ties.values()]
+    apart = [pair for pair in pairs if pair[0] is not pair[1] and not any(map(is_sharded, pair))]
+    return list(chain.from_iterable(apart))
 
 
 def _all(views: Iterable[Iterable[Any]]) -> list[Any]:

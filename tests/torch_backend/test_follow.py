@@ -1,13 +1,14 @@
 """The model changes underneath: it is followed, or refused with nothing changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from ema import ModelError
+from ema import ModelError, StateError
 from ema.torch_backend import EMAModel, layouts
 
 
@@ -495,3 +496,93 @@ def test_a_pruned_weight_is_followed_under_its_new_name():
     prune.random_unstructured(model[0], "weight", 0.5)
     average.update()
     assert means(average) == {"0.weight_orig": 1.0, "0.bias": 1.0}
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+@pytest.mark.parametrize("bad", ["bias", "weight"])
+def test_a_newcomer_does_not_join_in_an_update_that_is_not_made(on_nonfinite, bad):
+    """It would keep a NaN for good, and a refused update changes nothing."""
+    model = linear(1.0)
+    model.bias.requires_grad_(False)
+    average = EMAModel(model, 0.5, on_nonfinite=on_nonfinite)
+    average.update()
+    model.bias.requires_grad_(True)
+    with torch.no_grad():
+        getattr(model, bad).fill_(torch.nan)
+    if on_nonfinite == "raise":
+        with pytest.raises(StateError, match=f"got `{bad}`"):
+            average.update()
+    else:
+        average.update()
+    assert (average.count, average.skipped) == (1, int(on_nonfinite == "skip"))
+    assert means(average) == {"weight": 1.0}
+    with torch.no_grad():
+        getattr(model, bad).fill_(1.0)
+    average.update()
+    assert means(average) == {"weight": 1.0, "bias": 1.0}
+
+
+def test_a_newcomer_that_holds_nan_waits_also_between_updates():
+    model = linear(1.0)
+    model.bias.requires_grad_(False)
+    average = EMAModel(model, 0.5, update_every=2, on_nonfinite="skip")
+    model.bias.requires_grad_(True)
+    with torch.no_grad():
+        model.bias.fill_(torch.nan)
+    average.update()
+    with torch.no_grad():
+        model.bias.fill_(3.0)
+    average.update()
+    assert means(average) == {"weight": 1.0, "bias": 3.0}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tie_by_memory_that_is_parted_is_noticed(frozen):
+    """Two parameters in one memory are one average; with memory of its own the second one joins."""
+    model = vectors(a=torch.zeros(3))
+    model.b = nn.Parameter(model.a.data)
+    model.requires_grad_(not frozen)
+    average = EMAModel(model, 0.5, include="*")
+    assert means(average).keys() == {"a"}
+    model.a.data = torch.ones(3)
+    average.update()
+    assert means(average) == {"a": 0.5, "b": 0.0}
+
+
+def test_an_included_parameter_that_a_state_lacks_joins_at_the_next_update():
+    model = linear(1.0)
+    model.bias.requires_grad_(False)
+    state = EMAModel(model, 0.5).state_dict()
+    average = EMAModel(model, 0.5, include="*")
+    average.load_state_dict(state)
+    assert means(average) == {"weight": 1.0}
+    average.update()
+    assert means(average) == {"weight": 1.0, "bias": 1.0}
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_averages_are_as_wide_as_these(again):
+    """An average never gets narrower: here its model was of float64 once."""
+    model = nn.Linear(2, 2).double()
+    average = EMAModel(model, 0.5)
+    model.float()
+    average.update()
+    assert again((model, average))[1].averaged_parameters()["bias"].dtype == torch.float64
+
+
+def test_several_averages_go_on_one_file_after_the_other(tmp_path):
+    """Also in a new object that does not average what the files hold: it was frozen since."""
+    model = linear(1.0)
+    decays = {"a": 0.5, "b": 0.9}
+    average = EMAModel(model, decays, compensated=True)
+    model.bias.requires_grad_(False)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    average.update()
+    files = {name: average.save(tmp_path / name, name=name) for name in decays}
+    again = EMAModel(model, decays, compensated=True)
+    for name, file in files.items():
+        again.load(file, name=name)
+        for key, value in average.averaged_parameters(name).items():
+            assert torch.equal(again.averaged_parameters(name)[key], value)
+    assert again.averaged_parameters("a").keys() == {"weight", "bias"}
