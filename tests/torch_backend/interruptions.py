@@ -54,15 +54,21 @@ def raise_interrupt():
 
 
 class AtFirstOperation(TorchDispatchMode):
-    """Do something before the first operation of PyTorch that this thread makes."""
+    """Do something before the first operation of PyTorch that this thread makes.
 
-    def __init__(self, action):
+    Args:
+        action: what to do.
+        name: a part of the name of that operation.
+    """
+
+    def __init__(self, action, name=""):
         super().__init__()
         self._action = action
+        self._name = name
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        action, self._action = self._action, None
-        if action is not None:
+        if self._action is not None and self._name in str(func):
+            action, self._action = self._action, None
             action()
         return func(*args, **(kwargs or {}))
 

@@ -359,7 +359,7 @@ def test_an_operation_that_fails_in_the_middle_of_an_update_moves_no_counter():
         raise MemoryError
 
     ema_model = averaged(2)
-    with pytest.raises(MemoryError), AtFirstOperation(fail):
+    with pytest.raises(MemoryError), AtFirstOperation(fail, "_foreach_copy_"):
         ema_model.update()
     assert moment(ema_model) == (2, 2, {2.0})
     ema_model.update()
