@@ -73,10 +73,10 @@ def _is_odd(name: str, theirs: Selection, ours: Selection) -> bool:
 
 
 def check_writable(tensors: Mapping[str, Tensor]) -> None:
-    """Make sure that all of these can be written to in place.
+    """Make sure that these tensors, which :func:`targets` has found, can be written in place.
 
     Raises:
-        ModelError: one of them cannot.
+        ModelError: one of them was made in inference mode.
     """
     for name, tensor in tensors.items():
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
