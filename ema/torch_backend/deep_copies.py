@@ -6,10 +6,11 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ema.errors import ModelError
 
@@ -35,11 +36,27 @@ def copy_of(model: nn.Module, given: Mapping[int, Any]) -> nn.Module:
     """
     memo = {**{id(tensor): None for tensor in _with_history(model, given)}, **given}
     try:
-        return copy.deepcopy(model, dict(memo))
+        copied = copy.deepcopy(model, dict(memo))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ModelError(_reason(model, memo, error)) from error
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            _cache_apart(module)
+    return copied
+
+
+def _cache_apart(module: nn.Module) -> None:
+    """Give a copied module its own entries in the cache of ``parametrize.cached()``.
+
+    PyTorch makes a class for each module that is parametrized, and its properties cache weights
+    under the ``id`` of that module. A copy has the same class, and would get the original's weights.
+    """
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    parametrize._inject_new_class(module)
+    for name in cast("nn.ModuleDict", module.parametrizations):
+        parametrize._inject_property(module, name)
 
 
 def _with_history(model: nn.Module, given: Mapping[int, Any]) -> Iterator[Tensor]:

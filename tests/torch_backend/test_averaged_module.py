@@ -120,6 +120,7 @@ def test_it_shows_the_average_after_every_event(model, options, dtype, tmp_path)
     model.to(dtype)
     ema_model = EMAModel(model, 0.5, **options)
     module = ema_model.averaged_module()
+    assert not any(parameter.requires_grad for parameter in module.parameters())
     assert_shows(module, ema_model)
     for _ in range(4):
         model(torch.randn(5, 4, dtype=dtype))  # moves the statistics of the BatchNorm
@@ -424,7 +425,6 @@ def test_weights_that_are_computed_are_computed_from_the_averages(make):
     x = torch.randn(3, 4)
     model(x)
     module = ema_model.averaged_module()
-    assert isinstance(module, type(model))
     for _ in range(2):
         train(model, ema_model)
         with ema_model.use_ema():
@@ -459,6 +459,33 @@ def test_recurrent_layers_use_the_averages(make):
             assert torch.equal(output(module, x)[0], expected)
         assert torch.equal(output(module, x)[0], expected)
         assert not torch.equal(output(model, x)[0], expected)
+
+
+class Flattening(nn.GRU):
+    """Puts its weights into one piece of memory, as cuDNN wants them."""
+
+    def flatten_parameters(self):
+        parameters = list(self.parameters())
+        memory = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, piece in zip(parameters, memory.split(sizes), strict=True):
+            parameter.data = piece.view(parameter.shape)
+
+
+def test_recurrent_layers_are_copies_where_their_weights_are_put_together():
+    model = Flattening(4, 6)
+    ema_model = EMAModel(model, 0.5)
+    module = ema_model.averaged_module()
+    for _ in range(2):
+        train(model, ema_model)
+        with ema_model.use_ema():
+            assert_shows(module, ema_model)
+        assert_shows(module, ema_model)
+        ours = [*module.parameters()]
+        assert all(
+            p.data_ptr() != a.data_ptr()
+            for p, a in zip(ours, ema_model.averaged_parameters().values(), strict=True)
+        )
 
 
 @same_dtype_or_other
@@ -714,6 +741,28 @@ def test_the_model_itself_may_hold_it(start):
     assert not torch.equal(model[0].weight, module[0].weight)
 
 
+@pytest.mark.parametrize("first", ["model", "module"])
+def test_a_cache_of_parametrized_weights_is_not_shared_with_the_live_model(first):
+    """PyTorch's own copies of parametrized modules share their entries."""
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
+    ema_model = EMAModel(model, 0.5)
+    module = ema_model.averaged_module()
+    train(model, ema_model)
+    x = torch.randn(3, 4)
+    live, averaged = model(x), module(x)
+    assert not torch.equal(live, averaged)
+    with parametrize.cached():
+        (model if first == "model" else module)(x)
+        for _ in range(2):
+            assert torch.equal(model(x), live)
+            assert torch.equal(module(x), averaged)
+    assert isinstance(module[0], nn.Linear)
+    parametrize.remove_parametrizations(module[0], "weight")
+    assert type(module[0]) is nn.Linear
+    assert torch.equal(module(x), averaged)
+    assert parametrize.is_parametrized(model[0])
+
+
 def test_a_cache_of_parametrized_weights_does_not_survive_an_update():
     model = parametrizations.weight_norm(nn.Linear(4, 4))
     ema_model = EMAModel(model, 0.5)
@@ -723,13 +772,10 @@ def test_a_cache_of_parametrized_weights_does_not_survive_an_update():
         model(x)
         module(x)
         train(model, ema_model)
-        live = parametrize._cache[id(model), "weight"]
+        assert (id(model), "weight") in parametrize._cache  # the student's stays
+        shown = module(x)
         with ema_model.use_ema():
-            expected = model(x)
-            assert torch.equal(module(x), expected)
-        train(model, ema_model)
-        assert not torch.equal(module(x), expected)
-    assert live.requires_grad
+            assert torch.equal(model(x), shown)
 
 
 def test_it_is_held_weakly():
@@ -843,8 +889,9 @@ def test_backward_through_weights_that_have_changed_is_loud(event):
     assert x.grad is not None
 
 
-def test_in_inference_mode_it_is_made_and_updated_for_any_mode():
-    model = network()
+@same_dtype_or_other
+def test_in_inference_mode_it_is_made_and_updated_for_any_mode(model, dtype):
+    model.to(dtype)
     ema_model = EMAModel(model, 0.5)
     with torch.inference_mode():
         module = ema_model.averaged_module()
@@ -854,9 +901,9 @@ def test_in_inference_mode_it_is_made_and_updated_for_any_mode():
             assert_shows(module, ema_model)
     train(model, ema_model)
     assert_shows(module, ema_model)
-    x = torch.randn(1, 4, requires_grad=True)
+    x = torch.randn(3, 4, dtype=dtype, requires_grad=True)
     module(x).sum().backward()
-    assert not any(tensor.is_inference() for tensor in module.parameters())
+    assert not any(tensor.is_inference() for tensor in module.state_dict().values())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
