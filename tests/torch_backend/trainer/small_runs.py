@@ -106,6 +106,7 @@ class Reference(TrainerCallback):
         self.reference: dict[str, torch.Tensor] = {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(weights(model))
         model.eval()  # to sample from it, say; and not back
         now = {name: value.clone() for name, value in model.state_dict().items()}
         self.seen += [weights(model), now]
@@ -116,6 +117,7 @@ class Reference(TrainerCallback):
                 parameter.lerp_(self.reference.get(name, parameter), 0.1)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(weights(model))
         model.eval()
         self.seen.append(weights(model))
 

@@ -209,6 +209,7 @@ class Predicting(Watching):
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
         metrics["test_loss"] = self.predict(rows(seed=5)).metrics["test_loss"]
+        self.after = weights(self.model)
         return metrics
 
 
@@ -224,6 +225,8 @@ def test_a_prediction_of_training_sees_the_averages(attached, callback, tmp_path
     ]
     assert [loss for loss, _ in trainer.evaluated] == by_hand
     assert all(map(equal, seen, trainer.averages[1::2]))
+    if not attached:  # where this is still within the evaluation
+        assert equal(trainer.after, trainer.live)
     assert equal(weights(trainer.model), trainer.live)
 
 
