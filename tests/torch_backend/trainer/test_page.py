@@ -34,10 +34,11 @@ def test_the_blocks_of_the_page_run(new_gpt2, tokens, tmp_path, monkeypatch):
         "evaluating_args": TrainingArguments(
             "evaluated", eval_strategy="steps", eval_steps=20, **{**options, "save_strategy": "no"}
         ),
+        "preemptible_args": TrainingArguments("preemptible", enable_jit_checkpoint=True, **options),
         "elsewhere": "elsewhere",
     }
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         if "resume_from_checkpoint=True" in block:
             shutil.rmtree("run/checkpoint-40")

@@ -128,6 +128,9 @@ def assert_complete(checkpoint):
 SAVE_WHILE_EVALUATING = {"on_prediction_step": 2, "on_evaluate": 3}
 
 
+# alone, the callback may say that the rest of the evaluation has live weights too
+@pytest.mark.filterwarnings("ignore:a checkpoint that a callback writes")
+@pytest.mark.filterwarnings("ignore:this evaluation saw live weights")
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
 def test_a_save_in_the_middle_of_an_evaluation_holds_live_weights(
     saved_run, new_gpt2, load, recorder, assert_same, folder, attached
