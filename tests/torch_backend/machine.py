@@ -12,6 +12,7 @@ import io
 import pickle
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,10 +56,6 @@ KNOWN_FAULT_TEACHER_ATTRIBUTES = False
 """Attributes that the forward pass of a teacher assigns stay on the live modules."""
 KNOWN_FAULT_SEVERAL_FROM_FILES = True
 """Several averages cannot be loaded one file after the other where the files hold other tensors."""
-KNOWN_FAULT_CAST_INSIDE_A_SWAP = True
-"""A cast inside a swap makes new buffers and parts ties by memory: averages stay in those."""
-KNOWN_FAULT_REPLACED_BUFFERS = True
-"""With ``buffers="copy"`` nothing notices that a buffer was replaced: the old one goes on."""
 KNOWN_FAULT_PARTED_TIES = True
 """Nothing notices new memory for a vector, or for a frozen tensor, that was tied by its memory."""
 KNOWN_FAULT_NARROW_COPIES = True
@@ -67,6 +64,9 @@ KNOWN_FAULT_LATE_INCLUDE = True
 """A frozen parameter that ``include`` asks for never joins where a state or copy did not have it."""
 KNOWN_FAULT_NEWCOMERS = True
 """A newcomer joins in an update that is then skipped or refused, and so with its NaN, for good."""
+
+CALLS_OF_LIVE_WEIGHTS = ("update", "reset", "copying", "load_state_dict", "averaged_module")
+"""What is refused while averages are swapped in."""
 
 FAMILIES = ("plain", "several", "narrow", "compensated", "guarded")
 
@@ -147,6 +147,7 @@ class Machine(RuleBasedStateMachine):
         self.swap: Swapped | None = None
         self.applied = False
         self.must_read = True
+        self.modules: list[AveragedModule] = []
 
     # --- the beginning and what holds always ---------------------------------------------------
 
@@ -181,7 +182,10 @@ class Machine(RuleBasedStateMachine):
         reference = self.reference
         counters = (self.ema.step, self.ema.count, self.ema.skipped)
         assert counters == (reference.step, reference.count, reference.skipped)
+        assert set(self.ema.left_alone) == reference.left_alone
         self.check_models()
+        for module in self.modules:
+            module.check()
         if self.watched or self.must_read:
             self.read_averages()
 
@@ -253,11 +257,19 @@ class Machine(RuleBasedStateMachine):
         newcomers = set(self.reference.wanted()) - set(self.reference.averaged)
         if KNOWN_FAULT_NEWCOMERS and guarded and newcomers:
             self.train(seed=0, scale=1.0, how="set")
+        skipped = self.reference.skipped
         if self.reference.update():
             with self.refused(StateError, "finite"):
                 self.ema.update()
-        else:
-            self.ema.update()
+            return
+        self.ema.update()
+        if self.reference.skipped == skipped:
+            self.modules_follow()
+
+    def modules_follow(self) -> None:
+        """The averaged modules have just been brought up to date."""
+        for module in self.modules:
+            module.follow(self.reference)
 
     # --- training -------------------------------------------------------------------------------
 
@@ -289,13 +301,15 @@ class Machine(RuleBasedStateMachine):
         self.update()
 
     @precondition(lambda self: self.swap is not None)
-    @rule(call=st.sampled_from(("update", "reset", "copying", "load_state_dict")))
+    @rule(call=st.sampled_from(CALLS_OF_LIVE_WEIGHTS))
     def call_while_swapped(self, call: str) -> None:
         with self.refused(StateError, "swapped"):
             if call == "copying":
                 copy.deepcopy(self.ema)
             elif call == "load_state_dict":
                 self.ema.load_state_dict(self.ema.state_dict())
+            elif call == "averaged_module":
+                self.ema.averaged_module(self.reference.labels[0])
             else:
                 getattr(self.ema, call)()
 
@@ -304,6 +318,7 @@ class Machine(RuleBasedStateMachine):
     def reset(self) -> None:
         self.ema.reset()
         self.reference.reset()
+        self.modules_follow()
 
     @precondition(lambda self: self.live_is_free)
     @rule(pick=picks, seed=seeds, value=st.sampled_from((torch.nan, torch.inf, -torch.inf)))
@@ -396,18 +411,11 @@ class Machine(RuleBasedStateMachine):
     @rule(dtype=st.sampled_from((torch.half, torch.bfloat16, torch.float, torch.double)))
     def cast(self, dtype: torch.dtype) -> None:
         """The whole model, also while averages are in it."""
-        shown = {} if self.swap is None or self.live_is_free else self.swap.shown
-        if KNOWN_FAULT_CAST_INSIDE_A_SWAP and any(map(self.is_parted_by_casts, shown)):
-            return
         tensors = [seen.tensor for seen in self.reference.live.tensors.values()]
         if KNOWN_FAULT_PARTED_TIES and any(map(self.tied_by_memory, tensors)):
             return
         self.look()
-        if KNOWN_FAULT_REPLACED_BUFFERS:
-            for parameter in filter(Tensor.is_floating_point, self.model.parameters()):
-                parameter.data = parameter.data.to(dtype)
-        else:
-            self.model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        self.model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
         if self.swap is not None:
             self.swap.cast_since = True
         if self.live_is_free:
@@ -415,12 +423,6 @@ class Machine(RuleBasedStateMachine):
         else:
             assert self.swap is not None
             self.reference.live = self.swap.follow_cast()
-
-    def is_parted_by_casts(self, first: str) -> bool:
-        """Whether a cast makes another object of a tensor, or two of one memory."""
-        live = self.reference.live
-        tensor = live.tensors[first].tensor
-        return first not in live.parameters or self.tied_by_memory(tensor)
 
     @precondition(lambda self: self.live_is_free)
     @rule(pick=picks, requires_grad=st.booleans())
@@ -437,6 +439,7 @@ class Machine(RuleBasedStateMachine):
         """One that was not there before joins."""
         module = choose(list(self.model.modules()), pick)
         if not hasattr(module, "p8"):
+            self.modules.clear()  # they would lack it, and say so
             module.p8 = nn.Parameter(random((3, 2), torch.float32, seed))
             self.live_changed()
 
@@ -449,8 +452,7 @@ class Machine(RuleBasedStateMachine):
             state[name] = random(tensor.shape, tensor.dtype, seed + number)
         live = self.reference.live
         tied = any(len(names) > 1 for names in live.groups.values())
-        buffers = KNOWN_FAULT_REPLACED_BUFFERS and len(live.parameters) < len(live.tensors)
-        assign = assign and not tied and not buffers and self.swap is None
+        assign = assign and not tied and self.swap is None
         self.model.load_state_dict(state, assign=assign)
         self.live_changed()
 
@@ -528,6 +530,7 @@ class Machine(RuleBasedStateMachine):
         for tracks in before.tracks.values():
             tracks[first], tracks[second] = tracks[second], tracks[first]
         self.live_changed()
+        self.modules.clear()  # they go on with the names that they have
         before.update()
 
     def known_alone(self, parameter: Tensor) -> str | None:
@@ -681,12 +684,13 @@ class Machine(RuleBasedStateMachine):
     def load(self, pick: int, fresh: str) -> None:
         """Go on from a state: this object, a new one, or a new one with a model of its own."""
         how, stored, state = choose(self.loadable(), pick)
-        if fresh != "no" and not self.reference.wanted():
+        if fresh != "no" and not Reference(self.model, self.options).wanted():
             return  # there is no EMAModel without anything to average
         if KNOWN_FAULT_LATE_INCLUDE and self.reference.late(state.averaged):
             return
         if KNOWN_FAULT_SEVERAL_FROM_FILES and how == "files" and len(stored) > 1:
-            now = self.reference.averaged if fresh == "no" else self.reference.wanted()
+            new = Reference(self.model, self.options)
+            now = self.reference.averaged if fresh == "no" else new.wanted()
             if set(now) != set(state.averaged):
                 return
         if fresh == "other model":
@@ -695,14 +699,26 @@ class Machine(RuleBasedStateMachine):
             self.live_changed()
         if fresh != "no":
             self.ema = self.average(self.model)
-            self.reference.reset()
-        if how == "dict":
-            self.ema.load_state_dict(stored)
-        else:
-            for label, path in stored.items():
-                self.ema.load(path, name=label)
+            self.reference.begin()
+            self.modules.clear()
+        with self.told_of_other_live_weights(state):
+            if how == "dict":
+                self.ema.load_state_dict(stored)
+            else:
+                for label, path in stored.items():
+                    self.ema.load(path, name=label)
         self.reference.load(state)
+        self.modules_follow()
         self.must_read = True
+
+    @contextlib.contextmanager
+    def told_of_other_live_weights(self, state: Reference) -> Iterator[None]:
+        """Before the start a state that differs from the live weights is loaded with a warning."""
+        early = state.step < self.options["update_after_step"]
+        with warnings.catch_warnings():
+            if early:
+                warnings.filterwarnings("ignore", "the state is of step", ema.EMAWarning)
+            yield
 
     @precondition(
         lambda self: (
@@ -723,8 +739,10 @@ class Machine(RuleBasedStateMachine):
             with self.refused(CheckpointError):
                 self.ema.load(stored[label], name=label)
             return
-        self.ema.load(stored[label], name=label)
+        with self.told_of_other_live_weights(state):
+            self.ema.load(stored[label], name=label)
         self.reference.load(state, [label])
+        self.modules_follow()
 
     @precondition(lambda self: self.swap is None)
     @rule(damage=st.sampled_from(("tensor", "shape", "count", "version", "key")), pick=picks)
@@ -775,8 +793,11 @@ class Machine(RuleBasedStateMachine):
         self.model, self.ema = model, average
         self.reference.model = model
         self.live_changed()
+        modules, self.modules = self.modules, []  # copies have none
         self.train_and_update(seed=seed, steps=1)
         live.check(original)
+        for module in modules:
+            module.check()
         for label, averages in old.items():
             assert_same("the original", averages, kept[label])
 
@@ -810,6 +831,16 @@ class Machine(RuleBasedStateMachine):
         self.ema.copy_to(self.model, name=label)
         self.reference.live.check(self.model, shown)
         self.live_changed()
+
+    @precondition(lambda self: self.swap is None)
+    @rule(pick=picks)
+    def make_an_averaged_module(self, pick: int) -> None:
+        """A copy that shows an average from now on, until it is given up."""
+        label = choose(self.reference.labels, pick)
+        if len(self.modules) == 3:
+            del self.modules[pick % 3]
+        self.modules.append(AveragedModule(self.ema.averaged_module(label), label))
+        self.modules[-1].follow(self.reference)
 
     @precondition(lambda self: self.swap is None or not self.swap.cast_since)
     @rule()
@@ -854,6 +885,37 @@ class Machine(RuleBasedStateMachine):
     def read(self) -> None:
         self.check_state(self.ema.state_dict())
         self.must_read = True
+
+
+class AveragedModule:
+    """A copy of the model, and what it shows since it was brought up to date.
+
+    Args:
+        module: the copy.
+        label: the average that it shows.
+    """
+
+    def __init__(self, module: nn.Module, label: str | None) -> None:
+        self._module = module
+        self._label = label
+
+    def follow(self, reference: Reference) -> None:
+        """It shows averages, and what is not averaged as it is now, in the dtypes of the model."""
+        shown, live = reference.shown(self._label), reference.live
+        self._expected = {
+            name: shown.get(first, live.value(first)).clone()
+            for first, names in live.groups.items()
+            for name in names
+        }
+        self._reference, self._live = reference, live
+
+    def check(self) -> None:
+        """It shows that still: averages have not changed, and the rest is a copy."""
+        reference = self._reference
+        if not reference.started and reference.live is not self._live:
+            return  # it refers to memory of the live model, which has changed
+        assert not any(parameter.requires_grad for parameter in self._module.parameters())
+        assert_same("the averaged module", self._module(), self._expected)
 
 
 class Swapped:

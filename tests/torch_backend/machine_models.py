@@ -51,18 +51,22 @@ class Tree(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A parameter or buffer."""
+    """A parameter or buffer; every second element of a buffer that is a mask is infinite."""
 
     shape: tuple[int, ...]
     layout: str
     dtype: torch.dtype
     frozen: bool
     buffer: bool
+    mask: bool
 
     def tensor(self, seed: int) -> Tensor:
         """Its values, which depend on ``seed`` alone."""
         shape = (0, 2) if KNOWN_FAULT_EMPTY_VECTORS and self.shape == (0,) else self.shape
-        return lay_out(random(shape, self.dtype, seed), self.layout)
+        values = random(shape, self.dtype, seed)
+        if self.buffer and self.mask and _trainable(values):
+            values.view(-1)[::2] = -torch.inf
+        return lay_out(values, self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +161,7 @@ _tensors = st.builds(
     dtype=st.sampled_from((*FLOATS, torch.int64)),
     frozen=st.sampled_from((False, False, False, True)),
     buffer=st.sampled_from((False, False, False, True)),
+    mask=st.sampled_from((False, False, True)),
 )
 _parts = st.lists(_tensors, max_size=3).map(tuple)
 _ties = st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans())
