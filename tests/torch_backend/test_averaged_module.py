@@ -493,6 +493,22 @@ def language_model():
     return transformers.GPT2LMHeadModel(config)
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["one-object", "one-memory"])
+def test_tied_weights_whose_memory_has_gaps(separate):
+    """Their average has none, so it does not have the strides of the weights."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    weight = nn.Parameter(torch.zeros(3, 6)[:, ::2])
+    model[0].weight = weight
+    model[1].weight = nn.Parameter(weight.detach()) if separate else weight
+    ema_model = EMAModel(model, 0.5)
+    module = ema_model.averaged_module()
+    with torch.no_grad():
+        weight.fill_(8.0)
+    ema_model.update()
+    assert bool((module[0].weight == 4).all() and (module[1].weight == 4).all())
+
+
+
 def test_a_transformers_model_generates_and_is_saved(tmp_path):
     model = language_model()
     ema_model = EMAModel(model, 0.5)
