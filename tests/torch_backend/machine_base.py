@@ -165,8 +165,13 @@ class Base(RuleBasedStateMachine):
             with self.refused(StateError, "finite"):
                 self.ema.update()
             return
-        self.ema.update()
-        if self.reference.skipped == skipped:
+        told: Any = contextlib.nullcontext()
+        is_skipped = self.reference.skipped > skipped
+        if is_skipped and (self.reference.count, skipped) == (0, 0):
+            told = pytest.warns(ema.EMAWarning, match="refused every update so far")
+        with told:
+            self.ema.update()
+        if not is_skipped:
             self.modules_follow()
 
     def modules_follow(self) -> None:

@@ -73,8 +73,6 @@ class Changes(Base):
             return
         self.look()
         self.model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        if self.swap is not None:
-            self.swap.cast_since = True
         if self.live_is_free:
             self.live_changed()
         else:

@@ -56,7 +56,6 @@ class Elsewhere(Base):
         self.modules.append(AveragedModule(self.ema.averaged_module(label), label))
         self.modules[-1].follow(self.reference)
 
-    @precondition(lambda self: self.swap is None or not self.swap.cast_since)
     @rule()
     def call_the_teacher(self) -> None:
         """A forward pass sees averages, and everything else as it is, and leaves no trace."""
@@ -73,7 +72,6 @@ class Elsewhere(Base):
         }
         assert_same("the teacher", output, expected)
 
-    @precondition(lambda self: self.swap is None or not self.swap.cast_since)
     @rule(pick=picks, to_file=st.booleans())
     def export(self, pick: int, to_file: bool) -> None:
         """A plain state dict in the dtypes of the model, of each name there is."""

@@ -1,6 +1,5 @@
 """What is known to fail and being mended: with True the machine keeps away from it."""
 
-
 __all__ = [
     "KNOWN_FAULT_LATE_INCLUDE",
     "KNOWN_FAULT_NARROW_COPIES",

@@ -1,6 +1,5 @@
 """What a model shows that averages were swapped into, and what an averaged module shows."""
 
-
 from torch import nn
 
 from tests.torch_backend.machine_reference import Reference, Snapshot, assert_same
@@ -54,7 +53,6 @@ class Swapped:
     ) -> None:
         self.label = label
         self.target = target
-        self.cast_since = False
         live = target is reference.model
         self.before = reference.live if live else Snapshot(target)
         averages = reference.averages(label)

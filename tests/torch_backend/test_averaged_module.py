@@ -480,19 +480,6 @@ def test_tied_weights_stay_tied(separate, dtype):
         assert torch.equal(module[1].weight, module[0].weight.t() if separate else module[0].weight)
 
 
-def language_model():
-    config = transformers.GPT2Config(
-        n_layer=2,
-        n_head=2,
-        n_embd=16,
-        vocab_size=50,
-        n_positions=16,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
 @pytest.mark.parametrize("separate", [False, True], ids=["one-object", "one-memory"])
 def test_tied_weights_whose_memory_has_gaps(separate):
     """Their average has none, so it does not have the strides of the weights."""
@@ -507,6 +494,18 @@ def test_tied_weights_whose_memory_has_gaps(separate):
     ema_model.update()
     assert bool((module[0].weight == 4).all() and (module[1].weight == 4).all())
 
+
+def language_model():
+    config = transformers.GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        vocab_size=50,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
 
 
 def test_a_transformers_model_generates_and_is_saved(tmp_path):
