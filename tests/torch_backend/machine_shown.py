@@ -21,7 +21,9 @@ class AveragedModule:
 
     def follow(self, reference: Reference) -> None:
         """It shows averages, and what is not averaged as it is now, in the dtypes of the model."""
-        shown, live = reference.shown(self._label), reference.live
+        live = reference.live
+        # before the start it refers to the live weights, which averages may round
+        shown = reference.shown(self._label) if reference.started else {}
         self._expected = {
             name: shown.get(first, live.value(first)).clone()
             for first, names in live.groups.items()
