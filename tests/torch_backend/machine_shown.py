@@ -29,12 +29,11 @@ class AveragedModule:
             for first, names in live.groups.items()
             for name in names
         }
-        self._reference, self._live = reference, live
+        self._reference, self._live, self._started = reference, live, reference.started
 
     def check(self) -> None:
         """It shows that still: averages have not changed, and the rest is a copy."""
-        reference = self._reference
-        if not reference.started and reference.live is not self._live:
+        if not self._started and self._reference.live is not self._live:
             return  # it refers to memory of the live model, which has changed
         assert not any(parameter.requires_grad for parameter in self._module.parameters())
         assert_same("the averaged module", self._module(), self._expected)
