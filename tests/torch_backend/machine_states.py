@@ -53,12 +53,14 @@ class States(Training):
     def load(self, pick: int, fresh: str) -> None:
         """Go on from a state: this object, a new one, or a new one with a model of its own."""
         how, stored, state = choose(self.loadable(), pick)
-        if fresh != "no" and not Reference(self.model, self.options).wanted():
+        new = Reference(self.model, self.options)
+        if fresh != "no" and not new.wanted():
             return  # there is no EMAModel without anything to average
+        if fresh != "no" and new.left_alone != state.left_alone:
+            return  # a new look at the buffers has chosen others, and the state does not fit
         if KNOWN_FAULT_LATE_INCLUDE and self.reference.late(state.averaged):
             return
         if KNOWN_FAULT_SEVERAL_FROM_FILES and how == "files" and len(stored) > 1:
-            new = Reference(self.model, self.options)
             now = self.reference.averaged if fresh == "no" else new.wanted()
             if set(now) != set(state.averaged):
                 return
