@@ -243,13 +243,13 @@ def sources(
     averages: Mapping[str, Tensor], found: Selection
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Each live tensor under each of its names: the name, the tensor, and its average if it has one."""
-    for kind in (found.averaged, found.others, found.buffers):
-        for name, live in kind.items():
-            yield name, live, averages.get(name)
+    firsts = {**found.averaged, **found.others, **found.buffers}
+    for name, live in firsts.items():
+        yield name, live, averages.get(name)
     for name, (first, live) in found.ties.items():
         average = averages.get(first)
-        if average is not None:
-            average = _in_form(average, local_of(live), average)
+        if average is not None:  # which has no gaps where the live tensors have some
+            average = _in_form(average, local_of(live), local_of(firsts[first]))
         yield name, live, average
 
 

@@ -40,7 +40,7 @@ from ema.torch_backend.settings import Settings
 from ema.torch_backend.state import FORMAT_VERSION, State
 from ema.torch_backend.steps import run
 from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
-from ema.torch_backend.teacher import call_with, current_buffers
+from ema.torch_backend.teacher import call_with, current_buffers, with_current_buffers
 from ema.torch_backend.turns import Turns, in_eager_turn, in_turn
 from ema.weights import weight_of
 
@@ -856,9 +856,10 @@ class EMAModel(Generic[ModelT]):
             if not self._average.started:  # these are the live weights
                 refuse_if_swapped(found.averaged)
         elif swap.name == name:
-            return swap.averages(), swap.found
-        else:  # the model is not looked at while it holds averages
-            several, found = self._average.held(), swap.found
+            return swap.averages(), with_current_buffers(self._model, swap.found)
+        else:  # nothing is selected anew in a model that holds averages
+            found = with_current_buffers(self._model, swap.found)
+            several = self._average.held()
         return {key: averages[index] for key, averages in several.items()}, found
 
     def _shown(self) -> str:

@@ -23,8 +23,9 @@ from ema.torch_backend.eager import eager
 from ema.torch_backend.following import repointing
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
-from ema.torch_backend.steps import Progress, Step
+from ema.torch_backend.steps import Progress, Step, run
 from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
+from ema.torch_backend.swap_places import Places
 
 __all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
 
@@ -68,6 +69,7 @@ class Swap:
         self._views = {key: local_of(tensor) for key, tensor in params.items()}
         self._gathering = fully_sharded(model.modules())
         self._exchanged: set[str] = set()
+        self._shown: dict[str, Tensor] = {}  # memory that is assigned
         self._moved: list[tuple[Tensor, Tensor]] = []  # memory, and where its values go
         refuse_if_swapped(self._params)
         for key, tensor in self._params.items():
@@ -76,6 +78,7 @@ class Swap:
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()
+            self._places = Places(model, params, {**averages, **self._shown})
             self._repointed = repointing(self._moved)
             self._parts.append(self._repointed)
         self._into: Progress | None = None
@@ -129,10 +132,8 @@ class Swap:
         self._back.run()
         # graphs built before must not be used now
         increment_version([*self._assigned.values(), *self._repointed.tensors])
-        for name, tensor in self._params.items():
-            view, here = self._views[name], local_of(tensor)
-            if here.data_ptr() != view.data_ptr():  # moved or cast meanwhile
-                here.copy_(view)
+        if returning := self._places.returning():
+            run(_noticed(returning))
 
     def _way_back(self) -> list[Step]:
         """Finish the part that was begun, first of all, and undo every part."""
@@ -152,7 +153,9 @@ class Swap:
         for name, average in self._averages.items():
             view = self._views[name]
             if name in self._assigned:
-                parts.append(Assignment(self._params[name], average))
+                assignment = Assignment(self._params[name], average)
+                self._shown[name] = assignment.shown
+                parts.append(assignment)
             elif alike(average, view):
                 self._exchanged.add(name)
                 self._moved += [(average, view), (view, average)]

@@ -40,21 +40,24 @@ class Assignment:
     Args:
         tensor: the parameter.
         average: of its shape.
+
+    Attributes:
+        shown: the memory that it refers to for the time.
     """
 
     def __init__(self, tensor: Tensor, average: Tensor) -> None:
         self._tensor = tensor
         self._kept = tensor.detach()
         if alike(average, tensor) and average.untyped_storage().nbytes() == average.nbytes:
-            self._shown = average
+            self.shown = average
             first: Step = int  # does nothing
         else:
-            self._shown = torch.empty_like(self._kept)
-            first = partial(self._shown.copy_, average)
-        self.into: list[Step] = [first, partial(setattr, tensor, "data", self._shown)]
+            self.shown = torch.empty_like(self._kept)
+            first = partial(self.shown.copy_, average)
+        self.into: list[Step] = [first, partial(setattr, tensor, "data", self.shown)]
 
     def back(self) -> list[Step]:
-        if not any(map(self._tensor.is_set_to, (self._shown, self._kept))):
+        if not any(map(self._tensor.is_set_to, (self.shown, self._kept))):
             return []  # moved or cast meanwhile, and stays where it is
         return [partial(setattr, self._tensor, "data", self._kept)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from ema.torch_backend.names import named_tensors, unwrap
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.traces import attributes_put_back
 
-__all__ = ["call_with", "current_buffers"]
+__all__ = ["call_with", "current_buffers", "with_current_buffers"]
 
 
 def call_with(
@@ -84,6 +85,22 @@ def current_buffers(model: nn.Module, selection: Selection) -> dict[str, Tensor]
     """
     now = named_tensors(model).buffers
     return {name: now.get(name, tensor) for name, tensor in selection.buffers.items()}
+
+
+def with_current_buffers(model: nn.Module, selection: Selection) -> Selection:
+    """The same tensors, and the buffers among them as the modules hold them now.
+
+    While averages are in a model nothing is selected in it anew, and a cast puts other buffers into
+    its modules.
+    """
+    now = named_tensors(model).buffers
+    ties = selection.ties.items()
+    return dataclasses.replace(
+        selection,
+        averaged={name: now.get(name, tensor) for name, tensor in selection.averaged.items()},
+        buffers={name: now.get(name, tensor) for name, tensor in selection.buffers.items()},
+        ties={name: (first, now.get(name, tensor)) for name, (first, tensor) in ties},
+    )
 
 
 def _without_gradient(tensor: Tensor) -> Tensor:

@@ -200,6 +200,8 @@ class Reference:
         step: calls of ``update``.
         count: updates made by them.
         skipped: updates that were due and not made.
+        left_alone: first names of buffers that a rule for many asks for and that held infinities
+            when they were first seen: they are not averaged.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -212,15 +214,26 @@ class Reference:
             for label, each in decays.items()
         }
         self.live = Snapshot(model)
-        self.reset()
+        self.begin()
 
     @property
     def labels(self) -> list[str | None]:
         """Names of the averages; None for a single one."""
         return list(self.schedules)
 
+    def begin(self) -> None:
+        """As a new ``EMAModel`` does: look at the buffers for the first time."""
+        self.left_alone: set[str] = set()
+        wanted = [name for name in self.wanted() if name not in self.live.parameters]
+        self.left_alone = {
+            name
+            for name in wanted
+            if not (self._is_named(name) or self.live.value(name).isfinite().all())
+        }
+        self.reset()
+
     def reset(self) -> None:
-        """Begin anew."""
+        """Start anew."""
         self.step = self.count = self.skipped = 0
         self.started = False
         self.tracks: dict[str | None, dict[str, Track]] = {label: {} for label in self.labels}
@@ -261,18 +274,24 @@ class Reference:
         if not trainable(self.live.value(first)):
             return False
         if first not in self.live.parameters:
-            return self._averages_buffer(names)
+            return first not in self.left_alone and self._buffer_rule(names)[1] == "average"
         if _matches(self.options["exclude"] or (), names):
             return False
         if self.options["include"] is not None:
             return _matches(self.options["include"], names)
         return self.live.wants_grad(first)
 
-    def _averages_buffer(self, names: list[str]) -> bool:
+    def _buffer_rule(self, names: list[str]) -> tuple[str, str]:
+        """The first pattern that matches, and what it says."""
         rules = self.options["buffers"]
         rules = {"*": rules} if isinstance(rules, str) else rules
-        found = [rule for pattern, rule in rules.items() if _matches([pattern], names)]
-        return bool(found) and found[0] == "average"
+        found = [each for each in rules.items() if _matches([each[0]], names)]
+        return found[0] if found else ("*", "copy")
+
+    def _is_named(self, first: str) -> bool:
+        """Whether the rule for a buffer is about this one, and not for all of a module."""
+        pattern, _ = self._buffer_rule(self.live.groups[first])
+        return pattern.split(".")[-1] != "*"
 
     def _dtype(self, live: Tensor, old: torch.dtype | None = None) -> torch.dtype:
         given = self.options["dtype"]
@@ -405,10 +424,18 @@ class Reference:
     def load(self, state: "Reference", labels: Collection[str | None] = ()) -> None:
         """Go on from a state: an average that exists keeps its dtype where that is the wider one.
 
+        Through ``update_after_step`` the average equals the live weights, whatever the state holds.
+
         Args:
             state: of :meth:`saved`.
             labels: of several averages only these.
         """
+        self.step = state.step
+        if state.step < self.options["update_after_step"]:
+            self.started = False
+            self.count = self.skipped = 0
+            self.tracks = {label: {} for label in self.labels}
+            return
         before, self.started = self.tracks, True
         self.tracks = dict(before)
         for label in labels or self.labels:
@@ -417,7 +444,7 @@ class Reference:
                 old = before[label].get(name)
                 track.convert(self._dtype(self.live.value(name), old and old.value.dtype))
                 track.moves += 1
-        self.step, self.count, self.skipped = state.step, state.count, state.skipped
+        self.count, self.skipped = state.count, state.skipped
 
 
 def _matches(patterns: Collection[str], names: Collection[str]) -> bool:

@@ -507,6 +507,21 @@ def test_tied_weights_stay_tied(separate, dtype):
         assert torch.equal(module[1].weight, module[0].weight.t() if separate else module[0].weight)
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["one-object", "one-memory"])
+def test_tied_weights_whose_memory_has_gaps(separate):
+    """Their average has none, so it does not have the strides of the weights."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    weight = nn.Parameter(torch.zeros(3, 6)[:, ::2])
+    model[0].weight = weight
+    model[1].weight = nn.Parameter(weight.detach()) if separate else weight
+    ema_model = EMAModel(model, 0.5)
+    module = ema_model.averaged_module()
+    with torch.no_grad():
+        weight.fill_(8.0)
+    ema_model.update()
+    assert bool((module[0].weight == 4).all() and (module[1].weight == 4).all())
+
+
 def language_model():
     config = transformers.GPT2Config(
         n_layer=2,

@@ -1,5 +1,6 @@
 """Averages in and live weights back: in place, and whole whatever is raised."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from ema import ModelError, StateError
 from ema.torch_backend import EMAModel
 from ema.torch_backend import steps as steps_module
 from ema.torch_backend import swap as swap_module
+from ema.torch_backend import swap_places as swap_places_module
 from ema.torch_backend.memory import CHUNK
 
 
@@ -234,7 +236,8 @@ def test_a_failing_copy_anywhere_leaves_the_live_weights(trained, late, assign):
 
 def interrupt_at(number, call):
     """Raise KeyboardInterrupt at the n-th bytecode in the swap's own code; False: it ended before."""
-    files = {swap_module.__file__, steps_module.__file__, sys.modules[EMAModel.__module__].__file__}
+    modules = (swap_module, swap_places_module, steps_module, sys.modules[EMAModel.__module__])
+    files = {module.__file__ for module in modules}
     left = number
 
     def trace(frame, event, arg):
@@ -424,3 +427,186 @@ def test_averages_of_other_tensors_are_no_hindrance(model, step):
     with first.use_ema():
         second.update()
     assert second.count == 1
+
+
+def trained_everywhere():
+    """A model with a tie by memory and averaged buffers; live it is 8 all over, its average 4."""
+    model = nn.Sequential(nn.Linear(80, 80), nn.BatchNorm1d(80), nn.Linear(80, 80, bias=False))
+    model[2].weight = nn.Parameter(model[0].weight.detach())
+    write(model, 0.0)
+    ema_model = EMAModel(model, 0.5, buffers="average")
+    write(model, 8.0)
+    ema_model.update()
+    return model, ema_model
+
+
+def write(model, value):
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(value)
+
+
+def values(model):
+    """The values of each floating-point tensor of a model by its name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.unique().tolist() for n, t in named if t.is_floating_point()}
+
+
+def assert_live(model, ema_model, value=8.0):
+    """The model holds this value all over, the averages hold 4, and training changes none of these."""
+    assert set(map(tuple, values(model).values())) == {(value,)}
+    write(model, 77.0)
+    averages = ema_model.averaged_parameters().values()
+    assert {tuple(average.unique().tolist()) for average in averages} == {(4.0,)}
+
+
+CONVERSIONS = {
+    "double": nn.Module.double,
+    "half": nn.Module.half,
+    "to": lambda model: model.to("cpu", torch.bfloat16),
+    "there and back": lambda model: model.half().float(),
+    "nothing to convert": nn.Module.float,
+    "shared memory": nn.Module.share_memory,
+}
+conversions = pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS.keys())
+
+
+@conversions
+@assigned_or_not
+@pytest.mark.parametrize("replacing", [False, True], ids=["as-usual", "new-parameters"])
+def test_a_model_that_is_converted_in_the_block_gets_all_live_values(convert, assign, replacing):
+    """Buffers that a cast has replaced too, and parameters that it has parted from each other."""
+    model, ema_model = trained_everywhere()
+    with overwriting_parameters(replacing), ema_model.use_ema(assign=assign):
+        convert(model)
+        dtypes = [tensor.dtype for tensor in model.state_dict().values()]
+    assert dtypes == [tensor.dtype for tensor in model.state_dict().values()]
+    assert_live(model, ema_model)
+    ema_model.update()
+
+
+@contextlib.contextmanager
+def overwriting_parameters(replacing):
+    """Whether a cast makes new parameters, which PyTorch can be told to do."""
+    torch.__future__.set_overwrite_module_params_on_conversion(replacing)
+    try:
+        yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@conversions
+@assigned_or_not
+def test_another_model_that_is_converted_in_the_block_gets_its_values_back(convert, assign):
+    model, ema_model = trained_everywhere()
+    other, _ = trained_everywhere()
+    write(other, 3.0)
+    with ema_model.use_ema(other, assign=assign):
+        convert(other)
+    assert set(map(tuple, values(other).values())) == {(3.0,)}
+    assert_live(model, ema_model)
+
+
+def test_apply_and_restore_around_a_conversion():
+    model, ema_model = trained_everywhere()
+    ema_model.apply_ema()
+    model.double()
+    ema_model.restore_original()
+    assert_live(model, ema_model)
+
+
+@assigned_or_not
+def test_several_conversions_in_one_block_round_the_live_values_once(assign):
+    model, ema_model = trained_everywhere()
+    write(model, 1.1)
+    with ema_model.use_ema(assign=assign):
+        model.half().double()
+    assert_live(model, ema_model, value=torch.tensor(1.1).item())
+
+
+WRITES = {
+    "another memory": lambda model: setattr(model[0].weight, "data", torch.ones(80, 80)),
+    "another shape": lambda model: setattr(model[0].weight, "data", torch.ones(3)),
+    "a transposed view": lambda model: setattr(model[0].weight, "data", model[0].weight.data.t()),
+    "a parameter in the same memory": lambda model: setattr(
+        model[0], "weight", nn.Parameter(model[0].weight.detach())
+    ),
+    "a computed buffer": lambda model: setattr(
+        model[1], "running_mean", model[1].running_mean * 0.9
+    ),
+    "a buffer in the same memory": lambda model: setattr(
+        model[1], "running_mean", model[1].running_mean.detach()
+    ),
+    "a buffer of another shape": lambda model: setattr(model[1], "running_var", torch.ones(3)),
+    "a sparse buffer": lambda model: setattr(model[1], "running_var", torch.eye(80).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("write_one", WRITES.values(), ids=WRITES.keys())
+@assigned_or_not
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+def test_what_is_set_in_the_block_is_lost(write_one, assign, inference):
+    """``.data``, and buffers, which ``forward`` may assign: live values are back, no average stays."""
+    model, ema_model = trained_everywhere()
+    with ema_model.use_ema(assign=assign), torch.inference_mode(inference):
+        write_one(model)
+    assert_live(model, ema_model)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_mean"])
+def test_what_is_removed_in_the_block_stays_removed(name):
+    model, ema_model = trained_everywhere()
+    module, _, key = name.rpartition(".")
+    with ema_model.use_ema():
+        delattr(model.get_submodule(module), key)
+    assert name not in values(model)
+    assert set(map(tuple, values(model).values())) == {(8.0,)}
+
+
+def test_a_teacher_and_an_export_see_averages_of_a_model_that_was_converted_in_the_block():
+    """Of the buffers too, which are other objects by then, here or in the live model beside it."""
+    for into in (None, trained_everywhere()[0]):
+        model, ema_model = trained_everywhere()
+        with ema_model.use_ema(into):
+            model.double().eval()
+            exported = ema_model.averaged_state_dict()
+            output = ema_model(torch.full((1, 80), 4.0, dtype=torch.float64))
+        floats = [tensor for tensor in exported.values() if tensor.is_floating_point()]
+        assert {tensor.dtype for tensor in floats} == {torch.float64}
+        assert set(torch.cat([tensor.flatten() for tensor in floats]).tolist()) == {4.0}
+        assert output.dtype == torch.float64
+        assert_live(model, ema_model)
+
+
+@conversions
+def test_a_failing_copy_after_a_conversion_is_made_again(convert):
+    """Each copy of a swap fails once, on the way in and on the way back."""
+    for at in range(1, 1000):
+        model, ema_model = trained_everywhere()
+        try:
+            with Failing(at, late=at % 2), ema_model.use_ema():
+                convert(model)
+        except MemoryError:
+            assert_live(model, ema_model)
+        else:
+            break
+    assert at > 30
+
+
+@pytest.mark.slow
+@assigned_or_not
+def test_ctrl_c_at_every_bytecode_after_a_conversion_leaves_the_live_weights(assign):
+    number = 0
+    interrupted = True
+    while interrupted:
+        number += 1
+        model, ema_model = trained_everywhere()
+        ema_model.apply_ema(assign=assign)
+        model.double()
+        interrupted = interrupt_at(number, ema_model.restore_original)
+        if ema_model._swap is not None:
+            assert interrupted
+            if ema_model._swap.active:
+                ema_model.restore_original()
+        assert_live(model, ema_model)
+    assert number > 300
