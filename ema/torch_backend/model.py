@@ -294,6 +294,7 @@ class EMAModel(Generic[ModelT]):
         count, skipped = settled.count, settled.skipped
         if names := self._refusing():
             self._counters = Counters(step, count, skipped + 1)
+            self._modules.refresh()
             self._warn_if_first(names)
             return
         count += 1
