@@ -92,11 +92,26 @@ def _unlike(theirs: Tensor, ours: Tensor) -> str:
         return (
             "" if same else f"is {kind_of(theirs)}, here it is {kind_of(ours)}, quantized otherwise"
         )
+    if _is_written(theirs, ours) and _is_quantized_otherwise(theirs.dtype, ours.dtype):
+        return f"is {theirs.dtype}, here it is {ours.dtype}, quantized otherwise"
     if _is_written(theirs, ours) or _equal(theirs, ours):
         return ""
     if _is_plain(theirs):
         return "repeats its elements, and holds other values than here"
     return f"is {kind_of(theirs)} of other values than here, which mean nothing without its scales"
+
+
+def _is_quantized_otherwise(theirs: torch.dtype, ours: torch.dtype) -> bool:
+    """Whether a cast between the two loses more than digits: fractions, a range or a scale."""
+    if theirs == ours:
+        return False
+    return theirs.itemsize == 1 or ours.itemsize == 1 or _family(theirs) != _family(ours)
+
+
+def _family(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "real" if dtype.is_floating_point else "integer"
 
 
 def _same_parts(theirs: Any, ours: Any) -> bool:

@@ -28,7 +28,7 @@ from ema.errors import CheckpointError, ModelError, listing
 from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.copying import has_memory, host_copy, kind_of, without_values
 from ema.torch_backend.distributed.gather import Whole, on_first_rank
-from ema.torch_backend.memory import row_major
+from ema.torch_backend.memory import in_form_of, row_major
 from ema.torch_backend.selection import Selection
 
 __all__ = [
@@ -228,7 +228,6 @@ def averaged_model(
             meta device), or lacks what is averaged.
     """
     names = {id(tensor): name for name, tensor in found.averaged.items()}
-    names |= {id(tensor): name for name, (first, tensor) in found.ties.items() if first in averages}
     names |= {id(tensor): first for first, tensor in found.ties.values() if first in averages}
     tensors = {}
     seen = set()
@@ -240,7 +239,8 @@ def averaged_model(
             tensors[key] = value, value.dtype
         else:
             seen.add(name)
-            tensors[key] = averages[name], value.dtype
+            average = in_form_of(value, found.averaged[name], averages[name])
+            tensors[key] = average, value.dtype
     # a buffer may be one that the model keeps out of its state dict
     parameters = [name for name, live in found.averaged.items() if isinstance(live, nn.Parameter)]
     if absent := [name for name in parameters if name not in seen]:

@@ -41,6 +41,8 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
     firsts = {name: found.first_name(name) for name in names}  # a tied tensor has several names
     usable = {name: first for name, first in firsts.items() if first in available}
     takers = {first: name for name, first in reversed(usable.items())}
+    # the tensor of that very name, which may be tied to a view of the first one
+    named = {**theirs, **{name: tied for name, (_, tied) in found.ties.items()}}
     parameters = (*found.others, *found.averaged, *found.ties)
     text = difference(
         [name for name in names if takers.get(firsts[name]) != name],
@@ -49,20 +51,20 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
             phrase
             for name in values
             if name in usable
-            for phrase in _mismatch(name, theirs[usable[name]], live[name])
+            for phrase in _mismatch(name, named[name], live[name])
         ],
     )
     if text:
         raise ModelError(f"the average does not fit this model: {text}")
     copied = [name for name in values if name not in ours.averaged]
-    phrases = {name: obstacle(theirs[usable[name]], live[name]) for name in copied}
+    phrases = {name: obstacle(named[name], live[name]) for name in copied}
     if odd := [f"`{name}` {phrase}" for name, phrase in phrases.items() if phrase]:
         raise ModelError(
             f"what is not averaged cannot be copied: {difference((), (), odd)};"
             " other.load_state_dict(ema_model.averaged_parameters(), strict=False) writes the"
             " averages alone"
         )
-    return {name: theirs[usable[name]] for name in values}
+    return {name: named[name] for name in values}
 
 
 def _is_odd(name: str, theirs: Selection, ours: Selection) -> bool:

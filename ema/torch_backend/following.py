@@ -83,14 +83,10 @@ class Follower:
         self._warn_of_missing(found)
 
     def _place(self, averages: Mapping[str, Tensor], found: Selection) -> None:
-        """Find the average of each tensor again: by the live tensor itself, or else by its name."""
-        everything = list(sources(averages, found))
-        by_live = {id(parameter.live): parameter for parameter in self._once}
-        present = {id(live) for _, live, _ in everything}
-        for name, live, average in everything:
-            ours = by_live.get(id(live), self._parameters.get(name))
-            if ours is not None and (ours.live is live or id(ours.live) not in present):
-                ours.place(live, average)
+        """Find the average of each tensor again by its name, as the live model has it now."""
+        for name, live, average in sources(averages, found):
+            if name in self._parameters:
+                self._parameters[name].place(live, average)
             elif name in self._buffers:
                 self._buffers[name].place(self._model, found.paths[name], average)
 
@@ -119,7 +115,7 @@ class _Parameter:
     Attributes:
         tensor: the parameter.
         lent: whether it refers to the memory of the average.
-        live: the tensor of the live model that it was copied from, or that took its place there.
+        live: the tensor of the live model that has its name.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "SMALL",
     "allocate",
     "flat",
+    "in_form_of",
     "is_dense",
     "real",
     "row_major",
@@ -66,6 +67,24 @@ def row_major(tensor: Tensor) -> Tensor:
     of none contiguous, whatever its strides are, so ``contiguous()`` alone does not give this.
     """
     return flat(tensor.contiguous())
+
+
+def in_form_of(ours: Tensor, theirs: Tensor, value: Tensor) -> Tensor:
+    """The values of one of two dense tensors in one memory, as the other one shows them.
+
+    Args:
+        ours: the tensor with the shape and strides that are wanted, for instance ``weight.t()``.
+        theirs: the tensor of the shape of ``value``, for instance ``weight``.
+        value: values for ``theirs``, with any strides.
+
+    Returns:
+        ``value`` itself where the two have the same shape and strides, or else a copy.
+    """
+    if ours.shape == theirs.shape and ours.stride() == theirs.stride():
+        return value
+    memory = value.new_empty(value.numel())
+    memory.as_strided(theirs.shape, theirs.stride()).copy_(value)
+    return memory.as_strided(ours.shape, ours.stride())
 
 
 def allocate(

@@ -162,6 +162,11 @@ class Selection:
         """The name under which a tensor is kept here, given any of its names."""
         return self.ties[name][0] if name in self.ties else name
 
+    def tied_to(self, name: str) -> tuple[Tensor, Tensor]:
+        """The tensor of the first name, and the one that is tied to it and has this name."""
+        first, tied = self.ties[name]
+        return {**self.averaged, **self.others, **self.buffers}[first], tied
+
 
 def select(
     model: nn.Module,

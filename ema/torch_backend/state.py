@@ -15,6 +15,7 @@ from torch import Tensor, strided
 
 from ema.errors import CheckpointError, difference, listing
 from ema.torch_backend.distributed.sharding import local_of, place_of
+from ema.torch_backend.memory import in_form_of
 from ema.torch_backend.selection import Selection
 
 __all__ = ["FORMAT_VERSION", "State"]
@@ -169,11 +170,17 @@ class State:
 
 
 class _Renamed(Mapping[str, Tensor]):
-    """Tensors under other names. They are read from ``tensors`` when asked for, maybe from a file."""
+    """Tensors under other names. They are read from ``tensors`` when asked for, maybe from a file.
 
-    def __init__(self, tensors: Mapping[str, Tensor], old_names: Mapping[str, str]) -> None:
+    A tensor that is tied to the view of another one (``weight.t()``) gets the form of that one.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], old_names: Mapping[str, str], found: Selection
+    ) -> None:
         self._tensors = tensors
         self._old_names = old_names
+        self._found = found
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], found: Selection) -> _Renamed:
@@ -182,10 +189,16 @@ class _Renamed(Mapping[str, Tensor]):
         return cls(
             tensors,
             {name if first in tensors else first: name for name, first in firsts.items()},
+            found,
         )
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._old_names[name]]
+        old = self._old_names[name]
+        value = self._tensors[old]
+        if name == old:
+            return value
+        live, tied = self._found.tied_to(old)
+        return in_form_of(live, tied, value) if value.shape == tied.shape else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._old_names)

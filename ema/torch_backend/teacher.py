@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
@@ -30,14 +31,20 @@ def call_with(
     """The output of the bare model (no DDP, not compiled) with its averaged tensors replaced.
 
     Averages are cast to the dtypes of the tensors that they stand for. Everything else is
-    detached, so no gradient reaches the live parameters, and buffers are copies, so that
-    the statistics of a BatchNorm in training mode stay as they are. Attributes that ``forward``
-    assigns are afterwards what they were before.
+    detached, so no gradient reaches the live parameters. What a forward pass writes in place is a
+    copy: buffers, averaged or not, such as the statistics of a BatchNorm in training mode, and the
+    weights of an embedding with ``max_norm``. Attributes that ``forward`` assigns are afterwards
+    what they were before.
 
     Raises:
         ModelError: ``fully_shard`` was called on it, which gathers what it knows of and nothing
-            else, or a lazy module has not been run yet.
+            else; a lazy module has not been run yet; or the model is a scripted one.
     """
+    if isinstance(unwrap(model), torch.jit.ScriptModule):
+        raise ModelError(
+            "a scripted or traced model can only be called with its own parameters: call it inside"
+            " use_ema(), or call averaged_module()"
+        )
     if fully_sharded(selection.modules):
         raise ModelError(
             "under fully_shard a model can only be called with its own parameters: call it inside"
@@ -50,12 +57,21 @@ def call_with(
         )
     live = selection.averaged
     buffers = current_buffers(model, selection)
+    written = _renormalized(selection.modules)
+
+    def lent(tensor: Tensor, original: Tensor) -> Tensor:
+        """What stands for ``original``: ``tensor`` itself, or a copy where it may be written."""
+        is_written = id(original) in written or not isinstance(original, nn.Parameter)
+        return tensor.clone() if is_written else tensor
+
     tensors = {
         **{
-            name: wrapped_like(average.to(live[name].device, live[name].dtype), live[name])
+            name: wrapped_like(
+                lent(average.to(live[name].device, live[name].dtype), live[name]), live[name]
+            )
             for name, average in averages.items()
         },
-        **{name: _without_gradient(tensor) for name, tensor in selection.others.items()},
+        **{name: lent(_without_gradient(t), t) for name, t in selection.others.items()},
         **{name: tensor.clone() for name, tensor in buffers.items()},
     }
     originals = {**live, **selection.others, **buffers}
@@ -101,6 +117,15 @@ def with_current_buffers(model: nn.Module, selection: Selection) -> Selection:
         buffers={name: now.get(name, tensor) for name, tensor in selection.buffers.items()},
         ties={name: (first, now.get(name, tensor)) for name, (first, tensor) in ties},
     )
+
+
+def _renormalized(modules: Iterable[nn.Module]) -> set[int]:
+    """Ids of the weights that a forward pass shortens to ``max_norm``, in place."""
+    return {
+        id(module.weight)
+        for module in modules
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    }
 
 
 def _without_gradient(tensor: Tensor) -> Tensor:

@@ -229,3 +229,29 @@ def test_tensors_on_the_meta_device_are_named_on_either_side():
     with pytest.raises(ModelError, match=r"`1.weight` is on the meta device"):
         ema_model.update()
     assert ema_model.step == 0
+
+
+KINDS = (torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("ours", KINDS)
+@pytest.mark.parametrize("theirs", KINDS)
+def test_frozen_weights_are_not_cast_to_or_from_quantized_ones(ours, theirs):
+    """A cast would cut off fractions or forget a scale; only widths of real numbers may differ."""
+
+    def make(dtype):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        net[0].weight = nn.Parameter(torch.full((4, 4), 2.0).to(dtype), requires_grad=False)
+        return net
+
+    source, target = make(ours), make(theirs)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    wide = {torch.float32, torch.bfloat16}
+    if ours == theirs or {ours, theirs} <= wide:
+        EMAModel(source).copy_to(target)
+        assert torch.equal(target[1].weight, source[1].weight)
+        return
+    with pytest.raises(ModelError, match=r"`0.weight` is torch\.\w+, here it is torch\.\w+, quant"):
+        EMAModel(source).copy_to(target)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor.float(), before[name].float()), name

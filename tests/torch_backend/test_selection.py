@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
@@ -400,3 +401,35 @@ def test_some_parameters_on_the_meta_device_are_warned_of_once():
     average.update()
     assert [warning.filename for warning in seen] == [__file__]
     assert average.count == 2
+
+
+def autoencoder(order="ed"):
+    """A decoder that is tied to the transposed encoder, by its memory."""
+    model = nn.Module()
+    for name in order:
+        setattr(model, name, nn.Linear(4, 4, bias=False))
+    model.d.weight = nn.Parameter(model.e.weight.detach().t())
+    return model
+
+
+@pytest.mark.parametrize("order", ["ed", "de"])
+def test_a_weight_that_is_tied_to_a_view_keeps_its_form_everywhere(order, tmp_path):
+    """In files, state dicts and other models, whichever of the two comes first there."""
+    model = autoencoder()
+    average = EMAModel(model, 0.5)
+    with torch.no_grad():
+        model.e.weight.mul_(2)
+    average.update()
+    right = average.averaged_parameters()["e.weight"].t().clone()
+    copied, lent, loaded = (autoencoder(order) for _ in range(3))
+    average.copy_to(copied)
+    resumed = EMAModel(loaded, 0.5)
+    resumed.load(average.save(tmp_path / "average"))
+    with average.use_ema(lent), resumed.use_ema():
+        assert torch.equal(lent.d.weight, right)
+        assert torch.equal(loaded.d.weight, right)
+    assert torch.equal(copied.d.weight, right)
+    assert torch.equal(average.averaged_state_dict()["d.weight"], right)
+    exported = load_file(average.export(tmp_path / "model.safetensors"))
+    assert torch.equal(exported["d.weight"], right)
+    assert torch.equal(exported["e.weight"], right.t())

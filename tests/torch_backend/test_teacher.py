@@ -359,3 +359,42 @@ def test_a_frozen_parameter_keeps_its_class():
 
     model = Quantized()
     assert torch.equal(EMAModel(model)(torch.ones(1, 2)), model(torch.ones(1, 2)))
+
+
+@pytest.mark.parametrize("after", [0, 10])
+def test_what_forward_writes_in_place_reaches_neither_averages_nor_live_tensors(after):
+    """Averaged statistics, buffers that count, and weights that an embedding shortens."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(3, 4, max_norm=1.0)
+            self.frozen = nn.Embedding(3, 4, max_norm=1.0).requires_grad_(False)
+            self.norm = nn.BatchNorm1d(4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, indices):
+            self.calls += 1
+            return self.norm(self.embedding(indices) + self.frozen(indices))
+
+    model = Writes()
+    with torch.no_grad():
+        model.embedding.weight.fill_(3.0)
+        model.frozen.weight.fill_(3.0)
+    average = EMAModel(model, 0.5, buffers="average", update_after_step=after)
+    average.update()
+    live = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averages = {name: value.clone() for name, value in average.averaged_parameters().items()}
+    average(torch.tensor([0, 1, 2]))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, live[name]), name
+    for name, value in average.averaged_parameters().items():
+        assert torch.equal(value, averages[name]), name
+
+
+def test_a_scripted_model_is_refused_with_the_ways_that_work():
+    model = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    average = EMAModel(model, 0.5)
+    with pytest.raises(ModelError, match=r"inside use_ema\(\), or call averaged_module\(\)"):
+        average(torch.ones(1, 2))
+    assert average.averaged_module()(torch.ones(1, 2)).shape == (1, 2)
