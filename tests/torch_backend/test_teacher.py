@@ -392,6 +392,7 @@ def test_what_forward_writes_in_place_reaches_neither_averages_nor_live_tensors(
         assert torch.equal(value, averages[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_scripted_model_is_refused_with_the_ways_that_work():
     model = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
     average = EMAModel(model, 0.5)
