@@ -146,13 +146,16 @@ class Average:
         self._bound = self._copied = None
         self.incomplete = frozenset()
 
-    def follow(self, *, join: bool = False) -> tuple[dict[str, tuple[Tensor, ...]], Selection]:
+    def follow(
+        self, *, join: bool = False, due: bool = True
+    ) -> tuple[dict[str, tuple[Tensor, ...]], Selection]:
         """Look at the model: the averages of each tensor by canonical name, and its tensors as they are now.
 
         Before the start the averages are the live tensors, as the averages would hold them.
 
         Args:
             join: whether to start an average of what requires grad by now and has none.
+            due: whether an update comes next. If that will be skipped or refused, nothing joins.
 
         Raises:
             ModelError: the model has changed in a way that the averages cannot follow. Nothing
@@ -168,17 +171,17 @@ class Average:
         if self._bound.watch.changed() or (join and self._bound.selection.late):
             found = self._select(self._bound)
             self._bind(_only(found.origins, found), self._bound)
-            if join and self._bound.selection.late and not self._is_unfit(found):
+            if join and self._bound.selection.late and not self._must_wait(found, due=due):
                 self._bind(found.under_its_own_names(), self._bound)
         return self._bound.slots, self._bound.selection
 
-    def _is_unfit(self, found: Selection) -> bool:
-        """Whether newcomers have to wait: an update with these tensors will be skipped or refused."""
+    def _must_wait(self, found: Selection, *, due: bool) -> bool:
+        """Whether newcomers have to wait: they hold NaN, or the update that is due will not be made."""
         if self._settings.precision.on_nonfinite == "propagate":
             return False
         newcomers = {n: t for n, t in found.averaged.items() if n not in found.origins}
         self._unfit = Guard(newcomers).nonfinite()
-        return bool(self._unfit or self.nonfinite())
+        return bool(self._unfit or (due and self.nonfinite()))
 
     @property
     def left_alone(self) -> dict[str, str]:

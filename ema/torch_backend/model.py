@@ -283,9 +283,8 @@ class EMAModel(Generic[ModelT]):
         elif since == 0:
             self._average.start()
         else:
-            self._average.follow(join=True)
-        every = self._settings.update_every
-        if since <= 0 or since % every:
+            self._average.follow(join=True, due=bool(weights))
+        if not weights:
             self._counters = dataclasses.replace(self._counters, step=step)
             self._modules.refresh()
             return

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import ema
 from ema import EMAModel, ModelError, StateError
-from tests.torch_backend.machine_known_faults import KNOWN_FAULT_NEWCOMERS
 from tests.torch_backend.machine_models import Tree, random, specs
 from tests.torch_backend.machine_options import options_of
 from tests.torch_backend.machine_reference import Reference, Snapshot, assert_same
@@ -156,10 +155,6 @@ class Base(RuleBasedStateMachine):
 
     def update(self) -> None:
         """One update, of both."""
-        guarded = self.options["on_nonfinite"] != "propagate" and self.reference.started
-        newcomers = set(self.reference.wanted()) - set(self.reference.averaged)
-        if KNOWN_FAULT_NEWCOMERS and guarded and newcomers:
-            self.train(seed=0, scale=1.0, how="set")
         skipped = self.reference.skipped
         if self.reference.update():
             with self.refused(StateError, "finite"):
@@ -171,8 +166,7 @@ class Base(RuleBasedStateMachine):
             told = pytest.warns(ema.EMAWarning, match="refused every update so far")
         with told:
             self.ema.update()
-        if not is_skipped:
-            self.modules_follow()
+        self.modules_follow()
 
     def modules_follow(self) -> None:
         """The averaged modules have just been brought up to date."""

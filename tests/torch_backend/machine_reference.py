@@ -302,18 +302,6 @@ class Reference:
             return torch.promote_types(given, torch.float32).to_complex()
         return given
 
-    def is_wider_than_new(self) -> bool:
-        """Whether an average has a wider dtype than one that starts now would have."""
-        return any(
-            track.value.dtype != self._dtype(self.live.value(name))
-            for tracks in self.tracks.values()
-            for name, track in tracks.items()
-        )
-
-    def late(self, averaged: Collection[str]) -> list[str]:
-        """What is to be averaged although it is frozen, and is not among these."""
-        return [n for n in self.wanted() if n not in averaged and not self.live.wants_grad(n)]
-
     # --- an update ----------------------------------------------------------------------------
 
     def look(self) -> None:
@@ -332,7 +320,8 @@ class Reference:
         since = step - self.options["update_after_step"]
         due = since > 0 and since % self.options["update_every"] == 0
         on_nonfinite = self.options["on_nonfinite"]
-        bad = due and on_nonfinite != "propagate" and not self._all_finite()
+        names = {*self.averaged, *self.wanted()}
+        bad = due and on_nonfinite != "propagate" and not self._all_finite(names)
         if bad and on_nonfinite == "raise":
             return True
         self.step = step
@@ -345,14 +334,15 @@ class Reference:
             self.skipped += 1
         else:
             self.look()
-            self._join()
+            newcomers = set(self.wanted()) - set(self.averaged)
+            if on_nonfinite == "propagate" or self._all_finite(newcomers):
+                self._join()
             if due:
                 self.count += 1
                 self._move()
         return False
 
-    def _all_finite(self) -> bool:
-        names = {*self.averaged, *self.wanted()}
+    def _all_finite(self, names: Collection[str]) -> bool:
         return all(bool(self.live.value(name).isfinite().all()) for name in names)
 
     def _move(self) -> None:

@@ -15,11 +15,6 @@ from hypothesis.stateful import precondition, rule
 import ema
 from ema import CheckpointError
 from tests.torch_backend.machine_base import choose, picks, seeds, through_a_file
-from tests.torch_backend.machine_known_faults import (
-    KNOWN_FAULT_LATE_INCLUDE,
-    KNOWN_FAULT_NARROW_COPIES,
-    KNOWN_FAULT_SEVERAL_FROM_FILES,
-)
 from tests.torch_backend.machine_reference import Reference, assert_same
 from tests.torch_backend.machine_training import Training
 
@@ -58,12 +53,6 @@ class States(Training):
             return  # there is no EMAModel without anything to average
         if fresh != "no" and new.left_alone != state.left_alone:
             return  # a new look at the buffers has chosen others, and the state does not fit
-        if KNOWN_FAULT_LATE_INCLUDE and self.reference.late(state.averaged):
-            return
-        if KNOWN_FAULT_SEVERAL_FROM_FILES and how == "files" and len(stored) > 1:
-            now = self.reference.averaged if fresh == "no" else new.wanted()
-            if set(now) != set(state.averaged):
-                return
         if fresh == "other model":
             self.model = through_a_file(self.model)
             self.reference.model = self.model
@@ -141,13 +130,6 @@ class States(Training):
         """Go on with a copy of model and average; the original does not see it."""
         both = (self.model, self.ema)
         live = self.reference.live
-        if KNOWN_FAULT_NARROW_COPIES and self.reference.is_wider_than_new():
-            return
-        if KNOWN_FAULT_LATE_INCLUDE and (
-            self.reference.late(self.reference.averaged)
-            or any(self.tied_by_memory(seen.tensor) for seen in live.tensors.values())
-        ):
-            return
         if how == "deepcopy":
             model, average = copy.deepcopy(both)
         elif how == "pickle":
