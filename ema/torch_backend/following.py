@@ -132,7 +132,7 @@ class _Parameter:
     @property
     def stays(self) -> bool:
         """Whether it has the memory that it had."""
-        return self._seen is None or self.tensor.is_set_to(self._seen)
+        return self._seen is None or _refers_to(self.tensor, self._seen)
 
     def place(self, live: Tensor, average: Tensor | None) -> None:
         """Let it refer to its average, or have memory of its own.
@@ -148,7 +148,7 @@ class _Parameter:
         if not self._plain:
             return
         was_lent, self.lent = self.lent, False
-        if not moved and (self._memory is None or not self.tensor.is_set_to(self._memory)):
+        if not moved and (self._memory is None or not _refers_to(self.tensor, self._memory)):
             self._memory = None  # the user has moved it
         elif average is not None and can_share(average, live):
             self.lent = True
@@ -156,7 +156,7 @@ class _Parameter:
         elif was_lent or _kind(self.tensor) != self._kind:
             like = live if average is None else average
             self._memory = torch.empty_like(like, device=live.device, dtype=live.dtype)
-        if self._memory is not None and not self.tensor.is_set_to(self._memory):
+        if self._memory is not None and not _refers_to(self.tensor, self._memory):
             self.tensor.data = self._memory
             self._stamp = None
         self._seen = self.tensor.detach()
@@ -272,6 +272,11 @@ def _in_form(memory: Tensor, tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.shape == like.shape and tensor.stride() == like.stride():
         return memory
     return memory.as_strided(tensor.shape, tensor.stride())
+
+
+def _refers_to(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether a tensor shows this memory in the same form; ``is_set_to`` does not look at dtypes."""
+    return tensor.dtype == memory.dtype and tensor.is_set_to(memory)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:

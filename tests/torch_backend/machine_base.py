@@ -115,6 +115,9 @@ class Base(RuleBasedStateMachine):
             if hasattr(self, "ema") and sys.exc_info()[0] is None:
                 self.end()
         finally:
+            while getattr(self, "blocks", None):  # in an example that broke off
+                with contextlib.suppress(StateError):
+                    self.blocks.pop().__exit__(None, None, None)
             self.folder.cleanup()
 
     def end(self) -> None:

@@ -970,3 +970,14 @@ def test_a_copy_has_at_each_place_what_the_live_model_has_there():
     with average.use_ema():
         expected = model(torch.ones(1, 2))
     assert torch.equal(module(torch.ones(1, 2)), expected)
+
+
+def test_another_dtype_at_the_same_address_is_followed():
+    """Before the start the copy shows live memory, which may be seen as another dtype."""
+    model = nn.Linear(3, 2).half()
+    average = EMAModel(model, 0.5, update_after_step=2)
+    module = average.averaged_module()
+    model.weight.data = model.weight.data.view(torch.bfloat16)
+    average.update()
+    assert module.weight.dtype == torch.bfloat16
+    assert torch.equal(module.weight, model.weight)
