@@ -184,7 +184,7 @@ class Base(RuleBasedStateMachine):
         self.reference.look()
 
     def look(self) -> None:
-        """Before a dtype changes the library sees the one that there is, and widens averages."""
+        """The library sees the model as it is: it widens averages, and knows the objects."""
         if self.swap is None:
             self.read_averages()
 

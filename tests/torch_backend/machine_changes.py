@@ -168,6 +168,7 @@ class Changes(Base):
         one, two = getattr(home, name), getattr(guest, key)
         if one is two or one.shape != two.shape:
             return
+        self.look()  # objects that were never seen under their names cannot be known under others
         first, second = self.known_alone(one), self.known_alone(two)
         setattr(home, name, two)
         setattr(guest, key, one)
