@@ -144,6 +144,8 @@ class _Parameter:
         first, moved, self._kind = self._kind is None, self._kind != _kind(live), _kind(live)
         if live is not self.live:
             self._stamp = _stamp(live) if first else None
+        elif average is None and self._average is not None:
+            self._stamp = None  # it has shown the average so far
         self.live, self._average = live, average
         if not self._plain:
             return

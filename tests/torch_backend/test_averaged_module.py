@@ -981,3 +981,15 @@ def test_another_dtype_at_the_same_address_is_followed():
     average.update()
     assert module.weight.dtype == torch.bfloat16
     assert torch.equal(module.weight, model.weight)
+
+
+def test_a_frozen_parameter_that_is_averaged_no_more_is_shown_as_it_is():
+    """A reset goes by the rules anew, and the copy held the average until then."""
+    model = nn.Linear(3, 2)
+    average = EMAModel(model, 0.5)
+    model.half()
+    model.weight = nn.Parameter(torch.randn(2, 3).half(), requires_grad=False)
+    module = average.averaged_module()
+    assert not torch.equal(module.weight, model.weight)
+    average.reset()
+    assert torch.equal(module.weight, model.weight)
