@@ -115,7 +115,7 @@ def _torch_ema(state: Mapping[str, Any]) -> Found:
     tensors = _listed(state["shadow_params"])
     schedule: RampWarmup | ConstantDecay
     if "decay" not in state:
-        raise CheckpointError("this is no state of torch-ema: it has no `decay`")
+        raise CheckpointError("a state of torch-ema needs `decay`, which this one lacks")
     try:
         if state["num_updates"] is None:
             schedule = ConstantDecay(decay=state["decay"])

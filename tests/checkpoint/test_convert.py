@@ -455,7 +455,10 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
         ({"state_dict_ema": {"w": 3}}, "'w' is int, no tensor"),
         ({"w": torch.ones(2), "s": torch.eye(2).to_sparse()}, "`s` is .* layout torch.sparse_coo"),
         ({"w": torch.ones(2, device="meta")}, "`w` is on the meta device, which holds no values"),
-        ({"shadow_params": [torch.ones(1)], "num_updates": 3}, "torch-ema: it has no `decay`"),
+        (
+            {"shadow_params": [torch.ones(1)], "num_updates": 3},
+            "torch-ema needs `decay`, which this one lacks",
+        ),
         (
             {
                 "shadow_params": [torch.ones(1)],
