@@ -24,6 +24,8 @@ CASES: Mapping[str, str] = {
     "nonfinite": "gpt2.build_nonfinite",
     "many-tensors": "many_tensors.build",
     "swap": "swap.build",
+    "training-step": "training_step.build",
+    "training-step-short": "training_step.build_short",
     "jax-step": "jax_step.build",
     "jax-step-sgd": "jax_step.build_sgd",
     "jax-scan": "jax_scan.build",
