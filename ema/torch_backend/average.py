@@ -375,7 +375,9 @@ class Average:
                 pairs = zip(entries, offload.staged, strict=True)
                 entries = [entry._replace(live=staged) for entry, staged in pairs]
             sweep = Sweep(entries, self._number, guarded=self._guards)
-        guard = Guard(found.averaged)
+        guard = Guard(found.averaged, sweep.read)
+        if self._settings.precision.on_nonfinite != "propagate":
+            guard.prepare()
         watch = Watch(found, self._settings.rules, sweep.read)
         beside: Lane | Offload | None = offload
         if offload is None and self._settings.overlap:
@@ -455,7 +457,7 @@ def _guarded(bound: _Bound, weights: Sequence[float], count: int, flags: list[Fl
     """An update that the device makes or not."""
     finite = bound.guard.all_finite()
     bound.sweep(weights, count, finite)
-    flags.append(Flag(finite))
+    flags.append(Flag(next(iter(finite.values()))))
 
 
 def _is_offloaded(entry: Entry) -> bool:

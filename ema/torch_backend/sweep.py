@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -61,32 +62,31 @@ class Sweep:
         self._scratch: dict[torch.device, Scratch] = {}
         self._parts: list[_Part] = []
         self.read: set[int] = set()
-        fused: list[Stretch] = []
-        large: list[Stretch] = []
-        small: list[Stretch] = []
+        stretches: list[Stretch] = []
         for entry in entries:
             first, live = entry.slots[0], entry.live
             if first.numel() == 0:
                 continue
-            if not is_dense(live) or live.stride() != first.stride():
+            if is_dense(live) and live.stride() == first.stride():
+                stretches.append(Stretch(tuple(map(flat, entry.slots)), flat(live), entry))
+            else:
                 self._convert_rows(Stretch(tuple(map(real, entry.slots)), real(live), entry))
-                continue
-            stretch = Stretch(tuple(map(flat, entry.slots)), flat(live), entry)
-            here = first.device == live.device
-            in_order = stretch.counters() is None or stretch.indices.consecutive
-            if here and in_order and self._has_kernel(stretch):
-                fused.append(stretch)
-            elif here and in_order and first.numel() <= SMALL:
+        self._kernels: list[list[kernels.Fused]] = [[] for _ in range(number)]
+        small: list[Stretch] = []
+        large: list[Stretch] = []
+        for stretch in self._without_kernel(stretches):
+            average, live = stretch.slots[0], stretch.live
+            here = average.device == live.device
+            if here and average.numel() <= SMALL and _in_order(stretch):
                 small.append(stretch)
             elif here and live.dtype == stretch.computed:
                 large.append(stretch)
             else:
                 self._convert_rows(stretch)
-        self._kernels = [list(self._fuse(fused, index)) for index in range(number)]
         for together in neighbors(small):
             self._gather(together)
         self._read_in_place(large)
-        self.on_device = bool(fused) and not self._parts
+        self.on_device = any(self._kernels) and not self._parts
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -99,7 +99,7 @@ class Sweep:
         self,
         weights: Sequence[float],
         count: int,
-        finite: Tensor | None = None,
+        finite: Mapping[torch.device, Tensor] | None = None,
         *,
         then: Step = int,
     ) -> None:
@@ -108,7 +108,8 @@ class Sweep:
         Args:
             weights: ``1 − decay`` in [0, 1] and float64, one for each average.
             count: number of the update, from 1.
-            finite: where it is all on the device, a bool there; false: nothing is done.
+            finite: where it is all done by kernels, a bool on each device, and all of them the
+                same; false: nothing is done.
             then: a last step, which nothing parts from the others.
         """
         steps = [*self._steps(weights, count), then]
@@ -120,7 +121,7 @@ class Sweep:
         with uninterrupted(), torch.no_grad():
             for weight, several in zip(weights, self._kernels, strict=True):
                 for kernel in several:
-                    kernel(weight, count, finite)
+                    kernel(weight, count, None if finite is None else finite[kernel.device])
             run(steps)
 
     def _steps(self, weights: Sequence[float], count: int) -> Iterator[Step]:
@@ -151,22 +152,26 @@ class Sweep:
         y, total = (self._buffer(average, average.dtype, index) for index in (1, 2))
         return compensated(average, remainder, source, weight, (y, total))
 
-    def _has_kernel(self, stretch: Stretch) -> bool:
-        """Whether a kernel does it, and better than PyTorch's own operators."""
-        average, live = stretch.slots[0], stretch.live
-        plain = average.dtype == live.dtype == torch.float32 and len(stretch.slots) == self._number
-        return (
-            (self._guarded or not plain)
-            and kernels.supports(average.dtype, live.dtype)
-            and kernels.available(average.device)
-        )
+    def _without_kernel(self, stretches: list[Stretch]) -> list[Stretch]:
+        """Prepare kernels for as many stretches as there are any for; those that are left."""
+        together: dict[torch.device, list[Stretch]] = {}
+        for stretch in stretches:
+            if _has_kernel(stretch):
+                together.setdefault(stretch.live.device, []).append(stretch)
+        done: set[int] = set()
+        for device, here in together.items():
+            prepared = [list(self._fuse(here, index)) for index in range(self._number)]
+            if kernels.compiled(device, *chain.from_iterable(prepared)):
+                done.update(map(id, here))
+                for several, more in zip(self._kernels, prepared, strict=True):
+                    several.extend(more)
+        return [stretch for stretch in stretches if id(stretch) not in done]
 
     def _fuse(self, stretches: list[Stretch], index: int) -> Iterator[kernels.Fused]:
-        """The kernels of one average."""
-        alike: dict[tuple[torch.device, torch.dtype], list[Stretch]] = {}
+        """The kernels of one average on one device."""
+        alike: dict[torch.dtype, list[Stretch]] = {}
         for stretch in stretches:
-            first = stretch.slots[0]
-            alike.setdefault((first.device, first.dtype), []).append(stretch)
+            alike.setdefault(stretch.slots[0].dtype, []).append(stretch)
         for group in alike.values():
             runs = [run for run in map(Stretch.counters, group) if run is not None]
             compensated = len(group[0].slots) > self._number
@@ -176,14 +181,16 @@ class Sweep:
                 [stretch.slots[self._number + index] for stretch in group] if compensated else None,
                 [run.stream for run in runs] if runs else None,
                 [run.indices.offset for run in runs] if runs else None,
+                guarded=self._guarded,
             )
 
     def _read_in_place(self, stretches: list[Stretch]) -> None:
         """Average params without a copy: in one call, or a chunk at a time while it is in cache."""
-        together: dict[torch.dtype, list[Stretch]] = {}
+        together: dict[tuple[torch.device, torch.dtype], list[Stretch]] = {}
         for stretch in stretches:
             if len(stretch.slots) == 1 and not stretch.narrow:
-                together.setdefault(stretch.live.dtype, []).append(stretch)
+                kind = stretch.live.device, stretch.live.dtype
+                together.setdefault(kind, []).append(stretch)
                 continue
             for chunk in stretch.chunks():
                 self._add((), chunk.slots, chunk.live, chunk.counters())
@@ -247,6 +254,22 @@ class Sweep:
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = torch.empty(max(size, CHUNK), dtype=dtype, device=like.device)
         return self._buffers[key][:size]
+
+
+def _in_order(stretch: Stretch) -> bool:
+    """Whether its random bits, if there are any, count through its memory as it lies."""
+    return stretch.counters() is None or stretch.indices.consecutive
+
+
+def _has_kernel(stretch: Stretch) -> bool:
+    """Whether a kernel can do it."""
+    average, live = stretch.slots[0], stretch.live
+    return (
+        average.device == live.device
+        and kernels.supports(average.dtype, live.dtype)
+        and kernels.available(average.device)
+        and _in_order(stretch)
+    )
 
 
 def _side_by_side(sources: list[Tensor], out: Tensor) -> Iterator[Step]:

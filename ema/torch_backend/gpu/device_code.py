@@ -1,6 +1,7 @@
-"""What runs on the GPU: one update of many tensors in one pass over their memory, in Triton.
+"""What runs on the GPU, in Triton: each kernel goes through many tensors in one pass over memory.
 
-Only :mod:`ema.torch_backend.gpu.kernels` imports this, once there is a GPU to compile it for.
+Only :mod:`ema.torch_backend.gpu.kernels` imports this, once there is a GPU to compile it for. The
+tables and blocks are those of :mod:`ema.torch_backend.gpu.blocks`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from ema.rounding import FIRST, SECOND
 
-__all__ = ["update"]
+__all__ = ["exchange", "look", "update"]
 
 _FIRST = tl.constexpr(FIRST)
 _SECOND = tl.constexpr(SECOND)
@@ -55,6 +56,67 @@ def narrow(x, bits, added):
     return tl.where(x == x, (bits + added) >> 16, (bits >> 16) | 0x40).to(tl.uint16)
 
 
+@triton.jit
+def begin(blocks, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the row of this program's block begins in the table, and its first element."""
+    block = blocks + 2 * tl.program_id(0)
+    return tl.load(block).to(tl.int64) * COLUMNS, tl.load(block + 1).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """The tensor at the address that a table holds."""
+    tensor = tl.load(address).to(tl.pointer_type(DTYPE))
+    if WHOLE:
+        tensor = tl.multiple_of(tensor, 16)
+    return tensor
+
+
+@triton.jit
+def look(
+    table,
+    blocks,
+    finite,
+    PARAMS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write 0 to ``finite`` where an element of one block of one tensor is NaN or infinite."""
+    offset, start = begin(blocks, 2, BLOCK)
+    row = table + offset
+    params = pointer(row, PARAMS, WHOLE) + start
+    lanes = tl.arange(0, BLOCK)
+    inside = None if WHOLE else start + lanes < tl.load(row + 1)
+    values = tl.load(params + lanes, mask=inside, other=None if WHOLE else 0)
+    if PARAMS == tl.float64:
+        wrong = values - values != 0.0
+    else:
+        x = widen(values)
+        wrong = x - x != 0.0  # NaN for NaN and infinities, and that is not 0
+    tl.store(finite + lanes * 0, 0, mask=wrong)
+
+
+@triton.jit
+def exchange(
+    table,
+    blocks,
+    ELEMENT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of two tensors of one length changes places, as integers of their size."""
+    offset, start = begin(blocks, 3, BLOCK)
+    row = table + offset
+    one = pointer(row, ELEMENT, WHOLE) + start
+    other = pointer(row + 1, ELEMENT, WHOLE) + start
+    lanes = tl.arange(0, BLOCK)
+    inside = None if WHOLE else start + lanes < tl.load(row + 2)
+    x = tl.load(one + lanes, mask=inside)
+    y = tl.load(other + lanes, mask=inside)
+    tl.store(one + lanes, y, mask=inside)
+    tl.store(other + lanes, x, mask=inside)
+
+
 @triton.jit(do_not_specialize=["count"])
 def update(
     table,
@@ -80,26 +142,15 @@ def update(
         count = tl.load(count)
         if weight == 0.0:
             return
-    program = tl.program_id(0)
-    row = table + tl.load(blocks + 2 * program).to(tl.int64) * 7
-    start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
-    averages = tl.load(row).to(tl.pointer_type(AVERAGE))
-    params = tl.load(row + 1).to(tl.pointer_type(PARAMS))
+    offset, start = begin(blocks, 7, BLOCK)
+    row = table + offset
     lanes = tl.arange(0, BLOCK)
-    if WHOLE:
-        averages = tl.multiple_of(averages, 16)
-        params = tl.multiple_of(params, 16)
-        inside = None
-    else:
-        inside = start + lanes < tl.load(row + 3)
-    averages += start + lanes
+    inside = None if WHOLE else start + lanes < tl.load(row + 3)
+    averages = pointer(row, AVERAGE, WHOLE) + start + lanes
     average = widen(tl.load(averages, mask=inside))
-    live = widen(tl.load(params + start + lanes, mask=inside))
+    live = widen(tl.load(pointer(row + 1, PARAMS, WHOLE) + start + lanes, mask=inside))
     if COMPENSATED:
-        remainders = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-        if WHOLE:
-            remainders = tl.multiple_of(remainders, 16)
-        remainders += start + lanes
+        remainders = pointer(row + 2, tl.float32, WHOLE) + start + lanes
         remainder = tl.load(remainders, mask=inside)
         step = tl.fma(weight, (live - average) - remainder, remainder)
         moved = average + step

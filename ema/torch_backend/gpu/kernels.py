@@ -1,92 +1,81 @@
-"""One update of many tensors on a GPU in one pass over their memory, where PyTorch takes several.
+"""Work on many tensors on a GPU in one pass over their memory, where PyTorch takes several.
 
-PyTorch's grouped operators reach that for a float32 average of float32 params. Elsewhere they
-convert first, or need a pass for each operation; Triton does not. Bytes moved for each parameter:
+PyTorch converts first, or needs a pass for each operation, and its grouped operators slow down as
+tensors get many. Bytes that an update moves for each parameter:
 
-======================  =============  =================
+======================  =============  ==============
 average                 bf16, fp16     float32 params
-======================  =============  =================
-float32                 10             12 (as a guarded update; otherwise ``torch._foreach_lerp_``)
+======================  =============  ==============
+float32                 10             12
 float32, compensated    18             20
 bfloat16                6              8
-======================  =============  =================
+======================  =============  ==============
 
-The bits are those of the CPU. This was run in Triton's interpreter and compiled for a GPU, and has
-not been measured on one.
+Looking for NaN and Inf reads each parameter once; an exchange moves 16 bytes for two float32. The
+bits are those of the CPU. ``docs/benchmarks.md`` has what was measured on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, _foreach_norm
+from torch import Tensor
 
+from ema.errors import warn
 from ema.rounding import Stream
+from ema.torch_backend.gpu.blocks import BLOCK, WARPS, Launch, launches
 from ema.torch_backend.interrupts import uninterrupted
 
-__all__ = ["Fused", "all_finite", "available", "supports"]
+__all__ = ["Exchange", "Fused", "Look", "available", "compiled", "supports"]
 
-_BLOCK = 2048
-"""Elements that one program of the grid updates, with :data:`_WARPS` warps."""
-_WARPS = 8
-_ALIGNED = 16
-"""Bytes of one load of a thread: what begins at a multiple of it is read in such pieces."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_failed: set[torch.device] = set()
+"""Devices for which a kernel could not be compiled."""
 
 
 def supports(average: torch.dtype, params: torch.dtype) -> bool:
     """Whether there is a kernel for params of this dtype and an average of that one."""
-    return average in (torch.float32, torch.bfloat16) and params in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    )
+    return average in (torch.float32, torch.bfloat16) and params in _FLOATS
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels run on this device, as far as is known before one is compiled."""
+    return device not in _failed and _suits(device)
 
 
 @functools.cache
-def available(device: torch.device) -> bool:
-    """Whether kernels run on this device. The first question on a GPU compiles a small one."""
-    if device.type != "cuda":
+def _suits(device: torch.device) -> bool:
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:  # Triton may lack, and it needs a C compiler on the machine
-        one = torch.ones(1, device=device)
-        Fused([torch.zeros_like(one)], [one])(0.5)
-    except Exception:  # whatever it is, PyTorch's operators work
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def compiled(device: torch.device, *kernels: Fused | Look | Exchange) -> bool:
+    """Compile what these kernels launch, now and not in the first update.
+
+    Returns:
+        Whether all of it could be compiled. If not, :func:`available` says so from now on.
+
+    Warns:
+        EMAWarning: the first time that it could not on this device, with the reason.
+    """
+    try:
+        for kernel in kernels:
+            kernel.compile()
+    except Exception as error:  # a compiler and its tools raise what they like
+        _failed.add(device)
+        warn(
+            f"Triton cannot compile for {device}, so PyTorch's operators average there, in more"
+            f" passes and with the same bits: {type(error).__name__}: {error}"
+        )
         return False
     return True
-
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether no element is NaN or infinite: a bool on the device of the first, without a sync.
-
-    Args:
-        tensors: at least one, real and of floating point, of any dtypes and devices.
-    """
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    result = torch.ones((), dtype=torch.bool, device=tensors[0].device)
-    for group in alike.values():
-        largest = torch.stack(_foreach_norm(group, math.inf))
-        result.logical_and_(largest.isfinite().all().to(result.device, non_blocking=True))
-    return result
-
-
-class _Launch(NamedTuple):
-    """Blocks of tensors of the same dtypes; ``whole`` ones need no mask and begin aligned."""
-
-    table: Tensor
-    blocks: Tensor
-    params: torch.dtype
-    whole: bool
 
 
 class Fused:
@@ -104,8 +93,10 @@ class Fused:
             rounded to nearest.
         offsets: the place of each tensor's first element in the whole tensor that the random bits
             count through; None: 0.
+        guarded: whether calls get ``finite``, for :func:`compiled`.
 
     Attributes:
+        device: of the tensors.
         tensors: whose memory a call uses, for :meth:`ema.torch_backend.gpu.lane.Lane.hold`.
 
     Raises:
@@ -120,47 +111,34 @@ class Fused:
         remainders: Sequence[Tensor] | None = None,
         streams: Sequence[Stream] | None = None,
         offsets: Sequence[int] | None = None,
+        *,
+        guarded: bool = False,
     ) -> None:
         self._compensated = remainders is not None
         self._stochastic = streams is not None
+        self._guarded = guarded
+        self._average = averages[0].dtype if averages else torch.float32
+        self.device = averages[0].device if averages else torch.device("cpu")
         rows: dict[torch.dtype, list[tuple[int, ...]]] = {}
         for index, (average, live) in enumerate(zip(averages, params, strict=True)):
             remainder = average if remainders is None else remainders[index]
-            if not supports(average.dtype, live.dtype) or average.dtype != averages[0].dtype:
+            if not supports(average.dtype, live.dtype) or average.dtype != self._average:
                 raise TypeError(f"no kernel for {live.dtype} params and {average.dtype} averages")
-            for tensor in (average, live, remainder):
-                if tensor.shape != (average.numel(),) or not tensor.is_contiguous():
-                    raise ValueError(f"a kernel needs flat tensors alike, got {tensor.shape}")
+            addresses = _addresses(average, live, remainder)
             low, high = (0, 0) if streams is None else streams[index]
-            offset = 0 if offsets is None else offsets[index] % (1 << 32)
-            addresses = (average.data_ptr(), live.data_ptr(), remainder.data_ptr())
-            row = (*addresses, average.numel(), low, high, offset)
+            place = 0 if offsets is None else offsets[index] % (1 << 32)
+            row = (*addresses, average.numel(), low, high, place)
             rows.setdefault(live.dtype, []).append(row)
-        self._average = averages[0].dtype if averages else torch.float32
-        self._device = averages[0].device if averages else torch.device("cpu")
+        size = self._average.itemsize
+        remainder_size = 4 if self._compensated else size
         self._launches = [
-            launch for dtype, table in rows.items() for launch in self._prepare(dtype, table)
+            (dtype, launch)
+            for dtype, several in rows.items()
+            for launch in launches(
+                several, (size, dtype.itemsize, remainder_size), self.device, places=True
+            )
         ]
-        self.tensors = [*averages, *params, *(remainders or ())]
-        self.tensors += [tensor for launch in self._launches for tensor in launch[:2]]
-
-    def _prepare(self, params: torch.dtype, rows: list[tuple[int, ...]]) -> Iterator[_Launch]:
-        table = torch.tensor(rows, dtype=torch.int64)
-        aligned = (table[:, :3] % _ALIGNED == 0).all(dim=1)
-        whole = torch.where(aligned, table[:, 3] // _BLOCK, 0)
-        rest = -(-table[:, 3] // _BLOCK) - whole
-        on_device = table.to(self._device)
-        for first, number, is_whole in (
-            (torch.zeros_like(whole), whole, True),
-            (whole, rest, False),
-        ):
-            total = int(number.sum())
-            if total == 0:
-                continue
-            tensors = torch.repeat_interleave(torch.arange(len(rows)), number)
-            begins = number.cumsum(0) - number - first
-            blocks = torch.stack([tensors, torch.arange(total) - begins[tensors]], dim=1)
-            yield _Launch(on_device, blocks.to(self._device, torch.int32), params, is_whole)
+        self.tensors = [*averages, *params, *(remainders or ()), *_memory(self._launches)]
 
     def __call__(
         self, weight: float | Tensor, count: int | Tensor = 0, finite: Tensor | None = None
@@ -177,9 +155,8 @@ class Fused:
                 ``weight`` is one, both of one element.
             finite: a bool on the device; where it is false nothing is written.
         """
-        on_device = isinstance(weight, Tensor)
         if isinstance(weight, Tensor):
-            count = torch.as_tensor(count, device=self._device)
+            count = torch.as_tensor(count, device=self.device)
         else:
             if isinstance(count, Tensor):
                 raise TypeError("`count` may be a tensor where `weight` is one")
@@ -187,34 +164,183 @@ class Fused:
             count = (count + (1 << 31)) % (1 << 32) - (1 << 31)  # always an int32 to the compiler
             if weight == 0.0:
                 return
-        if not self._launches:
-            return
+        _launch(self.device, self._calls(weight, count, finite))
+
+    def compile(self) -> None:
+        """Compile what calls with a number as their weight launch."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device) if self._guarded else None
+        _compile(self.device, self._calls(0.5, 1, finite))
+
+    def _calls(
+        self, weight: float | Tensor, count: int | Tensor, finite: Tensor | None
+    ) -> Iterator[_Call]:
+        for dtype, launch in self._launches:
+            yield _Call(
+                "update",
+                launch,
+                (weight, count, finite),
+                {
+                    "AVERAGE": _name(self._average),
+                    "PARAMS": _name(dtype),
+                    "COMPENSATED": self._compensated,
+                    "STOCHASTIC": self._stochastic,
+                    "GUARDED": finite is not None,
+                    "ON_DEVICE": isinstance(weight, Tensor),
+                },
+            )
+
+
+class Look:
+    """Whether tensors on one device are free of NaN and Inf: each is read once, in one launch.
+
+    Args:
+        tensors: flat and contiguous, in float64, float32, bfloat16 or float16.
+
+    Attributes:
+        device: of the tensors.
+        tensors: whose memory a call uses.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.device = tensors[0].device
+        rows: dict[torch.dtype, list[tuple[int, ...]]] = {}
+        for tensor in tensors:
+            row = (*_addresses(tensor), tensor.numel())
+            rows.setdefault(tensor.dtype, []).append(row)
+        self._launches = [
+            (dtype, launch)
+            for dtype, several in rows.items()
+            for launch in launches(several, (dtype.itemsize,), self.device)
+        ]
+        self.tensors = [*tensors, *_memory(self._launches)]
+
+    def __call__(self) -> Tensor:
+        """Run it on the current stream: a bool on the device, of no dimensions."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        _launch(self.device, self._calls(finite))
+        return finite
+
+    def compile(self) -> None:
+        """Compile what a call launches."""
+        _compile(self.device, self._calls(torch.ones((), dtype=torch.bool, device=self.device)))
+
+    def _calls(self, finite: Tensor) -> Iterator[_Call]:
+        for dtype, launch in self._launches:
+            yield _Call("look", launch, (finite,), {"PARAMS": _name(dtype)})
+
+
+class Exchange:
+    """Tensors of one device that change places with others, in one launch for each size of element.
+
+    Args:
+        ones: flat and contiguous, of any dtypes.
+        others: of the same sizes and dtypes.
+
+    Attributes:
+        device: of the tensors.
+        tensors: whose memory a call uses.
+    """
+
+    def __init__(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self.device = ones[0].device
+        rows: dict[int, list[tuple[int, ...]]] = {}
+        for one, other in zip(ones, others, strict=True):
+            if one.dtype != other.dtype:
+                raise TypeError(f"{one.dtype} and {other.dtype} cannot change places")
+            row = (*_addresses(one, other), one.numel())
+            rows.setdefault(one.element_size(), []).append(row)
+        self._launches = [
+            (size, launch)
+            for size, several in rows.items()
+            for launch in launches(several, (size, size), self.device)
+        ]
+        self.tensors = [*ones, *others, *_memory(self._launches)]
+
+    def __call__(self) -> None:
+        """Run it on the current stream."""
+        _launch(self.device, self._calls())
+
+    def compile(self) -> None:
+        """Compile what a call launches."""
+        _compile(self.device, self._calls())
+
+    def _calls(self) -> Iterator[_Call]:
         import triton.language as tl
 
-        from ema.torch_backend.gpu import device_code
+        elements = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+        for size, launch in self._launches:
+            yield _Call("exchange", launch, (), {"ELEMENT": elements[size]})
 
-        names: dict[torch.dtype, Any] = {
-            torch.float32: tl.float32,
-            torch.bfloat16: tl.uint16,  # its bits
-            torch.float16: tl.float16,
-        }
-        on_gpu = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if on_gpu else nullcontext(), uninterrupted():
-            for launch in self._launches:
-                device_code.update[(len(launch.blocks),)](
-                    launch.table,
-                    launch.blocks,
-                    weight,
-                    count,
-                    finite,
-                    AVERAGE=names[self._average],
-                    PARAMS=names[launch.params],
-                    COMPENSATED=self._compensated,
-                    STOCHASTIC=self._stochastic,
-                    GUARDED=finite is not None,
-                    ON_DEVICE=on_device,
-                    WHOLE=launch.whole,
-                    BLOCK=_BLOCK,
-                    num_warps=_WARPS,
-                    enable_fp_fusion=False,  # what is fused says so
-                )
+
+class _Call(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+        name: of the kernel in :mod:`ema.torch_backend.gpu.device_code`.
+        launch: its blocks.
+        arguments: after the blocks.
+        constants: that it is compiled for.
+    """
+
+    name: str
+    launch: Launch
+    arguments: tuple[object, ...]
+    constants: dict[str, object]
+
+    @property
+    def keywords(self) -> dict[str, object]:
+        """Constants and options of the compiler."""
+        whole = {"WHOLE": self.launch.whole, "BLOCK": BLOCK}
+        # what is fused says so
+        return {**self.constants, **whole, "num_warps": WARPS, "enable_fp_fusion": False}
+
+
+def _launch(device: torch.device, calls: Iterable[_Call]) -> None:
+    with _current(device), uninterrupted():
+        for call in calls:
+            kernel = _kernel(call.name)[call.launch.grid]
+            kernel(call.launch.table, call.launch.blocks, *call.arguments, **call.keywords)
+
+
+def _compile(device: torch.device, calls: Iterable[_Call]) -> None:
+    """Compile and load; the interpreter of Triton, which runs on the CPU, does neither."""
+    if device.type != "cuda":
+        return
+    with _current(device):
+        for call in calls:
+            arguments = (call.launch.table, call.launch.blocks, *call.arguments)
+            found = _kernel(call.name).warmup(*arguments, grid=call.launch.grid, **call.keywords)
+            found[call.launch.grid]  # loads it, which no CUDA graph may contain
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _kernel(name: str) -> Any:
+    from ema.torch_backend.gpu import device_code
+
+    return getattr(device_code, name)
+
+
+def _name(dtype: torch.dtype) -> Any:
+    """What a kernel calls a dtype."""
+    import triton.language as tl
+
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.uint16,  # its bits
+        torch.float16: tl.float16,
+    }[dtype]
+
+
+def _addresses(first: Tensor, *others: Tensor) -> tuple[int, ...]:
+    for tensor in (first, *others):
+        if tensor.shape != (first.numel(),) or not tensor.is_contiguous():
+            raise ValueError(f"a kernel needs flat tensors alike, got {tensor.shape}")
+    return tuple(tensor.data_ptr() for tensor in (first, *others))
+
+
+def _memory(several: Iterable[tuple[object, Launch]]) -> list[Tensor]:
+    return [tensor for _, launch in several for tensor in (launch.table, launch.blocks)]

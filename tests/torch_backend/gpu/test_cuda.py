@@ -13,7 +13,8 @@ import ema
 from ema import EMAModel
 from ema.errors import StateError
 from ema.torch_backend.gpu import kernels
-from tests.torch_backend.gpu.test_on_device import make, train
+from ema.torch_backend.guard import all_finite
+from tests.torch_backend.gpu.runs import differences, make, train
 
 DEVICE = os.environ.get("EMA_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
@@ -37,23 +38,6 @@ OPTIONS = [
 ]
 WHERE = [{}, {"overlap": True}, {"device": "cpu"}]
 LIVE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def differences(ours, theirs, path=""):
-    """Where two states differ in a bit; NaN equals NaN, and 0 is not −0."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), path
-        return [d for key in ours for d in differences(ours[key], theirs[key], f"{path}.{key}")]
-    if isinstance(ours, torch.Tensor):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), path
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(ours.element_size())
-        one, other = ours.cpu().contiguous(), theirs.cpu().contiguous()
-        if bits is None or not one.is_floating_point():
-            same = one == other
-        else:
-            same = (one.view(bits) == other.view(bits)) | (one.isnan() & other.isnan())
-        return [] if bool(same.all()) else [f"{path}: {int((~same).sum())} of {same.numel()}"]
-    return [] if ours == theirs else [path]
 
 
 @pytest.fixture(params=["Triton", "PyTorch"])
@@ -134,4 +118,5 @@ def test_more_than_2_31_elements():
     for part in (average[:4096], average[2**31 - 2048 : 2**31 + 2048], average[-4096:]):
         assert bool((part == 0.25).all())
     params[-1] = float("nan")
-    assert not kernels.all_finite([params])
+    assert not kernels.Look([params])()
+    assert not all_finite([params])

@@ -71,7 +71,7 @@ def test_only_what_is_aligned_is_read_in_large_pieces(which):
     aligned = [numbers([5000])[0] for _ in range(3)]
     average, params, remainder = zip(aligned, tensors, strict=True)
     fused = kernels.Fused(average, params, remainder)
-    found = {launch.whole: launch.blocks.tolist() for launch in fused._launches}
+    found = {launch.whole: launch.blocks.tolist() for _, launch in fused._launches}
     assert found == {True: [[0, 0], [0, 1]], False: [[0, 2], [1, 0], [1, 1], [1, 2]]}
 
 
@@ -141,9 +141,11 @@ def rounded(x, stream, count, offset):
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_stochastic_has_the_bits_of_the_contract(dtype, count):
-    averages = numbers(SIZES, torch.bfloat16, special=True)
-    params = numbers(SIZES, dtype, special=True)
+@pytest.mark.parametrize("shift", [0, 8 - 3])
+def test_stochastic_has_the_bits_of_the_contract(dtype, count, shift):
+    """Also where the first elements are peeled off."""
+    averages = numbers(SIZES, torch.bfloat16, special=True, shift=shift)
+    params = numbers(SIZES, dtype, special=True, shift=shift)
     streams = [rounding.stream_of(f"layers.{index}", 7) for index in range(len(SIZES))]
     offsets = [0, 3, 2**32 - 1, 2**32 - 1000, 2**31 - 5, 5 * 2**32 + 17, 0, 0, 2**40, 1]
     together = zip(averages, params, streams, offsets, strict=True)
@@ -264,13 +266,46 @@ def test_control_c_waits_for_the_end_of_an_update(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_all_finite_finds_one_bad_element(dtype, bad):
-    tensors = [*numbers(SIZES, dtype), torch.randn(3, 5)]
-    tensors[3][:] = torch.finfo(dtype).max
-    assert kernels.all_finite(tensors)
-    tensors[3][1234] = bad
-    assert not kernels.all_finite(tensors)
-    assert kernels.all_finite([torch.empty(0)])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("place", [0, 1, 1234, -1])
+def test_a_look_finds_one_bad_element(dtype, bad, shift, place):
+    tensors = [*numbers(SIZES, dtype, shift=shift), *numbers([5000], torch.float32)]
+    tensors[6][:] = torch.finfo(dtype).max
+    look = kernels.Look(tensors)
+    assert look()
+    tensors[6][place] = bad
+    assert not look()
+    tensors[6][place] = -torch.finfo(dtype).max
+    assert look()
+
+
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 1), (1, 2)])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64, torch.int8])
+def test_an_exchange_moves_every_bit(dtype, shifts):
+    ones, others = (
+        [
+            torch.randint(-128, 128, ((n + shift) * dtype.itemsize,), dtype=torch.int8).view(dtype)[
+                shift:
+            ]
+            for n in SIZES
+        ]
+        for shift in shifts
+    )
+    before = [tensor.view(torch.int8).clone() for tensor in (*ones, *others)]
+    around = [tensor._base.clone() for tensor in (*ones, *others)]
+    kernels.Exchange(ones, others)()
+    after = [tensor.view(torch.int8) for tensor in (*others, *ones)]
+    assert all(map(torch.equal, before, after))
+    for tensor, old in zip((*ones, *others), around, strict=True):
+        edge = tensor.storage_offset()
+        assert torch.equal(tensor._base[:edge].view(torch.int8), old[:edge].view(torch.int8))
+
+
+def test_what_cannot_change_places_is_refused():
+    with pytest.raises(ValueError, match="flat"):
+        kernels.Exchange([torch.zeros(4)], [torch.zeros(8)[::2]])
+    with pytest.raises(TypeError, match="float64"):
+        kernels.Exchange([torch.zeros(4)], [torch.zeros(4).double()])
 
 
 def test_there_are_no_kernels_for_the_cpu():
@@ -291,37 +326,55 @@ import re, sys
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from ema.torch_backend.gpu.device_code import update
+from ema.torch_backend.gpu import device_code
+
+TYPES = dict(table="*i64", blocks="*i32", finite="*i1")
+
+
+def assembly(kernel, constants, **types):
+    constants |= dict(BLOCK=2048)
+    signature = {n: (TYPES | types).get(n, "constexpr") for n in kernel.arg_names}
+    options = dict(num_warps=8, enable_fp_fusion=False)
+    source = ASTSource(kernel, signature, constants)
+    code = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm
+    assert code["cubin"]
+    return code["ptx"]
+
 
 names = ("COMPENSATED", "STOCHASTIC", "GUARDED", "ON_DEVICE", "WHOLE")
 for average, params, flags, multiplies in [
     (tl.float32, tl.uint16, (0, 0, 0, 0, 1), 16),
     (tl.float32, tl.float16, (0, 0, 1, 1, 0), 16),
+    (tl.float32, tl.float32, (0, 0, 0, 0, 1), 16),
     (tl.float32, tl.float32, (1, 0, 0, 0, 1), 8),
     (tl.uint16, tl.uint16, (0, 1, 0, 0, 1), 16),
 ]:
-    constants = dict(AVERAGE=average, PARAMS=params, BLOCK=2048)
+    constants = dict(AVERAGE=average, PARAMS=params)
     constants |= {name: bool(flag) for name, flag in zip(names, flags, strict=True)}
-    signature = dict(table="*i64", blocks="*i32", finite="*i1")
     on_device = constants["ON_DEVICE"]
-    signature |= dict(weight="*fp64" if on_device else "fp32", count="*i64" if on_device else "i32")
-    signature = {n: signature.get(n, "constexpr") for n in update.arg_names}
-    options = dict(num_warps=8, enable_fp_fusion=False)
-    source = ASTSource(update, signature, constants)
-    code = compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm
-    assert code["cubin"]
-    multiply = re.findall(r"(?:fma|mad|mul)[.a-z]*[.]f32", code["ptx"])
+    weight, count = ("*fp64", "*i64") if on_device else ("fp32", "i32")
+    ptx = assembly(device_code.update, constants, weight=weight, count=count)
+    multiply = re.findall(r"(?:fma|mad|mul)[.a-z]*[.]f32", ptx)
     assert multiply == ["fma.rn.f32"] * multiplies, multiply
     if constants["WHOLE"]:
-        assert "ld.global.v4.b32" in code["ptx"]
-        assert "st.global.v4.b32" in code["ptx"]
+        assert "ld.global.v4.b32" in ptx
+        assert "st.global.v4.b32" in ptx
+
+for whole in (True, False):
+    ptx = assembly(device_code.exchange, dict(ELEMENT=tl.int32, WHOLE=whole))
+    assert "bar.sync" not in ptx
+    assert ptx.count("ld.global.v4") == ptx.count("st.global.v4") == 4 * whole, ptx
+    ptx = assembly(device_code.look, dict(PARAMS=tl.uint16, WHOLE=whole))
+    assert ptx.count("ld.global.v4") == whole
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the wheel with the compiler is for Linux")
-def test_the_code_for_a_gpu_fuses_what_is_written_so_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_code_for_a_gpu_fuses_what_is_written_so_and_nothing_else(tmp_path, capability):
     """8 elements a thread, two branches or one; compiling needs no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    subprocess.run([sys.executable, "-W", "error", "-c", COMPILE], env=environment, check=True)
+    command = [sys.executable, "-W", "error", "-c", COMPILE, capability]
+    subprocess.run(command, env=environment, check=True)

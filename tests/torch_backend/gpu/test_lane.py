@@ -1,6 +1,5 @@
 """Overlap on simulated streams: each is a queue, and what may run first runs first."""
 
-import contextlib
 import copy
 import gc
 import pickle
@@ -8,97 +7,13 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections import deque
 
 import pytest
 import torch
 
 from ema.torch_backend.gpu import lane as lane_module
 from ema.torch_backend.gpu.lane import Lane
-
-GPU = torch.device("cuda", 0)
-OTHER = torch.device("cuda", 1)
-
-
-class Simulation:
-    """Streams of devices, as far as they order work; no clock, no memory."""
-
-    def __init__(self):
-        self.streams = []
-        self.capturing = False
-        self.current = {device: self.stream(device) for device in (GPU, OTHER)}
-
-    def stream(self, device):
-        self.streams.append(Stream(self, device))
-        return self.streams[-1]
-
-    @contextlib.contextmanager
-    def on(self, stream):
-        before = self.current[stream.device]
-        self.current[stream.device] = stream
-        try:
-            yield
-        finally:
-            self.current[stream.device] = before
-
-    def launch(self, work, device=GPU):
-        self.current[device].queue.append(work)
-
-    def drain(self, *, latest_first):
-        """Run everything, on the streams made last or first as far as they need not wait."""
-        order = self.streams[::-1] if latest_first else self.streams
-        while any(stream.queue for stream in self.streams):
-            # one piece of work at a time, on the first stream whose next piece is ready
-            ready = (s for s in order if s.queue and getattr(s.queue[0], "ready", lambda: True)())
-            next(ready).queue.popleft()()
-
-
-class Stream:
-    def __init__(self, simulation, device):
-        self.simulation, self.device, self.queue = simulation, device, deque()
-
-    def wait_stream(self, other):
-        event = Event()
-        event.record(other)
-        self.wait_event(event)
-
-    def wait_event(self, event):
-        assert not self.simulation.capturing, "an event from outside would end the capture"
-        self.queue.append(Wait(event.last))
-
-
-class Wait:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def ready(self):
-        return self.mark["done"]
-
-    def __call__(self):
-        pass
-
-
-class Event:
-    last = {"done": True}  # noqa: RUF012
-
-    def record(self, stream):
-        mark = self.last = {"done": False}
-        stream.queue.append(lambda: mark.update(done=True))
-
-    def synchronize(self):
-        raise AssertionError("the host must not wait")
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    simulation = Simulation()
-    monkeypatch.setattr(lane_module, "_lanes", type(lane_module._lanes)())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: simulation.current[device])
-    monkeypatch.setattr(torch.cuda, "Stream", simulation.stream)
-    monkeypatch.setattr(torch.cuda, "stream", simulation.on)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: simulation.capturing)
-    return simulation
+from tests.torch_backend.gpu.simulation import GPU, OTHER
 
 
 class Run:
@@ -148,12 +63,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def step(self, closure=None):
         self.launch()
-
-
-@pytest.fixture(params=[False, True], ids=["first", "latest"])
-def latest_first(request):
-    """Which streams run ahead."""
-    return request.param
 
 
 def test_an_optimizer_waits_for_the_update(gpu, latest_first):
@@ -337,6 +246,7 @@ def test_without_a_gpu_work_is_done_at_once():
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from ema.torch_backend.gpu.lane import Lane
+from tests.torch_backend.gpu.simulation import GPU, OTHER
 done = []
 lane = Lane([torch.device("cpu"), torch.device("meta")])
 lane.run(lambda: done.append(1))
