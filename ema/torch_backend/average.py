@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -21,7 +21,7 @@ from ema.torch_backend.distributed.sharding import (
     place_of,
     wrapped_like,
 )
-from ema.torch_backend.gpu.lane import Lane
+from ema.torch_backend.gpu.lane import Lane, capturing
 from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.guard import Flag, Guard
 from ema.torch_backend.interrupts import uninterrupted
@@ -52,6 +52,7 @@ class _Bound:
         guard: a look for what is not finite.
         watch: whether the tensors are still these.
         beside: where an update runs that the loop does not wait for.
+        on_cuda: whether a live tensor is on a CUDA device.
     """
 
     slots: dict[str, tuple[Tensor, ...]]
@@ -62,6 +63,7 @@ class _Bound:
     guard: Guard
     watch: Watch
     beside: Lane | Offload | None
+    on_cuda: bool
 
     def origins(self, found: Selection) -> dict[str, str]:
         """The name in ``found`` of each tensor that has an average here, and its name here."""
@@ -98,6 +100,7 @@ class Average:
         self._first_look = FirstLook()
         self._unfit: list[str] = []  # newcomers that hold NaN or Inf, as the last look found
         self._warned_of_meta = False
+        self._warned_of_streams = False
         self.incomplete: frozenset[int] = frozenset()
         found = self._select()
         if not (found.averaged or found.pending):
@@ -143,6 +146,7 @@ class Average:
     def forget(self) -> None:
         """Hold nothing: the averages equal the live tensors again."""
         self.wait()
+        self._release()
         self._bound = self._copied = None
         self.incomplete = frozenset()
 
@@ -212,6 +216,11 @@ class Average:
             self._warned_of_meta = True
             warn(f"{listing(on_meta)} are {ON_META} and have no values to average")
 
+    def _release(self) -> None:
+        """Have the modules forget an overlap that is not used any more."""
+        if self._bound is not None and isinstance(self._bound.beside, Lane):
+            self._bound.beside.release()
+
     def wait(self) -> None:
         """Before the averages are read or written: until an update beside the loop is done."""
         if self._bound is not None and self._bound.beside is not None:
@@ -239,6 +248,29 @@ class Average:
     def guarded_on_device(self) -> bool:
         """Whether an update finds out by itself, and on the device, if it may be made."""
         return self._bound is not None and self._guards and self._bound.sweep.on_device
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether an update made now becomes part of a CUDA graph."""
+        return (self._bound is None or self._bound.on_cuda) and capturing()
+
+    def keeps_from_capture(self) -> str:
+        """Why an update cannot be part of a CUDA graph; empty if it can."""
+        bound, guard = self._bound, self._settings.precision.on_nonfinite
+        if bound is None:
+            return "it has not started"
+        if isinstance(bound.beside, Offload):
+            return "`device='cpu'` has the host make it"
+        if self._settings.depends_on_count:
+            return (
+                "each replay would repeat its decay and its random bits. A constant decay is"
+                " possible, and `stochastic_rounding=False`"
+            )
+        if guard == "raise" or (guard == "skip" and not self.guarded_on_device):
+            return f"`on_nonfinite={guard!r}` has the host look at the weights"
+        if bound.selection.late or bound.watch.changed():
+            return "the model has changed since the last update. Call `update()` once before"
+        return ""
 
     def before_write(self) -> None:
         """Before somebody other than an optimizer writes live weights."""
@@ -274,7 +306,7 @@ class Average:
                 work()
             else:
                 bound.beside.run(work)
-            keep(dataclasses.replace(counters, pending=flags[0] if flags else None))
+            keep(dataclasses.replace(counters, pending=(*counters.pending, *flags)))
         if bound.beside is not None and self._settings.rules.average_buffers:
             bound.beside.wait()  # the next forward pass writes those
 
@@ -380,11 +412,19 @@ class Average:
             guard.prepare()
         watch = Watch(found, self._settings.rules, sweep.read)
         beside: Lane | Offload | None = offload
+        if self._settings.overlap and not self._warned_of_streams:
+            self._warned_of_streams = _warn_without_streams(live.values())
         if offload is None and self._settings.overlap:
-            beside = Lane(tensor.device for tensor in live.values())
+            beside = Lane(
+                (tensor.device for tensor in live.values()),
+                (tensor for tensor in found.averaged.values() if isinstance(tensor, nn.Parameter)),
+                _holders(found),
+            )
             used = [tensor for several in slots.values() for tensor in several]
             beside.hold([*used, *live.values(), *sweep.tensors])
-        self._bound = _Bound(slots, places, addresses, found, sweep, guard, watch, beside)
+        self._release()
+        on_cuda = any(tensor.is_cuda for tensor in live.values())
+        self._bound = _Bound(slots, places, addresses, found, sweep, guard, watch, beside, on_cuda)
         self._copied = None
         return self._bound
 
@@ -453,11 +493,31 @@ def _only(names: Container[str], found: Selection) -> Selection:
     )
 
 
+def _warn_without_streams(tensors: Iterable[Tensor]) -> bool:
+    """Say so if these are on an accelerator on which nothing can overlap."""
+    without = {tensor.device.type for tensor in tensors} - {"cuda", "cpu", "meta"}
+    if without:
+        warn(
+            f"`overlap=True` needs streams of CUDA or ROCm: on {listing(sorted(without))} updates"
+            " are made in order with everything else"
+        )
+    return bool(without)
+
+
+def _holders(found: Selection) -> Iterator[nn.Module]:
+    """The modules that hold an averaged tensor themselves."""
+    averaged = set(map(id, found.averaged.values()))
+    for module in found.modules:
+        if not averaged.isdisjoint(map(id, module.parameters(recurse=False))):
+            yield module
+
+
 def _guarded(bound: _Bound, weights: Sequence[float], count: int, flags: list[Flag]) -> None:
     """An update that the device makes or not."""
     finite = bound.guard.all_finite()
     bound.sweep(weights, count, finite)
-    flags.append(Flag(next(iter(finite.values()))))
+    if not capturing():  # no host can wait for what a graph does at each replay
+        flags.append(Flag(next(iter(finite.values()))))
 
 
 def _is_offloaded(entry: Entry) -> bool:

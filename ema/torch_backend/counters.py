@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import takewhile
 
 from ema.torch_backend.guard import Flag
 
@@ -17,16 +18,28 @@ class Counters:
         step: calls of ``update``.
         count: updates made by them.
         skipped: updates that were due and not made, since the live weights were not finite.
-        pending: whether the last update that was counted is made, where only the device knows yet.
+        pending: for each of the last updates that were counted, whether it is made, where only
+            the device knows yet.
     """
 
     step: int = 0
     count: int = 0
     skipped: int = 0
-    pending: Flag | None = None
+    pending: tuple[Flag, ...] = ()
 
     def settled(self) -> Counters:
         """With nothing pending: the device is asked, and waited for."""
-        if self.pending is None or self.pending:
-            return Counters(self.step, self.count, self.skipped)
-        return Counters(self.step, self.count - 1, self.skipped + 1)
+        return self._told(len(self.pending))
+
+    def arrived(self) -> Counters:
+        """With what the device has told by now; it is not waited for."""
+        return self._told(len(list(takewhile(Flag.has_arrived, self.pending))))
+
+    def _told(self, number: int) -> Counters:
+        """With so many of those pending settled."""
+        if number == 0:
+            return self
+        skipped = sum(not flag for flag in self.pending[:number])
+        return Counters(
+            self.step, self.count - skipped, self.skipped + skipped, self.pending[number:]
+        )

@@ -329,7 +329,7 @@ def tensor_of(stored: StoredTensor) -> Tensor:
     """A view of the file, which is not to be written to; a copy where it is not aligned."""
     dtype = {**DTYPES, **OTHER_DTYPES}[stored.dtype]
     if not stored.nbytes:
-        return torch.empty(stored.shape, dtype=dtype)
+        return torch.empty(stored.shape, dtype=dtype, device="cpu")
     data = torch.frombuffer(stored.bytes(), dtype=torch.uint8)
     if data.data_ptr() % dtype.itemsize:  # torch reads 16 bytes at once and crashes
         data = data.clone()

@@ -186,8 +186,12 @@ class Flag:
         if value.is_cuda:
             self._value = torch.empty_like(value, device="cpu", pin_memory=True)
             self._value.copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._arrived.record()
+
+    def has_arrived(self) -> bool:
+        """Whether asking for it waits no more."""
+        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
     def __bool__(self) -> bool:
         if self._arrived is not None:

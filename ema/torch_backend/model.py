@@ -275,6 +275,7 @@ class EMAModel(Generic[ModelT]):
         self._refuse_while_swapped("update")
         self._refuse_incomplete()
         self._refuse_others()
+        self._refuse_capture()
         step = self._counters.step + 1
         since = step - self._settings.update_after_step
         weights = self._next_weights(since)  # first: one that is refused leaves all as it is
@@ -289,15 +290,13 @@ class EMAModel(Generic[ModelT]):
             self._modules.refresh()
             return
         self._average.check_values()
-        settled = self._settled()
-        count, skipped = settled.count, settled.skipped
+        counters = dataclasses.replace(self._counters, step=step)
         if names := self._refusing():
-            self._counters = Counters(step, count, skipped + 1)
+            self._counters = dataclasses.replace(counters, skipped=counters.skipped + 1)
             self._modules.refresh()
             self._warn_if_first(names)
             return
-        count += 1
-        counters = Counters(step, count, skipped)
+        counters = dataclasses.replace(counters, count=counters.count + 1)
         self._average.update(weights, counters, partial(setattr, self, "_counters"))
         self._modules.refresh()
 
@@ -868,19 +867,33 @@ class EMAModel(Generic[ModelT]):
         return f"{self._settings.schedules}"
 
     def _settled(self) -> Counters:
-        before = self._counters
-        self._counters = before.settled()
-        if self._counters.skipped > before.skipped:
+        """The counters, for which a device is waited for."""
+        return self._learn(self._counters.settled())
+
+    def _learn(self, counters: Counters) -> Counters:
+        before, self._counters = self._counters, counters
+        if counters.skipped > before.skipped:
             self._warn_if_first(self._average.nonfinite())
-        return self._counters
+        return counters
 
     def _next_weights(self, since: int) -> list[float]:
         """The weight of each average in the update that is due; empty where none is."""
         every = self._settings.update_every
         if since <= 0 or since % every:
             return []
-        number = self._settled().count + 1
+        if self._settings.depends_on_count:
+            counters = self._settled()
+        elif self._average.is_captured:
+            counters = self._counters
+        else:
+            counters = self._learn(self._counters.arrived())
+        number = counters.count + 1
         return [weight_of(each, number, every) for each in self._settings.schedules.values()]
+
+    def _refuse_capture(self) -> None:
+        """Make sure that an update which is captured into a CUDA graph can be replayed."""
+        if self._average.is_captured and (reason := self._average.keeps_from_capture()):
+            raise StateError(f"a CUDA graph cannot hold an update of this average: {reason}")
 
     def _refusing(self) -> list[str]:
         """The tensors for which the update that is due is to be skipped."""

@@ -12,7 +12,7 @@ from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing
 from ema.precision import Precision
 from ema.schedule_descriptions import describe_schedule, same_description
-from ema.schedules import Schedule, as_schedule
+from ema.schedules import ConstantDecay, Schedule, as_schedule
 from ema.torch_backend.selection import Rules
 
 __all__ = ["Settings"]
@@ -95,6 +95,12 @@ class Settings:
     def rounds(self) -> bool:
         """Whether averages are rounded by chance."""
         return self.dtype == torch.bfloat16 and self.precision.stochastic_rounding
+
+    @property
+    def depends_on_count(self) -> bool:
+        """Whether an update is another one than that before it, for the same tensors."""
+        constant = all(type(each) is ConstantDecay for each in self.schedules.values())
+        return self.rounds or not constant
 
     def index(self, name: str | None) -> int:
         """Which average a name means.

@@ -1,31 +1,51 @@
 """Work on a stream of its own, beside the next forward and backward pass, until the weights change.
 
 An update reads the params, and so do the passes: the two can overlap. The optimizer writes them, so
-it waits, on the device and not on the host: PyTorch tells before each ``Optimizer.step``. Whoever
-writes weights by other means calls :meth:`Lane.before_write`. Where nobody has said so since the
-last update, nobody may say so before the next one: that update is not overlapped.
+it waits for the update, on the device and not on the host: PyTorch calls a hook before each
+``Optimizer.step``. Nobody else who writes weights is seen in advance. So an update overlaps only where
+every write since the update before was announced, as far as that can be known:
 
-This was run with simulated streams, and has not been measured on a GPU.
+- each param belongs to an optimizer that has made a step since, or :meth:`Lane.before_write` was called;
+- until its step, the version counters of an optimizer's params had not moved (sharpness-aware
+  minimization writes them before the step);
+- none of these optimizers has made a step within a CUDA graph, whose replays call no hook, or has
+  ``train`` and ``eval`` methods that rewrite the weights (schedule-free ones).
+
+``load_state_dict`` of the model and of those optimizers waits as well. A step that ``torch.compile`` has
+compiled calls no hook, and then updates run in order with everything else.
+
+Streams were simulated; one H100 was measured, see ``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ema.torch_backend.interrupts import uninterrupted
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "capturing"]
 
 _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 """Those that optimizers wait for."""
+_silent: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that may write without a word: their steps were captured, or they have modes."""
+_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that tell before they load a state."""
 _hooked = False
+_version = attrgetter("_version")  # counts the writes to a tensor
+
+
+def capturing() -> bool:
+    """Whether the current stream of CUDA is being captured into a graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Lane:
@@ -37,13 +57,27 @@ class Lane:
 
     Args:
         devices: of the tensors that the work reads and writes.
+        params: that the work reads and that optimizers write.
+        modules: that hold them, and may load other ones.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self,
+        devices: Iterable[torch.device],
+        params: Iterable[Tensor] = (),
+        modules: Iterable[nn.Module] = (),
+    ) -> None:
         self._devices = {device for device in devices if device.type == "cuda"}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: dict[torch.device, torch.cuda.Event] = {}
-        self._announced = False
+        self._params = {id(param): param for param in params}
+        self._versions = self._now()  # at the last update, of those not announced since
+        self._surprised = False  # by a write before the step that announces it
+        self._by_hand = False
+        self._loading = [
+            module.register_load_state_dict_pre_hook(_BeforeLoading(self))  # type: ignore[no-untyped-call]
+            for module in (modules if self._devices else ())
+        ]
 
     def __reduce__(self) -> tuple[type[Lane], tuple[list[torch.device]]]:
         return type(self), (list(self._devices),)
@@ -51,14 +85,14 @@ class Lane:
     def run(self, work: Callable[[], object]) -> None:
         """Do the work after all that the current streams hold by now, beside what comes then.
 
-        Only if a writer has waited since the last time, see above; else on the current streams.
+        Only if every write since the last time was announced, see above; else on the current streams.
         """
         if not self._devices or torch.cuda.is_current_stream_capturing():
             work()
             return
         _announce(self)
         with uninterrupted(), ExitStack() as entered:
-            beside, self._announced = self._announced, False
+            beside = self._all_announced()
             if not beside:
                 self.wait()
             current = {device: torch.cuda.current_stream(device) for device in self._devices}
@@ -72,7 +106,8 @@ class Lane:
             finally:
                 for device, stream in used.items():
                     if device not in self._done:
-                        self._done[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                        # a host that waits sleeps, and leaves its core to others
+                        self._done[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     self._done[device].record(stream)
 
     def wait(self) -> None:
@@ -87,7 +122,21 @@ class Lane:
         PyTorch's optimizers do; a loop that writes weights by hand calls it before.
         """
         self.wait()
-        self._announced = True
+        self._by_hand = True
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Wait, and note which params are about to be written, if any are of this lane."""
+        if not self._holds(optimizer):
+            return
+        self.wait()
+        for param in _params_of(optimizer):
+            now = _version(param)
+            self._surprised = self._surprised or self._versions.pop(id(param), now) != now
+
+    def before_load(self, optimizer: Optimizer) -> None:
+        """Wait, if it writes any of the params."""
+        if self._holds(optimizer):
+            self.wait()
 
     def synchronize(self) -> None:
         """Let the host go on when the work is done."""
@@ -103,10 +152,52 @@ class Lane:
             if tensor.device in self._devices:
                 tensor.record_stream(self._stream(tensor.device))
 
+    def release(self) -> None:
+        """Take the hooks back from the modules, once the lane is not used any more."""
+        for handle in self._loading:
+            handle.remove()
+        self._loading = []
+
+    def _all_announced(self) -> bool:
+        """Whether everything that was written since the last time was announced; begins anew."""
+        silent = any(self._holds(optimizer) for optimizer in _silent)
+        announced = bool(self._params) and not (self._versions or self._surprised or silent)
+        announced = announced or self._by_hand
+        self._by_hand = self._surprised = False
+        self._versions = self._now()
+        return announced
+
+    def _holds(self, optimizer: Optimizer) -> bool:
+        """Whether it writes any of the params."""
+        return any(id(param) in self._params for param in _params_of(optimizer))
+
+    def _now(self) -> dict[int, int]:
+        return {name: _version(param) for name, param in self._params.items()}
+
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
+
+
+class _BeforeLoading:
+    """Has a module that loads a state wait; its copies and pickles do nothing."""
+
+    def __init__(self, lane: Lane | None = None) -> None:
+        self._lane = None if lane is None else weakref.ref(lane)
+
+    def __call__(self, *_: object) -> None:
+        lane = None if self._lane is None else self._lane()
+        if lane is not None:
+            lane.wait()
+
+    def __reduce__(self) -> tuple[type[_BeforeLoading], tuple[()]]:
+        return type(self), ()
+
+
+def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def _announce(lane: Lane) -> None:
@@ -118,11 +209,27 @@ def _announce(lane: Lane) -> None:
     _lanes.add(lane)
     if not _hooked:
         _hooked = True
-        # a compiled step would try to trace the streams
-        hook = torch.compiler.disable(_before_step)  # type: ignore[no-untyped-call]
-        register_optimizer_step_pre_hook(hook)
+        register_optimizer_step_pre_hook(_before_step)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+    if torch.compiler.is_compiling():
+        return  # this very line is being traced; what is compiled announces nothing
+    lanes = list(_lanes)
+    if not lanes:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _silent.add(optimizer)
+        return
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        _silent.add(optimizer)
+    if optimizer not in _seen:
+        _seen.add(optimizer)
+        optimizer.register_load_state_dict_pre_hook(_before_load)
+    for lane in lanes:
+        lane.before_step(optimizer)
+
+
+def _before_load(optimizer: Optimizer, state: Any) -> None:  # noqa: ARG001
     for lane in list(_lanes):
-        lane.before_write()
+        lane.before_load(optimizer)

@@ -123,7 +123,10 @@ def _stage(live: Sequence[Tensor]) -> list[Tensor]:
         if (number := next(fits, None)) is None:
             number = len(segments)
             capacity = _power_of_two(max(taken, min(_SEGMENT, left)))
-            segments.append(torch.empty(capacity, dtype=torch.uint8, pin_memory=tensor.is_cuda))
+            pinned = tensor.is_cuda
+            segments.append(
+                torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            )
         memory, segments[number] = segments[number].tensor_split([taken])
         left -= taken
         elements = memory[:size].view(tensor.dtype)

@@ -1,5 +1,7 @@
 """A simulated GPU."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from tests.torch_backend.gpu.simulation import Event, Simulation
 @pytest.fixture
 def gpu(monkeypatch):
     simulation = Simulation()
-    monkeypatch.setattr(lane_module, "_lanes", type(lane_module._lanes)())
+    for known in ("_lanes", "_silent", "_seen"):
+        monkeypatch.setattr(lane_module, known, weakref.WeakSet())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: simulation.current[device])
     monkeypatch.setattr(torch.cuda, "Stream", simulation.stream)
     monkeypatch.setattr(torch.cuda, "stream", simulation.on)

@@ -70,6 +70,9 @@ class Wait:
 class Event:
     last = {"done": True}  # noqa: RUF012
 
+    def __init__(self, *, blocking=False):
+        self.blocking = blocking
+
     def record(self, stream):
         mark = self.last = {"done": False}
         stream.queue.append(lambda: mark.update(done=True))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ema
 from ema import EMAModel
 from ema.errors import EMAWarning, StateError
 from ema.torch_backend import guard
@@ -22,7 +23,6 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += function is torch.ops.aten._local_scalar_dense.default
-        if function is torch.ops.aten._local_scalar_dense.default: import traceback; traceback.print_stack(limit=12)
         return function(*args, **(kwargs or {}))
 
 
@@ -41,13 +41,31 @@ class Waits(TorchDispatchMode):
 def test_how_often_an_update_waits_for_the_device(how, waits, monkeypatch):
     """Seven tensors, on a CPU that passes for a GPU."""
     monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(guard.Flag, "has_arrived", lambda self: False)
     model = make()
     one = EMAModel(model, 0.9, **how)
     one.update()
-    one.count  # noqa: B018 — what is pending is asked for here
     with Waits() as counted:
         one.update()
     assert counted.count == waits
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("arrived", [True, False])
+@pytest.mark.parametrize("decay", [0.9, ema.DebiasedDecay(decay=0.9)])
+def test_skipped_updates_are_counted_however_late_the_device_tells(decay, arrived, monkeypatch):
+    """A decay that depends on the count waits for it; a constant one goes on."""
+    first, second = make(), make()
+    plain = EMAModel(first, decay, on_nonfinite="skip")
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(guard.Flag, "has_arrived", lambda self: arrived)
+    late = EMAModel(second, decay, on_nonfinite="skip")
+    for step in range(1, 9):
+        train((first, second), (plain, late), step)
+    assert len(late._counters.pending) == (8 if decay == 0.9 and not arrived else 1)
+    assert (late.step, late.count, late.skipped) == (8, 7, 1)
+    assert differences(plain.state_dict(), late.state_dict()) == []
+    assert late._counters.pending == ()
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -13,19 +13,29 @@ import torch
 
 from ema.torch_backend.gpu import lane as lane_module
 from ema.torch_backend.gpu.lane import Lane
-from tests.torch_backend.gpu.simulation import GPU, OTHER
+from tests.torch_backend.gpu.simulation import GPU, OTHER, Wait
 
 
 class Run:
     """A run of one number, its average and what was read of it, on the simulated device."""
 
     def __init__(self, gpu, devices=(GPU,)):
-        self.gpu, self.lane = gpu, Lane(devices)
+        self.tensor = torch.nn.Parameter(torch.zeros(1))  # what the optimizer is told of
+        self.gpu, self.lane = gpu, Lane(devices, [self.tensor])
         self.param = self.average = 0.0
         self.read = []
 
     def write(self):
         self.param += 1.0
+
+    def optimizer(self, launch=None, kind=None):
+        """One that writes the number, or does something else in its step."""
+        return (kind or Optimizer)(launch or self.launch_write, [self.tensor])
+
+    def launch_write(self):
+        self.gpu.launch(self.write)
+        with torch.no_grad():
+            self.tensor.add_(1.0)  # moves the version counter
 
     def update(self):
         self.average += 0.25 * (self.param - self.average)
@@ -57,8 +67,8 @@ class Run:
 class Optimizer(torch.optim.Optimizer):
     """Writes on the current stream, as those of PyTorch do."""
 
-    def __init__(self, launch):
-        super().__init__([torch.nn.Parameter(torch.zeros(1))], {})
+    def __init__(self, launch, params=None):
+        super().__init__(params or [torch.nn.Parameter(torch.zeros(1))], {})
         self.launch = launch
 
     def step(self, closure=None):
@@ -67,7 +77,7 @@ class Optimizer(torch.optim.Optimizer):
 
 def test_an_optimizer_waits_for_the_update(gpu, latest_first):
     run = Run(gpu)
-    run.steps(Optimizer(lambda: gpu.launch(run.write)).step)
+    run.steps(run.optimizer().step)
     gpu.drain(latest_first=latest_first)
     assert run.result == run.right()
 
@@ -75,7 +85,7 @@ def test_an_optimizer_waits_for_the_update(gpu, latest_first):
 def test_the_update_runs_beside_what_follows_it(gpu):
     """On the user's stream there is only its own work; from the second update on."""
     run = Run(gpu)
-    run.steps(Optimizer(lambda: gpu.launch(run.write)).step, number=2)
+    run.steps(run.optimizer().step, number=2)
     user, own = gpu.current[GPU].queue, gpu.streams[-1].queue
     assert list(user).count(run.update) == 1
     assert list(own).count(run.update) == 1
@@ -104,7 +114,7 @@ def test_a_writer_by_hand_can_have_the_overlap(gpu, latest_first):
 def test_a_reader_does_not_pass_for_a_writer(gpu, latest_first):
     """An evaluation between two updates waits; the loop still writes by hand."""
     run = Run(gpu)
-    optimizer = Optimizer(lambda: gpu.launch(run.write))
+    optimizer = run.optimizer()
     run.steps(optimizer.step, number=1)
     for _ in range(3):
         gpu.launch(run.write)
@@ -117,7 +127,7 @@ def test_a_reader_does_not_pass_for_a_writer(gpu, latest_first):
 def test_an_update_that_is_not_overlapped_comes_after_one_that_is(gpu, latest_first):
     """Two in a row, without a writer in between."""
     run, order = Run(gpu), []
-    optimizer = Optimizer(lambda: None)
+    optimizer = run.optimizer(lambda: None)
     for number in range(4):
         if number < 3:
             optimizer.step()
@@ -130,7 +140,7 @@ def test_a_user_on_a_side_stream_is_followed(gpu, latest_first):
     run = Run(gpu)
     side = gpu.stream(GPU)
     with gpu.on(side):
-        run.steps(Optimizer(lambda: gpu.launch(run.write)).step)
+        run.steps(run.optimizer().step)
     assert not gpu.current[GPU].queue
     gpu.drain(latest_first=latest_first)
     assert run.result == run.right()
@@ -149,7 +159,7 @@ def test_two_devices_are_both_waited_for(gpu, latest_first):
         gpu.launch(run.update)
         gpu.launch(lambda: seen.append("update"), OTHER)
 
-    optimizer = Optimizer(write)
+    optimizer = run.optimizer(write)
     for _ in range(4):
         optimizer.step()
         run.lane.run(work)
@@ -160,7 +170,7 @@ def test_two_devices_are_both_waited_for(gpu, latest_first):
 
 def test_what_is_captured_is_part_of_the_graph(gpu):
     run = Run(gpu)
-    optimizer = Optimizer(lambda: gpu.launch(run.write))
+    optimizer = run.optimizer()
     run.steps(optimizer.step, number=2)
     gpu.drain(latest_first=False)
     gpu.capturing = True
@@ -168,9 +178,193 @@ def test_what_is_captured_is_part_of_the_graph(gpu):
     assert list(gpu.current[GPU].queue) == [run.write, run.update]
 
 
+def test_replays_of_a_captured_step_are_not_overlapped(gpu, latest_first):
+    """PyTorch calls the hook while it captures, and at no replay."""
+    run = Run(gpu)
+    optimizer = run.optimizer()
+    run.steps(optimizer.step, number=2)
+    gpu.drain(latest_first=latest_first)
+    gpu.capturing = True
+    optimizer.step()
+    gpu.capturing = False
+    gpu.current[GPU].queue.clear()  # captured, not run
+    for _ in range(2):
+        gpu.launch(run.write)  # a replay
+        run.lane.run(lambda: gpu.launch(run.update))
+    optimizer.step()  # an ordinary step of the same optimizer, before a further replay
+    run.lane.run(lambda: gpu.launch(run.update))
+    gpu.launch(run.write)
+    gpu.drain(latest_first=latest_first)
+    assert run.average == run.right(number=5)[0]
+
+
+@pytest.mark.parametrize("other_first", [True, False])
+def test_another_optimizer_announces_nothing(gpu, latest_first, other_first):
+    """A discriminator's, beside weights that the replay of a graph writes."""
+    run = Run(gpu)
+    other = Optimizer(lambda: None)
+    for _ in range(4):
+        if other_first:
+            other.step()
+        gpu.launch(run.write)
+        if not other_first:
+            other.step()
+        run.lane.run(lambda: gpu.launch(run.update))
+    gpu.drain(latest_first=latest_first)
+    assert run.average == run.right(number=4)[0]
+
+
+def test_another_optimizer_does_not_wait(gpu):
+    run = Run(gpu)
+    run.steps(run.optimizer().step, number=2)
+    waits = sum(isinstance(work, Wait) for work in gpu.current[GPU].queue)
+    Optimizer(lambda: None).step()
+    assert sum(isinstance(work, Wait) for work in gpu.current[GPU].queue) == waits
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_all_optimizers_of_the_params_have_to_announce(gpu, latest_first, both):
+    """Of two halves of a model, one may be written by the replay of a graph."""
+    run = Run(gpu)
+    second = torch.nn.Parameter(torch.zeros(1))
+    run.lane = Lane([GPU], [run.tensor, second])
+    one, other = run.optimizer(), Optimizer(lambda: None, [second])
+    for _ in range(4):
+        if both:
+            other.step()
+        one.step()
+        run.lane.run(lambda: gpu.launch(run.update))
+    assert any(run.update in stream.queue for stream in gpu.streams[2:]) == both
+    gpu.drain(latest_first=latest_first)
+    assert run.average == run.right(number=4)[0]
+
+
+def test_weights_that_are_written_before_the_step_are_not_overlapped(gpu, latest_first):
+    """Sharpness-aware minimization goes up first, without a word, and its base steps down."""
+    run = Run(gpu)
+    optimizer = run.optimizer(lambda: gpu.launch(run.write))
+    for _ in range(4):
+        run.launch_write()
+        optimizer.step()
+        run.lane.run(lambda: gpu.launch(run.update))
+    gpu.drain(latest_first=latest_first)
+    average = 0.0
+    for step in range(1, 5):
+        average += 0.25 * (2.0 * step - average)
+    assert run.average == average
+
+
+def test_weights_that_are_written_after_the_step_are_overlapped(gpu, latest_first):
+    """The step has waited; clipping weights, say, comes after it."""
+    run = Run(gpu)
+    optimizer = run.optimizer()
+    for _ in range(4):
+        optimizer.step()
+        run.launch_write()
+        run.lane.run(lambda: gpu.launch(run.update))
+    assert any(run.update in stream.queue for stream in gpu.streams[2:])
+    gpu.drain(latest_first=latest_first)
+
+
+def test_two_steps_of_one_optimizer_between_updates_are_overlapped(gpu, latest_first):
+    run = Run(gpu)
+    optimizer = run.optimizer()
+    for _ in range(4):
+        optimizer.step()
+        optimizer.step()
+        run.lane.run(lambda: gpu.launch(run.update))
+    assert any(run.update in stream.queue for stream in gpu.streams[2:])
+    gpu.drain(latest_first=latest_first)
+
+
+class WithModes(Optimizer):
+    """Rewrites the weights when it is told to, as schedule-free ones do."""
+
+    def train(self):
+        self.launch()
+
+    def eval(self):
+        self.launch()
+
+
+def test_an_optimizer_with_modes_announces_nothing(gpu, latest_first):
+    run = Run(gpu)
+    optimizer = run.optimizer(kind=WithModes)
+    average = 0.0
+    for step in range(4):
+        optimizer.step()
+        run.lane.run(lambda: gpu.launch(run.update))
+        optimizer.eval()
+        average += 0.25 * (2 * step + 1 - average)
+    gpu.drain(latest_first=latest_first)
+    assert run.average == average
+
+
+@pytest.mark.parametrize("which", ["model", "submodule", "optimizer"])
+def test_loading_a_state_waits(gpu, latest_first, which):
+    run = Run(gpu)
+    inner = torch.nn.Module()
+    inner.weight = run.tensor
+    model = torch.nn.Sequential(inner)
+    run.lane = Lane([GPU], [run.tensor], [inner])
+    optimizer = run.optimizer()
+    loaded = {"model": model, "submodule": inner, "optimizer": optimizer}[which]
+    state = copy.deepcopy(loaded.state_dict())
+    average = 0.0
+    for step in range(4):
+        optimizer.step()
+        run.lane.run(lambda: gpu.launch(run.update))
+        loaded.load_state_dict(state)
+        gpu.launch(lambda: setattr(run, "param", 10.0))
+        average += 0.25 * ((11.0 if step else 1.0) - average)
+    gpu.drain(latest_first=latest_first)
+    assert run.average == average
+
+
+def test_a_module_carries_no_lane_into_copies_and_pickles(gpu):
+    run = Run(gpu)
+    module = torch.nn.Linear(1, 1)
+    run.lane = Lane([GPU], module.parameters(), [module])
+    run.steps(run.optimizer().step, number=2)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    before = [len(stream.queue) for stream in gpu.streams]
+    for other in copies:
+        other.load_state_dict(module.state_dict())
+    assert [len(stream.queue) for stream in gpu.streams] == before
+    run.lane.release()
+    assert not module._load_state_dict_pre_hooks
+
+
+class Plain(torch.optim.Optimizer):
+    """Its step can be compiled as a whole; those of PyTorch break the graph themselves."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param.add_(param.grad, alpha=-0.1)
+
+
+@pytest.mark.parametrize("optimizer", [Plain, torch.optim.AdamW])
+def test_a_compiled_step_announces_nothing(gpu, optimizer):
+    """It is traced as a whole where it can be, and its updates come in order."""
+    run = Run(gpu)
+    run.lane.run(lambda: None)  # has the hook registered
+    optimizer = optimizer([run.tensor])
+    run.tensor.grad = torch.ones(1)
+    step = torch.compile(optimizer.step, fullgraph=isinstance(optimizer, Plain), backend="eager")
+    for _ in range(2):
+        step()
+        run.lane.run(lambda: gpu.launch(run.update))
+    assert list(gpu.current[GPU].queue).count(run.update) == 2
+    assert run.tensor.item() < 0
+
+
 def test_work_that_raises_is_waited_for_as_far_as_it_got(gpu, latest_first):
     run = Run(gpu)
-    optimizer = Optimizer(lambda: gpu.launch(run.write))
+    optimizer = run.optimizer()
 
     def work():
         gpu.launch(run.update)
@@ -188,7 +382,7 @@ def test_work_that_raises_is_waited_for_as_far_as_it_got(gpu, latest_first):
 
 def test_control_c_during_the_work_comes_after_it(gpu, latest_first):
     run = Run(gpu)
-    optimizer = Optimizer(lambda: gpu.launch(run.write))
+    optimizer = run.optimizer()
 
     def work():
         signal.raise_signal(signal.SIGINT)
@@ -225,7 +419,7 @@ def test_memory_is_held_on_the_stream_of_the_work(gpu):
     elsewhere.device = torch.device("cpu")
     run = Run(gpu)
     run.lane.hold([here, elsewhere])
-    run.steps(Optimizer(lambda: gpu.launch(run.write)).step, number=2)
+    run.steps(run.optimizer().step, number=2)
     assert elsewhere.streams == ()
     (stream,) = here.streams
     assert run.update in stream.queue
@@ -233,7 +427,7 @@ def test_memory_is_held_on_the_stream_of_the_work(gpu):
 
 def test_copies_and_pickles_are_lanes_without_work(gpu):
     run = Run(gpu)
-    run.steps(Optimizer(lambda: gpu.launch(run.write)).step)
+    run.steps(run.optimizer().step)
     for other in (copy.deepcopy(run.lane), pickle.loads(pickle.dumps(run.lane))):
         before = [len(stream.queue) for stream in gpu.streams]
         other.wait()
@@ -246,7 +440,7 @@ def test_without_a_gpu_work_is_done_at_once():
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from ema.torch_backend.gpu.lane import Lane
-from tests.torch_backend.gpu.simulation import GPU, OTHER
+from tests.torch_backend.gpu.simulation import GPU, OTHER, Wait
 done = []
 lane = Lane([torch.device("cpu"), torch.device("meta")])
 lane.run(lambda: done.append(1))

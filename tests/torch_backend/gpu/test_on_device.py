@@ -107,7 +107,7 @@ def test_a_flag_is_not_asked_again_once_it_was_settled(monkeypatch):
     monkeypatch.setattr(guard.Flag, "__bool__", lambda self: asked.append(self) or False)
     model = make()
     one = EMAModel(model, 0.9, on_nonfinite="skip")
-    one._counters = Counters(step=2, count=2, pending=guard.Flag(torch.tensor(False)))
+    one._counters = Counters(step=2, count=2, pending=(guard.Flag(torch.tensor(False)),))
     assert (one.count, one.skipped, one.count, one.step) == (1, 1, 1, 2)
     one.state_dict()
     asked.clear()
