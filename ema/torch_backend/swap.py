@@ -24,7 +24,16 @@ from ema.torch_backend.following import repointing
 from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.selection import Selection
 from ema.torch_backend.steps import Progress, Step, run
-from ema.torch_backend.swap_parts import Assignment, Buffers, Copying, Part, alike
+from ema.torch_backend.swap_parts import (
+    Assignment,
+    Buffers,
+    Copying,
+    CopyingTogether,
+    Part,
+    alike,
+    exchanges_on_accelerator,
+    many_at_once,
+)
 from ema.torch_backend.swap_places import Places
 
 __all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
@@ -81,6 +90,9 @@ class Swap:
             self._places = Places(model, params, {**averages, **self._shown})
             self._repointed = repointing(self._moved)
             self._parts.append(self._repointed)
+        # of which PyTorch does not see that their values change
+        self._written_unseen = [*self._assigned.values(), *self._repointed.tensors]
+        self._written_unseen += self._exchanged_together
         self._into: Progress | None = None
         self._back: Progress | None = None
 
@@ -123,7 +135,7 @@ class Swap:
         _swapped_in.update({id(tensor): self for tensor in self._params.values()})
         self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
         self._into.run()
-        increment_version([*self._assigned.values(), *self._repointed.tensors])
+        increment_version(self._written_unseen)
 
     def _restore(self) -> None:
         reshard(self._gathering)
@@ -131,7 +143,7 @@ class Swap:
             self._back = Progress(_noticed(self._way_back()))
         self._back.run()
         # graphs built before must not be used now
-        increment_version([*self._assigned.values(), *self._repointed.tensors])
+        increment_version(self._written_unseen)
         if returning := self._places.returning():
             run(_noticed(returning))
 
@@ -150,6 +162,8 @@ class Swap:
     def _prepare(self) -> list[Part]:
         parts: list[Part] = []
         buffers = Buffers(max((tensor.numel() for tensor in self._averages.values()), default=0))
+        together: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        copied: dict[tuple[torch.device, torch.device], list[tuple[Tensor, Tensor]]] = {}
         for name, average in self._averages.items():
             view = self._views[name]
             if name in self._assigned:
@@ -159,11 +173,26 @@ class Swap:
             elif alike(average, view):
                 self._exchanged.add(name)
                 self._moved += [(average, view), (view, average)]
-                parts.extend(buffers.exchanges(view, average))
+                if many_at_once(view.device):
+                    together.setdefault(view.device, []).append((view, average))
+                else:
+                    parts.extend(buffers.exchanges(view, average))
+            elif many_at_once(view.device):
+                copied.setdefault((view.device, average.device), []).append((view, average))
             else:
                 copying = Copying(view, average)
                 self._moved.append((view, copying.kept))
                 parts.append(copying)
+        for pairs in together.values():
+            parts.extend(exchanges_on_accelerator(pairs))
+        for pairs in copied.values():
+            views, averages = map(list, zip(*pairs, strict=True))
+            copying_all = CopyingTogether(views, averages)
+            self._moved += zip(views, copying_all.kept, strict=True)
+            parts.append(copying_all)
+        self._exchanged_together = [
+            t for pairs in together.values() for pair in pairs for t in pair
+        ]
         return parts
 
 

@@ -5,17 +5,33 @@ Each is made of :mod:`steps <ema.torch_backend.steps>`, every one of which can b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ema.torch_backend.memory import CHUNK, flat, is_dense
+from ema.torch_backend.gpu import kernels
+from ema.torch_backend.interrupts import uninterrupted
+from ema.torch_backend.memory import CHUNK, allocate, flat, is_dense
 from ema.torch_backend.steps import Step
 
-__all__ = ["Assignment", "Buffers", "Copying", "Exchange", "Part", "Repointing", "alike"]
+__all__ = [
+    "Assignment",
+    "Buffers",
+    "Copying",
+    "CopyingTogether",
+    "Exchange",
+    "Part",
+    "Repointing",
+    "alike",
+    "exchanges_on_accelerator",
+    "many_at_once",
+]
+
+TOGETHER = 1 << 26
+"""Elements that pass through a buffer at a time on an accelerator: 256 MiB of float32."""
 
 
 class Part(Protocol):
@@ -103,6 +119,98 @@ class Copying:
         return [partial(self._here.copy_, self.kept)]
 
 
+class CopyingTogether:
+    """The same for many parameters in a launch each way, on an accelerator.
+
+    Args:
+        here: the memory of parameters, on one device.
+        averages: of the same shapes.
+
+    Attributes:
+        kept: the live values, during the swap.
+    """
+
+    def __init__(self, here: list[Tensor], averages: list[Tensor]) -> None:
+        self._here = here
+        named = {str(index): tensor for index, tensor in enumerate(here)}
+        kinds = {name: (tensor.device, tensor.dtype) for name, tensor in named.items()}
+        self.kept = list(allocate(named, kinds).values())
+        self.into: list[Step] = [
+            partial(torch._foreach_copy_, self.kept, here),
+            partial(torch._foreach_copy_, here, averages),
+        ]
+
+    def back(self) -> list[Step]:
+        return [partial(torch._foreach_copy_, self._here, self.kept)]
+
+
+class ExchangeTogether:
+    """Many chunks change places through a buffer in three launches, on an accelerator.
+
+    Args:
+        here: chunks of parameters, flat and of one dtype.
+        averages: those of the averages.
+        buffer: at least as long as all of them; the next ones may use it too.
+    """
+
+    def __init__(self, here: list[Tensor], averages: list[Tensor], buffer: Tensor) -> None:
+        size = sum(tensor.numel() for tensor in here)
+        kept = list(torch.split(buffer[:size], [tensor.numel() for tensor in here]))
+        self.into: list[Step] = [
+            partial(torch._foreach_copy_, kept, here),
+            partial(torch._foreach_copy_, here, averages),
+            partial(torch._foreach_copy_, averages, kept),
+        ]
+
+    def back(self) -> list[Step]:
+        return self.into
+
+
+class ExchangeByKernel:
+    """Parameters and averages of one device change places in one pass over their memory.
+
+    Such a launch cannot be made again, but whether it was made is known: Ctrl-C waits for its end.
+
+    Args:
+        exchange: of the two.
+    """
+
+    def __init__(self, exchange: kernels.Exchange) -> None:
+        self._exchange = exchange  # holds the memory, which parameters may leave meanwhile
+        self._launches = [_Launch(launch) for launch in exchange.launches()]
+        # int does nothing
+        self.into: list[Step] = [int, *(launch.put_in for launch in self._launches)]
+
+    def back(self) -> list[Step]:
+        if (exchange := self._exchange.where_memory_is()) is not self._exchange:
+            # the storages themselves were moved: share_memory() does it
+            self._exchange = exchange
+            self._launches = [_Launch(launch, is_in=True) for launch in exchange.launches()]
+        return [launch.take_out for launch in self._launches]
+
+
+class _Launch:
+    """A launch that exchanges, and whether it was made an odd number of times."""
+
+    def __init__(self, launch: Callable[[], object], *, is_in: bool = False) -> None:
+        self._launch = launch
+        self._is_in = is_in
+
+    def put_in(self) -> None:
+        """Make it, unless it was."""
+        self._flip(to=True)
+
+    def take_out(self) -> None:
+        """Make it again, unless that was done."""
+        self._flip(to=False)
+
+    def _flip(self, *, to: bool) -> None:
+        with uninterrupted():
+            if self._is_in is not to:
+                self._launch()
+                self._is_in = to
+
+
 class Repointing:
     """Parameters refer to other memory of the same values for as long as a swap lasts.
 
@@ -151,6 +259,45 @@ class Buffers:
         for start in range(0, ours.numel(), CHUNK):
             chunk = slice(start, start + CHUNK)
             yield Exchange(theirs[chunk], ours[chunk], self._buffers[key])
+
+
+def exchanges_on_accelerator(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[Part]:
+    """Parts for parameters and averages of one device that are :func:`alike`, in few launches."""
+    device = pairs[0][0].device
+    if kernels.available(device):
+        exchange = kernels.Exchange(*zip(*pairs, strict=True))
+        if kernels.compiled(device, exchange):
+            yield ExchangeByKernel(exchange)
+            return
+    alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for here, average in ((flat(here), flat(average)) for here, average in pairs):
+        parts = zip(torch.split(here, TOGETHER), torch.split(average, TOGETHER), strict=True)
+        alike.setdefault(here.dtype, []).extend(parts)
+    for dtype, chunks in alike.items():
+        groups = list(_of_bounded_size(chunks))
+        longest = max(sum(here.numel() for here, _ in group) for group in groups)
+        buffer = torch.empty(longest, dtype=dtype, device=device)
+        for group in groups:
+            theirs, ours = map(list, zip(*group, strict=True))
+            yield ExchangeTogether(theirs, ours, buffer)
+
+
+def _of_bounded_size(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Groups of at most :data:`TOGETHER` elements."""
+    group: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for pair in pairs:
+        if group and size + pair[0].numel() > TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append(pair)
+        size += pair[0].numel()
+    yield group
+
+
+def many_at_once(device: torch.device) -> bool:
+    """Whether launches cost more than a buffer: on every device that is no CPU."""
+    return device.type != "cpu"
 
 
 def alike(average: Tensor, here: Tensor) -> bool:

@@ -18,8 +18,9 @@ bits are those of the CPU. ``docs/benchmarks.md`` has what was measured on a GPU
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -233,22 +234,25 @@ class Exchange:
     """Tensors of one device that change places with others, in one launch for each size of element.
 
     Args:
-        ones: flat and contiguous, of any dtypes.
-        others: of the same sizes and dtypes.
+        ones: dense, of any dtypes.
+        others: of the same shapes, strides and dtypes.
 
     Attributes:
         device: of the tensors.
-        tensors: whose memory a call uses.
+        tensors: whose memory a launch uses.
     """
 
     def __init__(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self.device = ones[0].device
+        self._ones, self._others = ones, others
+        self._at = self._addresses()
         rows: dict[int, list[tuple[int, ...]]] = {}
-        for one, other in zip(ones, others, strict=True):
-            if one.dtype != other.dtype:
-                raise TypeError(f"{one.dtype} and {other.dtype} cannot change places")
-            row = (*_addresses(one, other), one.numel())
-            rows.setdefault(one.element_size(), []).append(row)
+        for one, other, at, there in zip(ones, others, *self._at, strict=True):
+            size = min(8, one.element_size())  # a complex128 is two of those
+            number = one.numel() * (one.element_size() // size)
+            rows.setdefault(size, []).append((at, there, number))
+            if one.dtype != other.dtype or one.stride() != other.stride():
+                raise ValueError(f"{one.dtype} and {other.dtype} cannot change places")
         self._launches = [
             (size, launch)
             for size, several in rows.items()
@@ -256,12 +260,18 @@ class Exchange:
         ]
         self.tensors = [*ones, *others, *_memory(self._launches)]
 
-    def __call__(self) -> None:
-        """Run it on the current stream."""
-        _launch(self.device, self._calls())
+    def where_memory_is(self) -> Exchange:
+        """This one, or another one of the same tensors if their memory has moved."""
+        if self._addresses() == self._at:
+            return self
+        return Exchange(self._ones, self._others)
+
+    def launches(self) -> list[Callable[[], None]]:
+        """Calls that exchange a part each, on the current stream: all of it or nothing."""
+        return [partial(_launch, self.device, [call]) for call in self._calls()]
 
     def compile(self) -> None:
-        """Compile what a call launches."""
+        """Compile what is launched."""
         _compile(self.device, self._calls())
 
     def _calls(self) -> Iterator[_Call]:
@@ -270,6 +280,9 @@ class Exchange:
         elements = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
         for size, launch in self._launches:
             yield _Call("exchange", launch, (), {"ELEMENT": elements[size]})
+
+    def _addresses(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self._ones)), list(map(Tensor.data_ptr, self._others))
 
 
 class _Call(NamedTuple):

@@ -293,7 +293,8 @@ def test_an_exchange_moves_every_bit(dtype, shifts):
     )
     before = [tensor.view(torch.int8).clone() for tensor in (*ones, *others)]
     around = [tensor._base.clone() for tensor in (*ones, *others)]
-    kernels.Exchange(ones, others)()
+    for launch in kernels.Exchange(ones, others).launches():
+        launch()
     after = [tensor.view(torch.int8) for tensor in (*others, *ones)]
     assert all(map(torch.equal, before, after))
     for tensor, old in zip((*ones, *others), around, strict=True):
@@ -302,9 +303,9 @@ def test_an_exchange_moves_every_bit(dtype, shifts):
 
 
 def test_what_cannot_change_places_is_refused():
-    with pytest.raises(ValueError, match="flat"):
+    with pytest.raises(ValueError, match="cannot change places"):
         kernels.Exchange([torch.zeros(4)], [torch.zeros(8)[::2]])
-    with pytest.raises(TypeError, match="float64"):
+    with pytest.raises(ValueError, match="float64"):
         kernels.Exchange([torch.zeros(4)], [torch.zeros(4).double()])
 
 

@@ -1,0 +1,187 @@
+"""Swaps of many tensors in few launches, as on an accelerator; the CPU passes for one.
+
+The tests of an ordinary swap hold for them too, and are run again here.
+"""
+
+import ctypes
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ema import EMAModel
+from ema.torch_backend import swap as swap_module
+from ema.torch_backend import swap_parts
+from ema.torch_backend.gpu import kernels
+from ema.torch_backend.gpu.blocks import BLOCK
+from tests.torch_backend.gpu.runs import differences, make
+from tests.torch_backend.test_swap import (  # noqa: F401 — run again
+    assert_whole,
+    assigned_or_not,
+    snapshot,
+    test_a_model_that_is_converted_in_the_block_gets_all_live_values,
+    test_an_exception_in_the_block_restores_and_goes_on,
+    test_another_model_that_is_converted_in_the_block_gets_its_values_back,
+    test_another_model_with_the_same_names,
+    test_apply_and_restore,
+    test_apply_and_restore_around_a_conversion,
+    test_averages_inside_the_block_and_live_weights_after_it,
+    test_backward_through_weights_that_a_swap_has_touched_is_loud,
+    test_ctrl_c_at_every_bytecode_of_a_swap_leaves_the_live_weights,
+    test_nested_blocks_of_one_average_swap_once,
+    test_real_ctrl_c_at_random_moments_leaves_the_live_weights,
+    test_several_conversions_in_one_block_round_the_live_values_once,
+    test_what_is_refused_while_averages_are_in,
+    trained,
+)
+
+SIZES = {"int8": 1, "int16": 2, "int32": 4, "int64": 8}
+
+
+def exchange(device, calls):
+    """What the kernel does, on the addresses of its table."""
+    for call in calls:
+        assert call.name == "exchange"
+        size = SIZES[str(call.constants["ELEMENT"])]
+        table = call.launch.table.tolist()
+        for row, block in call.launch.blocks.tolist():
+            one, other, number = table[row]
+            start = block * BLOCK
+            count = (min(start + BLOCK, number) - start) * size
+            one, other = one + start * size, other + start * size
+            kept = ctypes.string_at(one, count)
+            ctypes.memmove(one, other, count)
+            ctypes.memmove(other, kept, count)
+
+
+@pytest.fixture(autouse=True, params=["kernel", "groups"])
+def way(request, monkeypatch):
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    monkeypatch.setattr(swap_module, "many_at_once", lambda device: True)
+    if request.param == "kernel":
+        # the updates are those of the CPU
+        monkeypatch.setattr(kernels, "supports", lambda average, params: False)
+        monkeypatch.setattr(kernels, "available", lambda device: True)
+        monkeypatch.setattr(kernels, "_launch", exchange)
+    else:
+        monkeypatch.setattr(swap_parts, "TOGETHER", 20)
+    return request.param
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("average", [None, torch.bfloat16, torch.float64])
+def test_every_bit_goes_in_and_comes_back(live, average):
+    """Vectors, matrices, scalars, empty ones, channels last, tied ones."""
+    model = nn.ParameterList(make(torch.float32))
+    for index, parameter in enumerate(model):
+        model[index] = nn.Parameter(parameter.detach().to(live))
+    model.append(model[1])
+    model.append(nn.Parameter(torch.randn(1 << 13, dtype=live)[3:]))
+    model.append(nn.Parameter(torch.randn(7, 5, dtype=live)[:, ::2]))
+    one = EMAModel(model, 0.9, dtype=average, stochastic_rounding=False)
+    with torch.no_grad():
+        for parameter in {id(p): p for p in model.parameters()}.values():
+            parameter.add_(torch.randn(parameter.shape).to(parameter))
+    one.update()
+    before = snapshot(one)
+    with one.use_ema():
+        inside = {name: p.detach().clone() for name, p in model.named_parameters()}
+        shown = {n: a.to(live) for n, a in before[1].items()}
+        assert differences(inside, {name: shown[name] for name in inside}) == []
+    assert_whole(one, before)
+
+
+def test_few_launches_take_all(way, monkeypatch):
+    """However many tensors there are."""
+    model = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(300)])
+    model.extend([nn.Parameter(torch.randn(4).bfloat16()) for _ in range(300)])
+    one = EMAModel(model, 0.9)
+    monkeypatch.setattr(swap_parts, "TOGETHER", 1 << 26)
+    operations = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "copy" in str(function):
+                operations.append(function)
+            return function(*args, **(kwargs or {}))
+
+    launched = []
+    monkeypatch.setattr(kernels, "_launch", lambda *call: (launched.append(call), exchange(*call)))
+    with Counting(), one.use_ema():
+        pass
+    if way == "kernel":
+        assert len(launched) == 2  # one each way
+        assert len(operations) == 3
+    else:
+        assert len(operations) == 9
+
+
+class Failing(TorchDispatchMode):
+    """One grouped copy raises, before it or after it was made."""
+
+    def __init__(self, at, *, late):
+        super().__init__()
+        self.left, self.late = at, late
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        copies = function in {
+            torch.ops.aten._foreach_copy_.default,
+            torch.ops.aten.copy_.default,
+        }
+        self.left -= copies
+        if copies and self.left == 0 and not self.late:
+            raise MemoryError
+        result = function(*args, **(kwargs or {}))
+        if copies and self.left == 0:
+            raise MemoryError
+        return result
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failing_launch_anywhere_leaves_the_live_weights(trained, late, way, monkeypatch):  # noqa: F811
+    """A launch of a kernel that raises was not made; a copy may have been."""
+    _, ema_model = trained
+    before = snapshot(ema_model)
+    left = 0
+
+    def fail(device, calls):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise RuntimeError("CUDA error: out of memory")
+        exchange(device, calls)
+
+    monkeypatch.setattr(kernels, "_launch", fail)
+    failed = 0
+    for at in range(1, 100):
+        left = at
+        try:
+            with Failing(at, late=late), ema_model.use_ema():
+                pass
+        except (MemoryError, RuntimeError):
+            failed += 1
+            assert_whole(ema_model, before)
+        else:
+            break
+    assert failed >= (2 if way == "kernel" else 3)
+    assert_whole(ema_model, before)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_kernel_itself_swaps(way, monkeypatch):
+    """In Triton's interpreter."""
+    if way == "kernel":
+        monkeypatch.undo()
+        monkeypatch.setattr(swap_module, "many_at_once", lambda device: True)
+        monkeypatch.setattr(kernels, "available", lambda device: True)
+    model = make()
+    one = EMAModel(model, 0.9)
+    with torch.no_grad():
+        for parameter in model:
+            parameter.add_(1.0)
+    one.update()
+    before = snapshot(one)
+    with one.use_ema():
+        assert differences({n: p.detach() for n, p in model.named_parameters()}, before[1]) == []
+    assert_whole(one, before)
