@@ -212,6 +212,8 @@ def repointing(moved: Iterable[tuple[Tensor, Tensor]]) -> Repointing:
     Args:
         moved: memory, and where its values are during the swap.
     """
+    if not _followers:
+        return Repointing([])
     by_address = {memory.data_ptr(): (memory, there) for memory, there in moved}
     return Repointing(
         [

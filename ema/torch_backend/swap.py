@@ -38,8 +38,8 @@ from ema.torch_backend.swap_places import Places
 
 __all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
 
-_swapped_in: weakref.WeakValueDictionary[int, Swap] = weakref.WeakValueDictionary()
-"""By ``id`` of a parameter: the swap that has put an average into it, while it is alive."""
+_swaps: weakref.WeakSet[Swap] = weakref.WeakSet()
+"""Those that may have put averages into parameters, while they are alive."""
 
 
 class Swap:
@@ -72,7 +72,7 @@ class Swap:
         self.model = model
         self.name = name
         self.found = found
-        self._params = dict(params)
+        self.params = dict(params)
         self._averages = dict(averages)
         self._assigned = _sole(model, params) if assign else {}
         self._views = {key: local_of(tensor) for key, tensor in params.items()}
@@ -80,8 +80,8 @@ class Swap:
         self._exchanged: set[str] = set()
         self._shown: dict[str, Tensor] = {}  # memory that is assigned
         self._moved: list[tuple[Tensor, Tensor]] = []  # memory, and where its values go
-        refuse_if_swapped(self._params)
-        for key, tensor in self._params.items():
+        refuse_if_swapped(self.params)
+        for key, tensor in self.params.items():
             if tensor.is_inference():
                 raise StateError(f"`{key}` was made in inference mode and cannot be written")
         # the buffers may be used in another mode than this one
@@ -132,7 +132,7 @@ class Swap:
     @eager
     def _apply(self) -> None:
         reshard(self._gathering)
-        _swapped_in.update({id(tensor): self for tensor in self._params.values()})
+        _swaps.add(self)
         self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
         self._into.run()
         increment_version(self._written_unseen)
@@ -167,7 +167,7 @@ class Swap:
         for name, average in self._averages.items():
             view = self._views[name]
             if name in self._assigned:
-                assignment = Assignment(self._params[name], average)
+                assignment = Assignment(self.params[name], average)
                 self._shown[name] = assignment.shown
                 parts.append(assignment)
             elif alike(average, view):
@@ -198,7 +198,7 @@ class Swap:
 
 def any_swapped() -> bool:
     """Whether averages may be in some model; no look at any tensor."""
-    return bool(_swapped_in)
+    return bool(_swaps)
 
 
 def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
@@ -207,10 +207,11 @@ def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: an average is in one of them.
     """
-    for key, tensor in params.items():
-        holder = _swapped_in.get(id(tensor))
-        if holder is not None and holder.active:
-            raise StateError(f"another average is swapped into `{key}`: restore it first")
+    for swap in [swap for swap in _swaps if swap.active]:
+        written = set(map(id, swap.params.values()))
+        for key, tensor in params.items():
+            if id(tensor) in written:
+                raise StateError(f"another average is swapped into `{key}`: restore it first")
 
 
 def _noticed(steps: Iterable[Step]) -> Iterable[Step]:

@@ -81,6 +81,8 @@ class _Place:
 
     def _has_left(self, tensor: Tensor) -> bool:
         """Whether the live values are elsewhere than ``tensor``."""
+        if type(tensor) in PLAIN and tensor.layout == torch.strided:  # so for nearly all
+            return tensor.data_ptr() != self._live.data_ptr()
         if not has_memory(tensor):
             return bool(self._live.numel())
         return local_of(tensor).data_ptr() != self._live.data_ptr()

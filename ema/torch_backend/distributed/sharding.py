@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ema.errors import ModelError
+from ema.torch_backend.memory import PLAIN
 from ema.torch_backend.names import is_of
 
 __all__ = [
@@ -80,7 +81,7 @@ class Place:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``, of any placements."""
-    return is_of(tensor, "torch.distributed.tensor", "DTensor")
+    return type(tensor) not in PLAIN and is_of(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:

@@ -72,11 +72,22 @@ def launches(
     rest = -(-number // BLOCK) - whole
     on_device = torch.from_numpy(table).to(device)
     for first, count, is_whole in ((np.zeros_like(whole), whole, True), (whole, rest, False)):
-        if count.any():
-            row = np.repeat(np.arange(len(table)), count)
-            block = np.arange(len(row)) - np.repeat(count.cumsum() - count - first, count)
-            blocks = np.stack([row, block], axis=1).astype(np.int32)
-            yield Launch(on_device, torch.from_numpy(blocks).to(device), is_whole)
+        if total := int(count.sum()):
+            yield Launch(on_device, _blocks(first, count, total, device), is_whole)
+
+
+def _blocks(
+    first: npt.NDArray[np.int64], count: npt.NDArray[np.int64], total: int, device: torch.device
+) -> Tensor:
+    """Rows and numbers of blocks: from ``first``, ``count`` of each row; made on the device.
+
+    There are hundreds of thousands for a large model: too many to bring them there.
+    """
+    begins, counts = torch.from_numpy(np.stack([count.cumsum() - count - first, count])).to(device)
+    rows = torch.arange(len(count), device=device)
+    row = torch.repeat_interleave(rows, counts, output_size=total)
+    block = torch.arange(total, device=device) - begins[row]
+    return torch.stack([row, block], dim=1).to(torch.int32)
 
 
 def _peeled(

@@ -139,7 +139,8 @@ def test_an_update_is_captured(options):
     """And repeated; one that holds NaN is skipped within the graph."""
     model = make().cuda()
     plain = copy.deepcopy(model)
-    average, reference = EMAModel(model, 0.9, **options), EMAModel(plain, 0.9)
+    average = EMAModel(model, 0.9, **options)
+    reference = EMAModel(plain, 0.9, compensated="compensated" in options)
     graph = captured(average.update)
     reference.update()
     reference.update()
@@ -250,8 +251,8 @@ def test_a_swap_of_many_tensors_is_few_launches():
         with average.use_ema():
             pass
         torch.cuda.synchronize()
-    launched = [event for event in profile.events() if "Memcpy" not in event.name]
-    assert 2 <= len(launched) <= 8
+    launched = [event.name for event in profile.events() if event.name == "exchange"]
+    assert len(launched) == 2
     assert swap_module.many_at_once(torch.device("cuda", 0))
 
 

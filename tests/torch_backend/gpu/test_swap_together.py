@@ -36,6 +36,7 @@ from tests.torch_backend.test_swap import (  # noqa: F401 — run again
     trained,
 )
 
+COPIES = {torch.ops.aten._foreach_copy_.default, torch.ops.aten.copy_.default}
 SIZES = {"int8": 1, "int16": 2, "int32": 4, "int64": 8}
 
 
@@ -102,7 +103,7 @@ def test_few_launches_take_all(way, monkeypatch):
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "copy" in str(function):
+            if function in COPIES:
                 operations.append(function)
             return function(*args, **(kwargs or {}))
 
@@ -125,10 +126,7 @@ class Failing(TorchDispatchMode):
         self.left, self.late = at, late
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        copies = function in {
-            torch.ops.aten._foreach_copy_.default,
-            torch.ops.aten.copy_.default,
-        }
+        copies = function in COPIES
         self.left -= copies
         if copies and self.left == 0 and not self.late:
             raise MemoryError
