@@ -29,7 +29,13 @@ from ema.torch_backend.copying import copy_over
 from ema.torch_backend.counters import Counters
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.distributed.ranks import verify_ranks
-from ema.torch_backend.distributed.sharding import any_sharded, local_of, wrapped_like
+from ema.torch_backend.distributed.sharding import (
+    any_sharded,
+    before_write,
+    fully_sharded,
+    local_of,
+    wrapped_like,
+)
 from ema.torch_backend.eager import eager
 from ema.torch_backend.fit import check_writable, targets
 from ema.torch_backend.following import refuse_follower
@@ -558,6 +564,7 @@ class EMAModel(Generic[ModelT]):
         theirs = targets(model, values, found)
         refuse_if_swapped(theirs)
         check_writable(theirs)
+        before_write(fully_sharded(model.modules()))
         with uninterrupted():
             for key, value in values.items():
                 if key in averages:

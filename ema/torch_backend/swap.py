@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
 from ema.torch_backend.caches import clearing
-from ema.torch_backend.distributed.sharding import fully_sharded, local_of, reshard
+from ema.torch_backend.distributed.sharding import before_write, fully_sharded, local_of
 from ema.torch_backend.eager import eager
 from ema.torch_backend.following import repointing
 from ema.torch_backend.memory import PLAIN
@@ -131,14 +131,14 @@ class Swap:
 
     @eager
     def _apply(self) -> None:
-        reshard(self._gathering)
+        before_write(self._gathering)
         _swaps.add(self)
         self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
         self._into.run()
         increment_version(self._written_unseen)
 
     def _restore(self) -> None:
-        reshard(self._gathering)
+        before_write(self._gathering)
         if self._back is None:
             self._back = Progress(_noticed(self._way_back()))
         self._back.run()

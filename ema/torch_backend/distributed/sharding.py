@@ -115,6 +115,20 @@ def reshard(modules: Iterable[nn.Module]) -> None:
         sharded.reshard()
 
 
+def before_write(modules: Iterable[nn.Module]) -> None:
+    """The same before somebody other than the optimizer writes into shards.
+
+    The next all-gather waits for the current stream then, and not for an event that the user has
+    recorded after the optimizer's step (``set_post_optim_event``), which is older than the write.
+    """
+    modules = list(modules)
+    reshard(modules)
+    for module in modules:
+        sharded: Any = module
+        if hasattr(sharded, "set_post_optim_event"):
+            sharded.set_post_optim_event(None)
+
+
 def check_supported(modules: Iterable[nn.Module], parameters: Mapping[str, Tensor]) -> None:
     """Look for engines that leave no shards that can be averaged where they are.
 
