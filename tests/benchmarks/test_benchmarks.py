@@ -213,7 +213,7 @@ def test_the_first_swaps_are_measured_in_new_processes():
 
 
 @pytest.mark.parametrize(
-    "name", ["first_swap", "page", "scaling", "scaling_picture", "trainer_overhead"]
+    "name", ["first_swap", "kernels", "page", "scaling", "scaling_picture", "trainer_overhead"]
 )
 def test_what_is_run_by_itself_can_be_imported(name):
     assert callable(getattr(importlib.import_module(f"benchmarks.{name}"), "main", print))

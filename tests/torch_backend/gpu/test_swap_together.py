@@ -4,6 +4,7 @@ The tests of an ordinary swap hold for them too, and are run again here.
 """
 
 import ctypes
+import signal
 
 import pytest
 import torch
@@ -164,6 +165,33 @@ def test_a_failing_launch_anywhere_leaves_the_live_weights(trained, late, way, m
             break
     assert failed >= (2 if way == "kernel" else 3)
     assert_whole(ema_model, before)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_ctrl_c_within_a_launch_comes_after_it(at, way, monkeypatch):
+    """Of two launches each way, for tensors that are whole blocks and for what is left."""
+    if way != "kernel":
+        pytest.skip("copies are calls into C")
+    model = nn.ParameterList([nn.Parameter(torch.randn(BLOCK + 3)) for _ in range(2)])
+    one = EMAModel(model, 0.9)
+    with torch.no_grad():
+        model[0].add_(1.0)
+    one.update()
+    before = snapshot(one)
+    launches = 0
+
+    def interrupt(device, calls):
+        nonlocal launches
+        launches += 1
+        if launches == at:
+            signal.raise_signal(signal.SIGINT)
+        exchange(device, calls)
+
+    monkeypatch.setattr(kernels, "_launch", interrupt)
+    with pytest.raises(KeyboardInterrupt), one.use_ema():
+        pass
+    assert_whole(one, before)
+    assert launches == (2 if at == 1 else 4)
 
 
 @pytest.mark.usefixtures("interpreted")
