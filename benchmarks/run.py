@@ -5,6 +5,8 @@ A module beside ``__main__``, so that a new process can import it.
 
 from __future__ import annotations
 
+import dataclasses
+
 from benchmarks.cases import build
 from benchmarks.measure import Effort, measure
 from benchmarks.memory import MEMORY, measure_memory
@@ -13,6 +15,9 @@ from benchmarks.report import Report, of_times
 from benchmarks.setting import Setting
 
 __all__ = ["EFFORTS", "run", "times"]
+
+ON_ACCELERATOR = 5.0
+"""Seconds for all rounds of a case there: nothing else disturbs them."""
 
 EFFORTS = {
     "full": Effort(rounds=40, seconds=12),
@@ -30,5 +35,7 @@ def run(name: str, setting: Setting) -> Report:
 
 def times(name: str, setting: Setting) -> Report:
     """Measure a case in this process."""
-    case = build(name, setting)
-    return of_times(case, measure(case, EFFORTS[setting.size]))
+    case, effort = build(name, setting), EFFORTS[setting.size]
+    if not setting.on_cpu:
+        effort = dataclasses.replace(effort, seconds=min(effort.seconds, ON_ACCELERATOR))
+    return of_times(case, measure(case, effort))

@@ -6,6 +6,7 @@ it waits for the update, on the device and not on the host: PyTorch calls a hook
 every write since the update before was announced, as far as that can be known:
 
 - each param belongs to an optimizer that has made a step since, or :meth:`Lane.before_write` was called;
+- so it was before every earlier update but the first one, and there was an earlier one;
 - until its step, the version counters of an optimizer's params had not moved (sharpness-aware
   minimization writes them before the step);
 - none of these optimizers has made a step within a CUDA graph, whose replays call no hook, or has
@@ -74,6 +75,10 @@ class Lane:
         self._versions = self._now()  # at the last update, of those not announced since
         self._surprised = False  # by a write before the step that announces it
         self._by_hand = False
+        self._ran = False
+        self._reliable = True  # whether every write was announced since the first time
+        if self._devices:
+            _announce(self)
         self._loading = [
             module.register_load_state_dict_pre_hook(_BeforeLoading(self))  # type: ignore[no-untyped-call]
             for module in (modules if self._devices else ())
@@ -90,7 +95,6 @@ class Lane:
         if not self._devices or torch.cuda.is_current_stream_capturing():
             work()
             return
-        _announce(self)
         with uninterrupted(), ExitStack() as entered:
             beside = self._all_announced()
             if not beside:
@@ -161,8 +165,12 @@ class Lane:
     def _all_announced(self) -> bool:
         """Whether everything that was written since the last time was announced; begins anew."""
         silent = any(self._holds(optimizer) for optimizer in _silent)
-        announced = bool(self._params) and not (self._versions or self._surprised or silent)
+        announced = bool(self._params) and not self._versions and not silent
+        if self._ran and not (announced or self._by_hand):
+            self._reliable = False  # the replay of a graph may have written, and may again
+        announced = announced and self._ran and self._reliable and not self._surprised
         announced = announced or self._by_hand
+        self._ran = True
         self._by_hand = self._surprised = False
         self._versions = self._now()
         return announced

@@ -198,6 +198,52 @@ def test_replays_of_a_captured_step_are_not_overlapped(gpu, latest_first):
     assert run.average == run.right(number=5)[0]
 
 
+def test_steps_between_replays_that_nobody_saw_captured_are_not_overlapped(gpu, latest_first):
+    """The graph is older than the average; what did not announce itself may write again."""
+    run = Run(gpu)
+    optimizer = run.optimizer()
+    for step in range(8):
+        if step % 4 == 3:
+            optimizer.step()
+        else:
+            gpu.launch(run.write)  # a replay
+        run.lane.run(lambda: gpu.launch(run.update))
+    gpu.drain(latest_first=latest_first)
+    assert run.average == run.right(number=8)[0]
+
+
+def test_a_step_that_is_captured_before_the_first_update_is_seen(gpu, latest_first):
+    run = Run(gpu)
+    optimizer = run.optimizer()
+    gpu.capturing = True
+    optimizer.step()
+    gpu.capturing = False
+    gpu.current[GPU].queue.clear()
+    for step in range(4):
+        if step % 2 == 0:
+            optimizer.step()
+        else:
+            gpu.launch(run.write)
+        run.lane.run(lambda: gpu.launch(run.update))
+    gpu.drain(latest_first=latest_first)
+    assert run.average == run.right(number=4)[0]
+
+
+def test_a_state_that_was_loaded_puts_off_the_overlap_by_one_update(gpu):
+    run = Run(gpu)
+    optimizer = run.optimizer()
+    beside = []
+    for step in range(6):
+        if step == 3:
+            with torch.no_grad():
+                run.tensor.copy_(torch.zeros(1))
+        optimizer.step()
+        before = len(gpu.current[GPU].queue)
+        run.lane.run(lambda: gpu.launch(run.update))
+        beside.append(run.update not in list(gpu.current[GPU].queue)[before:])
+    assert beside == [False, True, True, False, True, True]
+
+
 @pytest.mark.parametrize("other_first", [True, False])
 def test_another_optimizer_announces_nothing(gpu, latest_first, other_first):
     """A discriminator's, beside weights that the replay of a graph writes."""
