@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -84,10 +85,8 @@ def main() -> None:
     table = Table("GB/s", *(f"{block}/{warps}" for block, warps in CONFIGURATIONS))
     rows: dict[str, list[str]] = {}
     for block, warps in CONFIGURATIONS:
-        with (
-            mock.patch.object(blocks, "BLOCK", block),
-            mock.patch.multiple(kernels, BLOCK=block, WARPS=warps),
-        ):
+        of_size = partial(blocks.launches, block=block)
+        with mock.patch.multiple(kernels, launches=of_size, LOOK=block, WARPS=warps):
             for name, call, each in works(arguments.elements):
                 rows.setdefault(name, []).append(bandwidth(call, each * arguments.elements))
     for name, figures in rows.items():

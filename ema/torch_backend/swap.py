@@ -87,7 +87,7 @@ class Swap:
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()
-            self._places = Places(model, params, {**averages, **self._shown})
+            self._places = self._look_for_places() if self._assigned else None
             self._repointed = repointing(self._moved)
             self._parts.append(self._repointed)
         # of which PyTorch does not see that their values change
@@ -136,6 +136,9 @@ class Swap:
         self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
         self._into.run()
         increment_version(self._written_unseen)
+        if self._places is None:  # now: an accelerator is at work meanwhile
+            with torch.inference_mode(mode=False):
+                self._places = self._look_for_places()
 
     def _restore(self) -> None:
         before_write(self._gathering)
@@ -144,8 +147,12 @@ class Swap:
         self._back.run()
         # graphs built before must not be used now
         increment_version(self._written_unseen)
-        if returning := self._places.returning():
+        # without places there was no block in which anything could leave its place
+        if self._places is not None and (returning := self._places.returning()):
             run(_noticed(returning))
+
+    def _look_for_places(self) -> Places:
+        return Places(self.model, self.params, {**self._averages, **self._shown})
 
     def _way_back(self) -> list[Step]:
         """Finish the part that was begun, first of all, and undo every part."""

@@ -15,13 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "WARPS", "Launch", "launches"]
+__all__ = ["BLOCK", "LOOK", "WARPS", "Launch", "launches"]
 
 BLOCK = 2048
-"""Elements that one program updates, with :data:`WARPS` warps: 8 for each thread.
+"""Elements that one program works on, with :data:`WARPS` warps.
 
-Measured on an H100 by ``python -m benchmarks.kernels``: the best for every kernel, or within 1 %.
+Measured on an H100 by ``python -m benchmarks.kernels``: the best for every kernel that writes, or
+within 1 %.
 """
+LOOK = 4096
+"""The same for a kernel that only reads: 16 bytes of bfloat16 a thread are too few in flight."""
 WARPS = 8
 _ALIGNED = 16
 """Bytes of one load of a thread."""
@@ -35,11 +38,13 @@ class Launch(NamedTuple):
             needs besides.
         blocks: int32, a row for each program: a row of the table, and which block of that.
         whole: whether the blocks are whole and aligned.
+        block: elements of a block.
     """
 
     table: Tensor
     blocks: Tensor
     whole: bool
+    block: int
 
     @property
     def grid(self) -> tuple[int]:
@@ -48,10 +53,11 @@ class Launch(NamedTuple):
 
 
 def launches(
-    rows: Sequence[tuple[int, ...]],
+    rows: Sequence[tuple[int, ...]] | npt.NDArray[np.int64],
     sizes: Sequence[int],
     device: torch.device,
     *,
+    block: int = BLOCK,
     places: bool = False,
 ) -> Iterator[Launch]:
     """The launches for tensors of the same dtypes: at most one of whole blocks and one of others.
@@ -61,19 +67,22 @@ def launches(
             each, the number of elements, and further columns.
         sizes: bytes of an element, one for each address.
         device: of the tensors.
+        block: elements of a block.
         places: whether the last column counts elements, and so grows with them (modulo 2³²).
     """
-    if not rows:
+    if len(rows) == 0:
         return
-    table = _peeled(np.array(rows, dtype=np.int64), np.array(sizes, dtype=np.int64), places=places)
+    table = _peeled(
+        np.array(rows, dtype=np.int64), np.array(sizes, dtype=np.int64), block, places=places
+    )
     pointers, number = table[:, : len(sizes)], table[:, len(sizes)]
     aligned = (pointers % _ALIGNED == 0).all(axis=1)
-    whole = np.where(aligned, number // BLOCK, 0)
-    rest = -(-number // BLOCK) - whole
+    whole = np.where(aligned, number // block, 0)
+    rest = -(-number // block) - whole
     on_device = torch.from_numpy(table).to(device)
     for first, count, is_whole in ((np.zeros_like(whole), whole, True), (whole, rest, False)):
         if total := int(count.sum()):
-            yield Launch(on_device, _blocks(first, count, total, device), is_whole)
+            yield Launch(on_device, _blocks(first, count, total, device), is_whole, block)
 
 
 def _blocks(
@@ -91,7 +100,7 @@ def _blocks(
 
 
 def _peeled(
-    table: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], *, places: bool
+    table: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], block: int, *, places: bool
 ) -> npt.NDArray[np.int64]:
     """The first elements as rows of their own, where after them all addresses are aligned.
 
@@ -104,7 +113,7 @@ def _peeled(
         aligned = ((table[:, :columns] + elements * sizes) % _ALIGNED == 0).all(axis=1)
         first[aligned & ~found] = elements
         found |= aligned
-    peeled = (first > 0) & (table[:, columns] - first >= BLOCK)
+    peeled = (first > 0) & (table[:, columns] - first >= block)
     if not peeled.any():
         return table
     rest, begins = table.copy(), table[peeled]

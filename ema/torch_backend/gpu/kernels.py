@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ema.errors import warn
 from ema.rounding import Stream
-from ema.torch_backend.gpu.blocks import BLOCK, WARPS, Launch, launches
+from ema.torch_backend.gpu.blocks import LOOK, WARPS, Launch, launches
 from ema.torch_backend.interrupts import uninterrupted
 
 __all__ = ["Exchange", "Fused", "Look", "available", "compiled", "supports"]
@@ -211,7 +211,7 @@ class Look:
         self._launches = [
             (dtype, launch)
             for dtype, several in rows.items()
-            for launch in launches(several, (dtype.itemsize,), self.device)
+            for launch in launches(several, (dtype.itemsize,), self.device, block=LOOK)
         ]
         self.tensors = [*tensors, *_memory(self._launches)]
 
@@ -246,17 +246,15 @@ class Exchange:
         self.device = ones[0].device
         self._ones, self._others = ones, others
         self._at = self._addresses()
-        rows: dict[int, list[tuple[int, ...]]] = {}
-        for one, other, at, there in zip(ones, others, *self._at, strict=True):
-            size = min(8, one.element_size())  # a complex128 is two of those
-            number = one.numel() * (one.element_size() // size)
-            rows.setdefault(size, []).append((at, there, number))
-            if one.dtype != other.dtype or one.stride() != other.stride():
-                raise ValueError(f"{one.dtype} and {other.dtype} cannot change places")
+        if list(map(_form, ones)) != list(map(_form, others)):
+            raise ValueError("tensors change places with tensors of their own shape and dtype")
+        sizes = np.array([min(8, one.element_size()) for one in ones])
+        table = np.array([*self._at, [one.nbytes for one in ones]], dtype=np.int64).T
+        table[:, 2] //= sizes  # a complex128 is two elements of 8 bytes
         self._launches = [
             (size, launch)
-            for size, several in rows.items()
-            for launch in launches(several, (size, size), self.device)
+            for size in map(int, np.unique(sizes))
+            for launch in launches(table[sizes == size], (size, size), self.device)
         ]
         self.tensors = [*ones, *others, *_memory(self._launches)]
 
@@ -303,7 +301,7 @@ class _Call(NamedTuple):
     @property
     def keywords(self) -> dict[str, object]:
         """Constants and options of the compiler."""
-        whole = {"WHOLE": self.launch.whole, "BLOCK": BLOCK}
+        whole = {"WHOLE": self.launch.whole, "BLOCK": self.launch.block}
         # what is fused says so
         return {**self.constants, **whole, "num_warps": WARPS, "enable_fp_fusion": False}
 
@@ -346,6 +344,10 @@ def _name(dtype: torch.dtype) -> Any:
         torch.bfloat16: tl.uint16,  # its bits
         torch.float16: tl.float16,
     }[dtype]
+
+
+def _form(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
 
 
 def _addresses(first: Tensor, *others: Tensor) -> tuple[int, ...]:

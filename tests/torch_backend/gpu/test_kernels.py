@@ -303,9 +303,9 @@ def test_an_exchange_moves_every_bit(dtype, shifts):
 
 
 def test_what_cannot_change_places_is_refused():
-    with pytest.raises(ValueError, match="cannot change places"):
-        kernels.Exchange([torch.zeros(4)], [torch.zeros(8)[::2]])
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match="change places"):
+        kernels.Exchange([torch.zeros(4)], [torch.zeros(5)])
+    with pytest.raises(ValueError, match="change places"):
         kernels.Exchange([torch.zeros(4)], [torch.zeros(4).double()])
 
 
@@ -333,7 +333,7 @@ TYPES = dict(table="*i64", blocks="*i32", finite="*i1")
 
 
 def assembly(kernel, constants, **types):
-    constants |= dict(BLOCK=2048)
+    constants = dict(BLOCK=2048) | constants
     signature = {n: (TYPES | types).get(n, "constexpr") for n in kernel.arg_names}
     options = dict(num_warps=8, enable_fp_fusion=False)
     source = ASTSource(kernel, signature, constants)
@@ -365,8 +365,8 @@ for whole in (True, False):
     ptx = assembly(device_code.exchange, dict(ELEMENT=tl.int32, WHOLE=whole))
     assert "bar.sync" not in ptx
     assert ptx.count("ld.global.v4") == ptx.count("st.global.v4") == 4 * whole, ptx
-    ptx = assembly(device_code.look, dict(PARAMS=tl.uint16, WHOLE=whole))
-    assert ptx.count("ld.global.v4") == whole
+    ptx = assembly(device_code.look, dict(PARAMS=tl.uint16, WHOLE=whole, BLOCK=4096))
+    assert ptx.count("ld.global.v4") == 2 * whole
 """
 
 

@@ -49,8 +49,8 @@ def exchange(device, calls):
         table = call.launch.table.tolist()
         for row, block in call.launch.blocks.tolist():
             one, other, number = table[row]
-            start = block * BLOCK
-            count = (min(start + BLOCK, number) - start) * size
+            start = block * call.launch.block
+            count = (min(start + call.launch.block, number) - start) * size
             one, other = one + start * size, other + start * size
             kept = ctypes.string_at(one, count)
             ctypes.memmove(one, other, count)
