@@ -108,8 +108,8 @@ class EMAModel(Generic[ModelT]):
             ``"skip"`` changes nothing but :attr:`step` and :attr:`skipped`, ``"raise"`` raises
             before anything has changed. The latter two read the weights once more.
         overlap: on a GPU, whether an update runs beside the next forward and backward pass, on a
-            stream of its own. PyTorch's optimizers wait for it; whoever writes weights by other
-            means calls :meth:`before_write` first.
+            stream of its own. PyTorch's optimizers wait for it. Where weights are written by other
+            means, updates run in order, unless :meth:`before_write` is called before each write.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -270,7 +270,8 @@ class EMAModel(Generic[ModelT]):
             ArgumentError: a schedule of your own gives a weight outside [0, 1] or NaN. Nothing has
                 changed.
             StateError: averages are swapped in, these or another one's, or with
-                ``on_nonfinite="raise"`` a live weight is NaN or Inf.
+                ``on_nonfinite="raise"`` a live weight is NaN or Inf. Or a CUDA graph is being
+                captured that cannot hold the update. Nothing has changed, counters included.
             ModelError: an averaged parameter was resized or removed, or all that is to be averaged
                 is on the meta device. Nothing has changed, counters included.
 

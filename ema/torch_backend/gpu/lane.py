@@ -15,7 +15,7 @@ every write since the update before was announced, as far as that can be known:
 ``load_state_dict`` of the model and of those optimizers waits as well. A step that ``torch.compile`` has
 compiled calls no hook, and then updates run in order with everything else.
 
-Streams were simulated; one H100 was measured, see ``docs/benchmarks.md``.
+Streams are simulated in the tests; one H100 was measured, see ``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
