@@ -30,6 +30,7 @@ from ema.torch_backend.selection import ON_META, Selection, select
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.special_buffers import FirstLook
 from ema.torch_backend.stretches import Entry
+from ema.torch_backend.swap import Swap
 from ema.torch_backend.sweep import Sweep
 from ema.torch_backend.watch import Watch
 
@@ -53,6 +54,7 @@ class _Bound:
         watch: whether the tensors are still these.
         beside: where an update runs that the loop does not wait for.
         on_cuda: whether a live tensor is on a CUDA device.
+        swaps: by the name of an average, the last swap of it, which the next one may spare.
     """
 
     slots: dict[str, tuple[Tensor, ...]]
@@ -64,6 +66,7 @@ class _Bound:
     watch: Watch
     beside: Lane | Offload | None
     on_cuda: bool
+    swaps: dict[str | None, Swap] = dataclasses.field(default_factory=dict)
 
     def origins(self, found: Selection) -> dict[str, str]:
         """The name in ``found`` of each tensor that has an average here, and its name here."""
@@ -248,6 +251,11 @@ class Average:
     def guarded_on_device(self) -> bool:
         """Whether an update finds out by itself, and on the device, if it may be made."""
         return self._bound is not None and self._guards and self._bound.sweep.on_device
+
+    @property
+    def swaps(self) -> dict[str | None, Swap]:
+        """The last swap of each average into the model, as long as the tensors are the same."""
+        return {} if self._bound is None else self._bound.swaps
 
     @property
     def is_captured(self) -> bool:

@@ -961,6 +961,10 @@ class EMAModel(Generic[ModelT]):
                 "averages are swapped in already, another one or into another model: restore first"
             )
         averages, found = self._look(name)
+        last = self._average.swaps.get(name)
+        if last is not None and last.model is target and not assign and (swap := last.again()):
+            self._swap = swap
+            return swap
         params = found.averaged
         if unwrap(target) is not unwrap(self._model):
             params = targets(target, averages, found)
@@ -976,6 +980,8 @@ class EMAModel(Generic[ModelT]):
         if self._swap is swap:
             self._swap = None
             self._blocks = []
+        if swap.model is self._model and swap.again() is not None:
+            self._average.swaps[swap.name] = swap
 
 
 def _wrapped(averages: Mapping[str, Tensor], found: Selection) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ the parameters refer to other memory for the time.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -29,6 +30,7 @@ from ema.torch_backend.swap_parts import (
     Buffers,
     Copying,
     CopyingTogether,
+    ExchangeByKernel,
     Part,
     alike,
     exchanges_on_accelerator,
@@ -120,6 +122,29 @@ class Swap:
             self._restore()  # every step can be made again, and Ctrl-C comes once
             raise
 
+    def again(self) -> Swap | None:
+        """Another swap of the same averages and parameters, if preparing one can be spared.
+
+        It can where kernels exchange everything, and the memory is where it was.
+        """
+        whole = self._back is not None and self._back.finished
+        *parts, _ = self._parts
+        if not whole or not parts or self._repointed.tensors or repointing(self._moved).tensors:
+            return None
+        if not all(isinstance(part, ExchangeByKernel) and part.is_ready() for part in parts):
+            return None
+        for tensor, view in zip(self.params.values(), self._views.values(), strict=True):
+            here = tensor if type(tensor) in PLAIN else local_of(tensor)
+            if here.data_ptr() != view.data_ptr():
+                return None
+        swap = copy.copy(self)
+        swap.rewind()
+        return swap
+
+    def rewind(self) -> None:
+        """Be a swap that has not begun."""
+        self._into = self._back = self._places = None
+
     def averages(self) -> dict[str, Tensor]:
         """The averages, wherever they are now."""
         if not self.active or not (self._into and self._into.done):
@@ -150,6 +175,7 @@ class Swap:
         # without places there was no block in which anything could leave its place
         if self._places is not None and (returning := self._places.returning()):
             run(_noticed(returning))
+        _swaps.discard(self)
 
     def _look_for_places(self) -> Places:
         return Places(self.model, self.params, {**self._averages, **self._shown})

@@ -23,6 +23,7 @@ __all__ = [
     "Copying",
     "CopyingTogether",
     "Exchange",
+    "ExchangeByKernel",
     "Part",
     "Repointing",
     "alike",
@@ -177,6 +178,7 @@ class ExchangeByKernel:
 
     def __init__(self, exchange: kernels.Exchange) -> None:
         self._exchange = exchange  # holds the memory, which parameters may leave meanwhile
+        self._moved = False
         self._launches = [_Launch(launch) for launch in exchange.launches()]
         # int does nothing
         self.into: list[Step] = [int, *(launch.put_in for launch in self._launches)]
@@ -186,7 +188,12 @@ class ExchangeByKernel:
             # the storages themselves were moved: share_memory() does it
             self._exchange = exchange
             self._launches = [_Launch(launch, is_in=True) for launch in exchange.launches()]
+            self._moved = True
         return [launch.take_out for launch in self._launches]
+
+    def is_ready(self) -> bool:
+        """Whether the same steps can be made once more, after all that was put in was taken out."""
+        return not self._moved and self._exchange.where_memory_is() is self._exchange
 
 
 class _Launch:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ema import EMAModel
+from ema import EMAModel, StateError
 from ema.torch_backend import swap as swap_module
 from ema.torch_backend import swap_parts
 from ema.torch_backend.gpu import kernels
@@ -117,6 +117,92 @@ def test_few_launches_take_all(way, monkeypatch):
         assert len(operations) == 3
     else:
         assert len(operations) == 9
+
+
+def counting(monkeypatch):
+    """How many exchanges are prepared from now on."""
+    prepared = []
+    make_one = kernels.Exchange.__init__
+    monkeypatch.setattr(
+        kernels.Exchange,
+        "__init__",
+        lambda self, *tensors: (prepared.append(self), make_one(self, *tensors))[1],
+    )
+    return prepared
+
+
+def test_the_next_swap_of_the_same_tensors_spares_the_preparation(way, monkeypatch):
+    if way != "kernel":
+        pytest.skip("nothing is kept")
+    model = make()
+    one = EMAModel(model, 0.9)
+    prepared = counting(monkeypatch)
+    for step in range(4):
+        with torch.no_grad():
+            for parameter in model:
+                parameter.add_(step)
+        one.update()
+        before = snapshot(one)
+        with one.use_ema():
+            inside = {name: p.detach().clone() for name, p in model.named_parameters()}
+            assert differences(inside, before[1]) == []
+        assert_whole(one, before)
+    assert len(prepared) == 1
+    assert not swap_module.any_swapped()
+
+
+CHANGES = {
+    "memory": lambda model: setattr(model[1], "data", model[1].data.clone()),
+    "small float64": lambda model: setattr(model[-1], "data", model[-1].data.clone()),
+    "parameter": lambda model: model.register_parameter("1", nn.Parameter(model[1].detach() + 1)),
+    "storage": lambda model: model.share_memory(),
+    "dtype": lambda model: setattr(model[1], "data", model[1].data.double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_has_changed_is_prepared_anew(change, way, monkeypatch):
+    """Also a vector that updates read wherever it is, so that nobody watches its memory."""
+    if way != "kernel":
+        pytest.skip("nothing is kept")
+    model = make()
+    model.append(nn.Parameter(torch.randn(5, dtype=torch.float64)))
+    one = EMAModel(model, 0.9)
+    with torch.no_grad():
+        for parameter in model:
+            parameter.add_(1.0)
+    one.update()
+    with one.use_ema():
+        pass
+    prepared = counting(monkeypatch)
+    change(model)
+    before = snapshot(one)
+    with one.use_ema():
+        inside = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert differences(inside, {n: a.to(inside[n]) for n, a in before[1].items()}) == []
+    assert_whole(one, before)
+    assert prepared
+
+
+def test_a_late_exit_does_not_end_a_swap_that_spared_the_preparation(way):
+    """A block that another one's exit has ended, while the averages are in again."""
+    model = make()
+    one = EMAModel(model, 0.9)
+    with torch.no_grad():
+        model[1].add_(1.0)
+    one.update()
+    before = snapshot(one)
+    first, second = one.use_ema(), one.use_ema()
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(StateError):
+        first.__exit__(None, None, None)
+    one.apply_ema()
+    second.__exit__(None, None, None)
+    inside = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert differences(inside, before[1]) == []
+    one.restore_original()
+    assert_whole(one, before)
 
 
 class Failing(TorchDispatchMode):
