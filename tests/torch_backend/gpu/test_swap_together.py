@@ -184,6 +184,22 @@ def test_what_has_changed_is_prepared_anew(change, way, monkeypatch):
     assert prepared
 
 
+def test_a_storage_that_has_moved_is_prepared_anew(way):
+    """Of a vector whose memory nobody watches: it is still the same storage, elsewhere."""
+    model = nn.ParameterList([nn.Parameter(torch.randn(5, dtype=torch.float64))])
+    one = EMAModel(model, 0.9)
+    with torch.no_grad():
+        model[0].add_(1.0)
+    one.update()
+    with one.use_ema():
+        pass
+    before = snapshot(one)
+    model.share_memory()
+    with one.use_ema():
+        assert differences({"0": model[0].detach().clone()}, before[1]) == []
+    assert_whole(one, before)
+
+
 def test_a_late_exit_does_not_end_a_swap_that_spared_the_preparation(way):
     """A block that another one's exit has ended, while the averages are in again."""
     model = make()
