@@ -114,6 +114,23 @@ def test_all_finite_finds_one_bad_element(dtype, bad, monkeypatch):
     assert not guard.all_finite(tensors)
 
 
+class NoFloat64(TorchDispatchMode):
+    """As on MPS, which has none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, (list, tuple)) else [result]
+        assert all(not isinstance(t, torch.Tensor) or t.dtype != torch.float64 for t in made)
+        return result
+
+
+def test_a_look_on_an_accelerator_needs_no_float64():
+    tensors = [torch.randn(n).to(d) for n in (3, 500) for d in (torch.float32, torch.bfloat16)]
+    with NoFloat64():
+        assert guard.all_finite(tensors)
+        guard.joined({tensor.device: guard.all_finite([tensor]) for tensor in tensors})
+
+
 def test_the_scratch_of_a_look_does_not_grow_with_tensors_times_the_largest_one():
     tensors = [torch.empty(size, device="meta") for size in [1 << 30, *[5] * 10_000, 1 << 31]]
     groups = list(guard._of_bounded_scratch(sorted(tensors, key=torch.Tensor.numel)))
