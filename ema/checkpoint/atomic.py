@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING or os.name == "posix":
 
 LOCKS = os.name == "posix"  # Windows deletes and renames no file that is open
 
-__all__ = ["create", "flush", "flush_folder", "remove", "remove_unlocked", "rename"]
+__all__ = ["create", "flush", "flush_folder", "keep_mode", "remove", "remove_unlocked", "rename"]
 
 
 @contextlib.contextmanager
@@ -29,6 +30,13 @@ def create(file: Path) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(stream, fcntl.LOCK_EX)
         yield stream
+
+
+def keep_mode(stream: IO[bytes], old: Path) -> None:
+    """Give the file that is open as ``stream`` the permissions of the one that it replaces."""
+    if hasattr(os, "fchmod"):
+        with contextlib.suppress(OSError):  # there is none, or not ours to say
+            os.fchmod(stream.fileno(), stat.S_IMODE(old.stat().st_mode))
 
 
 def rename(stream: IO[bytes], temporary: Path, place: Path) -> None:
@@ -67,6 +75,8 @@ def remove_unlocked(file: Path) -> None:
     """Delete what a killed save has left, which nobody holds a lock on any more."""
     if not LOCKS:
         remove(file)
+        return
+    if not file.is_file():  # opening a pipe would wait for a writer
         return
     with contextlib.suppress(OSError), file.open("rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,13 +51,18 @@ DTYPE_BITS = {
 }
 """Size of an element of each dtype that the container knows."""
 
-MAX_HEADER = 32 << 20
-"""Bytes of a header, or of an index."""
+MAX_HEADER = 100_000_000
+"""Bytes of a header, or of an index: as many as safetensors allows."""
 
 MAX_TENSORS = 20_000
 """Tensors that are written to one file; their header stays under the limits."""
 
-_MAX_NODES = 1 << 18  # lists, objects and commas of a JSON text: bounds what parsing it allocates
+_COSTS = {b"{": 250, b"[": 100, b",": 48}
+"""Bytes of memory that Python takes for what begins with such a character in a JSON text, or so."""
+_COST_OF_TEXT = 8
+_COST_AT_LEAST = 48 << 20
+"""A text may cost so many bytes for each of its own, and these besides."""
+
 _MAX_NUMBER = 1 << 62
 _MAX_DIMENSIONS = 64
 
@@ -137,9 +143,11 @@ def load_json(text: bytes, what: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is none, or so large or deep that reading it would cost much.
     """
-    nodes = text.count(b"{") + text.count(b"[") + text.count(b",")
-    if len(text) > MAX_HEADER or nodes > _MAX_NODES:
-        raise CheckpointError(f"{what} is too large: {len(text)} bytes with {nodes} values or more")
+    cost = sum(each * text.count(character) for character, each in _COSTS.items())
+    if len(text) > MAX_HEADER or cost > _COST_OF_TEXT * len(text) + _COST_AT_LEAST:
+        raise CheckpointError(
+            f"{what} is too large: {len(text)} bytes, which take about {cost} to be read"
+        )
     try:
         value = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
@@ -185,6 +193,8 @@ def _entry(name: str, fields: object) -> Entry:
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"`{name:.80}` has no valid data_offsets: {offsets!r:.80}")
     begin, end = offsets
+    if math.prod(size for size in shape if size) > _MAX_NUMBER:
+        raise CheckpointError(f"`{name:.80}` has a shape that overflows: {shape!r:.80}")
     bits = bits_of(dtype, shape)
     if begin > end or bits != 8 * (end - begin):
         raise CheckpointError(

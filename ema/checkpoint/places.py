@@ -15,11 +15,15 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
+from ema.checkpoint import atomic
 from ema.errors import CheckpointError
 
 __all__ = [
     "FILE_NAME",
     "errors_of",
+    "exists",
     "file_to_write",
     "index_of",
     "is_shard_name",
@@ -35,12 +39,24 @@ __all__ = [
 FILE_NAME = "ema.safetensors"
 SUFFIX = ".safetensors"
 _RANDOM = "[0-9a-f]{16}"
+_EXAMPLE = "0" * 16
+_LONGEST = 255
+"""Bytes of a name, in the file systems of today."""
 
 
 def place_to_read(path: str | os.PathLike[str]) -> Path:
-    """The file that ``path`` means: a folder means ``ema.safetensors`` in it."""
+    """The file that ``path`` means: a folder means ``ema.safetensors`` in it.
+
+    A link is followed as it is in writing, unless there is an index beside the link itself.
+    """
     place = path_of(path)
-    return place / FILE_NAME if place.is_dir() else place
+    place = place / FILE_NAME if place.is_dir() else place
+    return place if exists(index_of(place)) else Path(os.path.realpath(place))
+
+
+def exists(file: Path) -> bool:
+    """Whether there is something of that name; there is nothing of a name that is too long."""
+    return os.path.exists(file)  # noqa: PTH110 — Path.exists() raises there
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
@@ -78,8 +94,17 @@ def file_to_write(path: str | os.PathLike[str]) -> Path:
     place = Path(os.path.realpath(path_of(path)))
     if place.exists() and not place.is_file():
         raise CheckpointError("it is no file, and would be replaced by one")
-    place.parent.mkdir(parents=True, exist_ok=True)
+    _make(place.parent)
     return place
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those that it is in, so that a power failure cannot take them back."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    folder.mkdir(exist_ok=True)
+    atomic.flush_folder(folder.parent)
 
 
 def index_of(place: Path) -> Path:
@@ -94,7 +119,15 @@ def new_token() -> str:
 
 def temporary_of(place: Path, token: str) -> Path:
     """Where a file is written before it is renamed to ``place``."""
-    return place.with_name(f".{place.name}.{token}.tmp")
+    return place.with_name(f".{_stem_of_temporary(place)}.{token}.tmp")
+
+
+def _stem_of_temporary(place: Path) -> str:
+    """The name, or a digest of it where a longer one than that would be too long for the system."""
+    name = place.name.encode(errors="surrogateescape")
+    if len(name) + len(f"..{_EXAMPLE}.tmp") <= _LONGEST:
+        return place.name
+    return xxhash.xxh3_64_hexdigest(name)
 
 
 def shard_name(place: Path, token: str, number: int, total: int) -> str:
@@ -110,7 +143,8 @@ def is_shard_name(place: Path, name: str) -> bool:
 
 def unfinished(place: Path, *, shards: bool) -> list[Path]:
     """Files that saves to ``place`` may have left over: temporary ones, and with ``shards`` all."""
-    names = "|".join(re.escape(target.name) for target in (place, index_of(place)))
+    targets = map(_stem_of_temporary, (place, index_of(place)))
+    names = "|".join(map(re.escape, targets))
     temporary = re.compile(rf"\.(?:{names})\.{_RANDOM}\.tmp")
     return [
         file

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ema.checkpoint.container import Entry, Header, header_length, parse_header
-from ema.checkpoint.digests import check_header, digest, read_digests
+from ema.checkpoint.contents import check_contents
+from ema.checkpoint.digests import digest
 from ema.checkpoint.places import errors_of, place_to_read
-from ema.checkpoint.record import Record, names_from_json, record_from
+from ema.checkpoint.record import Record
 from ema.checkpoint.split import Index, read_index
 from ema.errors import CheckpointError, difference
 
@@ -215,13 +216,7 @@ def _state(
     files: Mapping[str, MappedFile],
     names: tuple[str, ...],
 ) -> StoredState:
-    record = record_from(metadata)  # a newer version first: it may seal its header differently
-    check_header(metadata, entries)
-    digests = read_digests(metadata, entries)
-    pairs = names_from_json("complex128", metadata.get("complex128", "[]"))
-    for name in pairs:
-        if name not in entries or entries[name].dtype != "F64" or entries[name].shape[-1:] != (2,):
-            raise CheckpointError(f"`complex128` names {name!r:.80}, which is no pairs of F64")
+    record, digests, pairs = check_contents(metadata, entries)
     tensors = {}
     for name, entry in sorted(entries.items()):
         dtype, shape = ("C128", entry.shape[:-1]) if name in pairs else (entry.dtype, entry.shape)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ema.checkpoint.container import MAX_HEADER, MAX_TENSORS, load_json
-from ema.checkpoint.places import index_of, is_shard_name
+from ema.checkpoint.places import exists, index_of, is_shard_name
 from ema.checkpoint.record import to_json
 from ema.errors import CheckpointError
 
-__all__ = ["Index", "index_text", "read_index", "split"]
+__all__ = ["Index", "index_from", "index_text", "read_index", "split"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +59,30 @@ def read_index(place: Path, *, lenient: bool = False) -> Index | None:
         CheckpointError: it is damaged, or names files that are none of its own.
         OSError: it cannot be read.
     """
+    file = index_of(place)
+    if not exists(file):
+        return None
+    if not file.is_file():  # opening a pipe would wait for a writer
+        raise CheckpointError(f"{file.name}: it is no file")
     try:
-        with index_of(place).open("rb") as stream:
+        with file.open("rb") as stream:
             text = stream.read(MAX_HEADER + 1)
     except FileNotFoundError:
         return None
     try:
-        return _index_from(place, text)
+        return index_from(place, text)
     except CheckpointError as error:
         if lenient:
             return None
         raise CheckpointError(f"{index_of(place).name}: {error}") from None
 
 
-def _index_from(place: Path, text: bytes) -> Index:
+def index_from(place: Path, text: bytes) -> Index:
+    """Check and read the text of an index.
+
+    Raises:
+        CheckpointError: it is damaged, or names files that are none of its own.
+    """
     fields = load_json(text, "the index")
     metadata, file_of = fields.get("metadata"), fields.get("weight_map")
     if not isinstance(metadata, dict) or not isinstance(file_of, dict):

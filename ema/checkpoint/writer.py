@@ -13,10 +13,19 @@ import xxhash
 
 from ema import validate
 from ema.checkpoint import atomic
-from ema.checkpoint.container import DTYPE_BITS, Entry, bits_of, build_header
+from ema.checkpoint.container import (
+    DTYPE_BITS,
+    Entry,
+    Header,
+    bits_of,
+    build_header,
+    parse_header,
+)
+from ema.checkpoint.contents import check_contents
 from ema.checkpoint.digests import seal
 from ema.checkpoint.places import (
     errors_of,
+    exists,
     file_to_write,
     index_of,
     new_token,
@@ -26,7 +35,7 @@ from ema.checkpoint.places import (
     unfinished,
 )
 from ema.checkpoint.record import Record, record_to, to_json
-from ema.checkpoint.split import Index, index_text, read_index, split
+from ema.checkpoint.split import Index, index_from, index_text, read_index, split
 from ema.errors import CheckpointError
 
 __all__ = ["MAX_SHARD_SIZE", "Source", "write_state", "write_tensors"]
@@ -96,8 +105,14 @@ def write_state(
             _write_split(place, metadata, stored, groups)
             place.unlink(missing_ok=True)  # the index decides from its renaming on
         else:
-            _write_whole(place, stored, lambda entries, digests: seal(metadata, entries, digests))
-            index_of(place).unlink(missing_ok=True)  # until then the old state is in force
+            _write_whole(
+                place,
+                stored,
+                lambda entries, digests: seal(metadata, entries, digests),
+                lambda header: check_contents(header.metadata, header.entries),
+            )
+            if exists(index_of(place)):  # until it is gone the old state is in force
+                index_of(place).unlink(missing_ok=True)
         atomic.flush_folder(place.parent)
         for name in [] if old is None else old.files:
             atomic.remove(place.with_name(name))
@@ -120,15 +135,18 @@ def write_tensors(
                 )
         place = file_to_write(path)
         _clean(place, None)
-        _write_whole(place, tensors, lambda _entries, _digests: dict(metadata))
+        _write_whole(place, tensors, lambda _entries, _digests: dict(metadata), _nothing)
     return place
 
 
-def _write_whole(place: Path, tensors: Mapping[str, Source], metadata: _Metadata) -> None:
+def _write_whole(
+    place: Path, tensors: Mapping[str, Source], metadata: _Metadata, check: _Check
+) -> None:
     temporary = temporary_of(place, new_token())
     try:
         with atomic.create(temporary) as stream:
-            _stream(stream, tensors, metadata)
+            atomic.keep_mode(stream, place if place.exists() else index_of(place))
+            _stream(stream, tensors, metadata, check)
             atomic.rename(stream, temporary, place)
     except BaseException:
         atomic.remove(temporary)
@@ -147,19 +165,30 @@ def _write_split(
     digests: dict[str, str] = {}
     file_of: dict[str, str] = {}
     index = temporary_of(index_of(place), token)
+    old = index_of(place) if exists(index_of(place)) else place
+
+    def sealed(digests: Mapping[str, str] | None) -> bytes:
+        """The text of the index, once a reader would take it."""
+        text = index_text(seal(metadata, entries, digests), file_of)
+        check_contents(index_from(place, text).metadata, entries)
+        return text
+
+    for file, names in zip(shards, groups, strict=True):
+        entries |= _entries({name: tensors[name] for name in names})
+        file_of |= dict.fromkeys(names, file)
+    sealed(None)  # before anything is written
     try:
         with contextlib.ExitStack() as opened:  # all are locked until the index names them
             for file, names in zip(shards, groups, strict=True):
                 stream = opened.enter_context(atomic.create(place.with_name(file)))
+                atomic.keep_mode(stream, old)
                 part = {name: tensors[name] for name in names}
-                wrote = _stream(stream, part, lambda _entries, _digests: {})
+                digests |= _stream(stream, part, lambda _entries, _digests: {}, _nothing)
                 atomic.flush(stream)
-                entries |= wrote[0]
-                digests |= wrote[1]
-                file_of |= dict.fromkeys(names, file)
             atomic.flush_folder(place.parent)
             stream = opened.enter_context(atomic.create(index))
-            _write(stream, index_text(seal(metadata, entries, digests), file_of))
+            atomic.keep_mode(stream, old)
+            _write(stream, sealed(digests))
             atomic.rename(stream, index, index_of(place))
     except BaseException:
         atomic.remove(index)
@@ -171,12 +200,16 @@ def _write_split(
 
 
 _Metadata = Callable[[Mapping[str, Entry], Mapping[str, str] | None], dict[str, str]]
+_Check = Callable[[Header], object]
+"""What a reader does with a header; raises where it would refuse it."""
 
 
-def _stream(
-    stream: IO[bytes], tensors: Mapping[str, Source], metadata: _Metadata
-) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors first, digested on the way, and the header when its digests are known."""
+def _nothing(_: Header) -> None:
+    """There is no metadata of ours in such a file."""
+
+
+def _entries(tensors: Mapping[str, Source]) -> dict[str, Entry]:
+    """Where each tensor comes to stand in a file of these."""
     entries: dict[str, Entry] = {}
     position = 0
     for name in _order(tensors):
@@ -184,15 +217,32 @@ def _stream(
         end = position + _size(source)
         entries[name] = Entry(source.dtype, tuple(source.shape), position, end)
         position = end
+    return entries
+
+
+def _stream(
+    stream: IO[bytes], tensors: Mapping[str, Source], metadata: _Metadata, check: _Check
+) -> dict[str, str]:
+    """Tensors first, digested on the way, and the header when its digests are known.
+
+    A reader's own checks are made of the header: before the first tensor, and of what is published.
+
+    Returns:
+        The digests.
+    """
+    entries = _entries(tensors)
+    size = sum(entry.end - entry.begin for entry in entries.values())
     room = build_header(entries, metadata(entries, None))
+    check(parse_header(room, len(room) + size))
     _write(stream, room)
     digests = {name: _copy(name, tensors[name], stream) for name in entries}
     header = build_header(entries, metadata(entries, digests))
     if len(header) != len(room):
         raise CheckpointError("the header changed its length while the tensors were written")
+    check(parse_header(header, len(header) + size))
     stream.seek(0)
     _write(stream, header)
-    return entries, digests
+    return digests
 
 
 def _copy(name: str, source: Source, stream: IO[bytes]) -> str:
@@ -201,10 +251,14 @@ def _copy(name: str, source: Source, stream: IO[bytes]) -> str:
     if len(data) != _size(source):
         raise CheckpointError(f"`{name}` takes {_size(source)} bytes, got {len(data)}")
     state = xxhash.xxh3_128()
+    own = bytearray(min(len(data), _CHUNK))  # another thread may write into the tensor meanwhile
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]
-        state.update(chunk)
-        _write(stream, chunk)
+        own[: len(chunk)] = chunk
+        copied = memoryview(own)[: len(chunk)]
+        state.update(copied)
+        _write(stream, copied)
+        copied.release()
     return state.hexdigest()
 
 
@@ -226,6 +280,6 @@ def _size(source: Source) -> int:
 def _clean(place: Path, old: Index | None) -> None:
     """Remove what killed saves have left; an index that cannot be read keeps its files."""
     named = set() if old is None else set(old.files)
-    for file in unfinished(place, shards=old is not None or not index_of(place).exists()):
+    for file in unfinished(place, shards=old is not None or not exists(index_of(place))):
         if file.name not in named:
             atomic.remove_unlocked(file)

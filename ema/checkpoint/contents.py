@@ -1,0 +1,48 @@
+"""What a header says, checked as a reader does: by whoever reads it, and by whoever is to publish it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ema.checkpoint.container import Entry
+from ema.checkpoint.digests import check_header, read_digests
+from ema.checkpoint.record import Record, names_from_json, record_from
+from ema.errors import CheckpointError, listing
+
+__all__ = ["Contents", "check_contents"]
+
+
+class Contents(NamedTuple):
+    """What the metadata says of the tensors.
+
+    Attributes:
+        record: how far the average is and how it was made.
+        digests: name to the digest of a tensor's bytes.
+        pairs: names of those that are pairs of reals, complex128.
+    """
+
+    record: Record
+    digests: dict[str, str]
+    pairs: tuple[str, ...]
+
+
+def check_contents(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> Contents:
+    """Read the metadata of a state and compare it with its tensors.
+
+    Raises:
+        CheckpointError: it is of a newer version, damaged, or says what cannot be.
+    """
+    record = record_from(metadata)  # a newer version first: it may seal its header differently
+    check_header(metadata, entries)
+    digests = read_digests(metadata, entries)
+    pairs = names_from_json("complex128", metadata.get("complex128", "[]"))
+    for name in pairs:
+        if name not in entries or entries[name].dtype != "F64" or entries[name].shape[-1:] != (2,):
+            raise CheckpointError(f"`complex128` names {name!r:.80}, which is no pairs of F64")
+    averaged = {record.parts[key][2] if key in record.parts else key for key in entries}
+    if both := sorted(averaged.intersection(record.not_averaged)):
+        raise CheckpointError(
+            f"{listing(f'{name:.80}' for name in both)} are averaged and not averaged"
+        )
+    return Contents(record, digests, pairs)
