@@ -51,7 +51,8 @@ def place_to_read(path: str | os.PathLike[str]) -> Path:
     """
     place = path_of(path)
     place = place / FILE_NAME if place.is_dir() else place
-    return place if exists(index_of(place)) else Path(os.path.realpath(place))
+    is_link = os.path.islink(place)  # noqa: PTH114 — Path.is_symlink() raises for long names
+    return Path(os.path.realpath(place)) if is_link and not exists(index_of(place)) else place
 
 
 def exists(file: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def read_index(place: Path, *, lenient: bool = False) -> Index | None:
     file = index_of(place)
     if not exists(file):
         return None
-    if not file.is_file():  # opening a pipe would wait for a writer
-        raise CheckpointError(f"{file.name}: it is no file")
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{file.name}: it is no file")
         with file.open("rb") as stream:
             text = stream.read(MAX_HEADER + 1)
     except FileNotFoundError:
