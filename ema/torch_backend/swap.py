@@ -89,8 +89,10 @@ class Swap:
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
             self._parts = self._prepare()
-            self._places = self._look_for_places() if self._assigned else None
             self._repointed = repointing(self._moved)
+            # what refers to other memory during the swap is to be found where it is now
+            early = self._assigned or self._repointed.tensors
+            self._places = self._look_for_places() if early else None
             self._parts.append(self._repointed)
         # of which PyTorch does not see that their values change
         self._written_unseen = [*self._assigned.values(), *self._repointed.tensors]
