@@ -21,6 +21,8 @@ __all__ = [
     "StateError",
     "difference",
     "listing",
+    "shortened",
+    "shown",
     "warn",
 ]
 
@@ -70,10 +72,28 @@ def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in ("ema", "contextlib")
 
 
+def shown(value: object) -> str:
+    """The first 80 characters of ``repr(value)``, also of integers that Python does not write out."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # more than sys.get_int_max_str_digits()
+        if isinstance(value, int):
+            return f"an integer of {value.bit_length()} bits"
+        return f"a {type(value).__name__} with an integer of very many digits"
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """``text`` without its middle where it is longer than that: names of files may be very long."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]}…{text[-half:]} ({len(text):,} characters)"
+
+
 def listing(names: Iterable[str], limit: int = 10) -> str:
     """``a, b, c``, quoted, the first ``limit`` of them and how many more there are."""
     names = list(names)
-    text = ", ".join(f"`{name}`" for name in names[:limit])
+    text = ", ".join(f"`{shortened(name)}`" for name in names[:limit])
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
 
 

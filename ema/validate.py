@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 
-from ema.errors import ArgumentError, ArgumentTypeError
+from ema.errors import ArgumentError, ArgumentTypeError, shown
 
 __all__ = [
     "boolean",
@@ -24,7 +24,7 @@ __all__ = [
 def boolean(name: str, value: object) -> bool:
     """True or False; a number is neither."""
     if not isinstance(value, bool):
-        raise ArgumentTypeError(f"`{name}` must be True or False, got {value!r}")
+        raise ArgumentTypeError(f"`{name}` must be True or False, got {shown(value)}")
     return value
 
 
@@ -32,7 +32,7 @@ def real(name: str, value: object) -> float:
     """A finite real number; a bool is not one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(
-            f"`{name}` must be a real number, got {value!r} ({type(value).__name__})"
+            f"`{name}` must be a real number, got {shown(value)} ({type(value).__name__})"
         )
     try:
         number = float(value)
@@ -73,13 +73,15 @@ def non_negative(name: str, value: object) -> float:
     return number
 
 
-def integer(name: str, value: object, minimum: int) -> int:
-    """An integer of at least ``minimum``; a bool or a float is not one."""
+def integer(name: str, value: object, minimum: int, bits: int | None = None) -> int:
+    """An integer of at least ``minimum``, and below ``2**bits``; a bool or a float is not one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentTypeError(
-            f"`{name}` must be an integer, got {value!r} ({type(value).__name__})"
+            f"`{name}` must be an integer, got {shown(value)} ({type(value).__name__})"
         )
     number = int(value)
     if number < minimum:
-        raise ArgumentError(f"`{name}` must be at least {minimum}, got {number}")
+        raise ArgumentError(f"`{name}` must be at least {minimum}, got {shown(number)}")
+    if bits is not None and number >= 1 << bits:
+        raise ArgumentError(f"`{name}` must be below 2**{bits}, got {shown(number)}")
     return number

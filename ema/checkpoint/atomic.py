@@ -13,12 +13,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ema.errors import CheckpointError
+
 if TYPE_CHECKING or os.name == "posix":
     import fcntl
 
 LOCKS = os.name == "posix"  # Windows deletes and renames no file that is open
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
-__all__ = ["create", "flush", "flush_folder", "keep_mode", "remove", "remove_unlocked", "rename"]
+__all__ = [
+    "create",
+    "flush",
+    "flush_folder",
+    "keep_mode",
+    "open_file",
+    "remove",
+    "remove_unlocked",
+    "rename",
+]
+
+
+def open_file(file: Path) -> IO[bytes]:
+    """Open a file to be read; a pipe or a device is refused, and neither opened nor waited for.
+
+    Raises:
+        CheckpointError: it is no file.
+        OSError: it cannot be opened.
+    """
+    _check_regular(file.stat())
+    stream = os.fdopen(os.open(file, _READ), "rb")
+    try:
+        _check_regular(os.fstat(stream.fileno()))  # a pipe may have come into its place since
+    except CheckpointError:
+        stream.close()
+        raise
+    return stream
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError("it is no file")
 
 
 @contextlib.contextmanager
@@ -71,13 +105,21 @@ def remove(file: Path) -> None:
         file.unlink()
 
 
-def remove_unlocked(file: Path) -> None:
-    """Delete what a killed save has left, which nobody holds a lock on any more."""
+def remove_unlocked(file: Path) -> bool:
+    """Delete what a killed save has left, unless another process holds a lock on it.
+
+    Returns:
+        Whether no save can be writing to it any more.
+    """
     if not LOCKS:
-        remove(file)
-        return
-    if not file.is_file():  # opening a pipe would wait for a writer
-        return
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove(file)
+        remove(file)  # which fails for a file that is open
+        return not file.exists()
+    try:
+        with open_file(file) as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(file)
+    except (CheckpointError, FileNotFoundError):  # a pipe, or it is gone
+        return True
+    except OSError:
+        return False
+    return True

@@ -19,12 +19,14 @@ from ema.errors import CheckpointError
 __all__ = [
     "DTYPE_BITS",
     "MAX_HEADER",
+    "MAX_INDEX",
     "MAX_TENSORS",
     "Entry",
     "Header",
     "build_header",
     "load_json",
     "parse_header",
+    "too_large",
 ]
 
 DTYPE_BITS = {
@@ -52,7 +54,10 @@ DTYPE_BITS = {
 """Size of an element of each dtype that the container knows."""
 
 MAX_HEADER = 100_000_000
-"""Bytes of a header, or of an index: as many as safetensors allows."""
+"""Bytes of a header: as many as safetensors allows."""
+
+MAX_INDEX = 400_000_000
+"""Bytes of the index of a split state, which safetensors does not read."""
 
 MAX_TENSORS = 20_000
 """Tensors that are written to one file; their header stays under the limits."""
@@ -100,7 +105,7 @@ def parse_header(head: bytes, size: int) -> Header:
     text = head[8 : 8 + length]
     if not text.startswith(b"{"):
         raise CheckpointError("the header does not begin with `{`: this is no safetensors file")
-    items = load_json(text, "the header")
+    items = load_json(text, "the header", MAX_HEADER)
     metadata = items.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CheckpointError("`__metadata__` must be an object")
@@ -137,16 +142,23 @@ def header_length(first: bytes, size: int) -> int:
     return length
 
 
-def load_json(text: bytes, what: str) -> dict[str, Any]:
+def load_json(text: bytes, what: str, limit: int = MAX_INDEX) -> dict[str, Any]:
     """A JSON object, whose names are unique, from text of any origin.
+
+    Args:
+        text: the object; JSON in a string of a header or an index is under their limits already.
+        what: a name for the text.
+        limit: its most bytes.
 
     Raises:
         CheckpointError: it is none, or so large or deep that reading it would cost much.
     """
     cost = sum(each * text.count(character) for character, each in _COSTS.items())
-    if len(text) > MAX_HEADER or cost > _COST_OF_TEXT * len(text) + _COST_AT_LEAST:
+    if len(text) > limit or cost > _COST_OF_TEXT * len(text) + _COST_AT_LEAST:
         raise CheckpointError(
-            f"{what} is too large: {len(text)} bytes, which take about {cost} to be read"
+            f"{what} is too large: {len(text)} bytes, of which {limit} are allowed, and they take"
+            f" about {cost} bytes of memory to be read, of which"
+            f" {_COST_OF_TEXT * len(text) + _COST_AT_LEAST} are allowed"
         )
     try:
         value = json.loads(
@@ -239,5 +251,13 @@ def build_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> b
         raise CheckpointError("a name is no Unicode text") from None
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise CheckpointError(f"the header takes {len(text)} bytes, {MAX_HEADER} are allowed")
+        raise CheckpointError(too_large("the header", len(text), MAX_HEADER))
     return len(text).to_bytes(8, "little") + text
+
+
+def too_large(what: str, size: int, limit: int) -> str:
+    """That names and metadata do not fit, and what helps."""
+    return (
+        f"{what} takes {size} bytes, {limit} are allowed: shorten `metadata`, or the names of"
+        " parameters and buffers"
+    )

@@ -40,9 +40,9 @@ def check_contents(metadata: Mapping[str, str], entries: Mapping[str, Entry]) ->
     for name in pairs:
         if name not in entries or entries[name].dtype != "F64" or entries[name].shape[-1:] != (2,):
             raise CheckpointError(f"`complex128` names {name!r:.80}, which is no pairs of F64")
+    if absent := [key for key in record.parts if key not in entries]:
+        raise CheckpointError(f"`parts` names tensors that are not there: {listing(absent)}")
     averaged = {record.parts[key][2] if key in record.parts else key for key in entries}
     if both := sorted(averaged.intersection(record.not_averaged)):
-        raise CheckpointError(
-            f"{listing(f'{name:.80}' for name in both)} are averaged and not averaged"
-        )
+        raise CheckpointError(f"{listing(both)} are averaged and not averaged")
     return Contents(record, digests, pairs)

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ema.checkpoint.reader import StoredState, open_state
+from ema.errors import shortened
 from ema.schedules import Schedule
 
 __all__ = ["Description", "describe_file"]
 
-_LONGEST = 300  # characters of a schedule of the user's own
+_LONGEST = 300  # characters of a schedule, or of a note
+_LONGEST_NAME = 100  # characters of a name, which decide the width of the table
+_MOST_NOTES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,11 @@ class Description:
         files = f" in {len(self.state.files)} files" if len(self.state.files) > 1 else ""
         verdict = f"{len(self.damaged)} DAMAGED" if self.damaged else "all right"
         rows = [
-            ("File:", _shown(str(self.state.place))),
-            ("Holds:", f"averaged weights (EMA), written by ema {_shown(record.library_version)}"),
+            ("File:", _one_line(str(self.state.place), 4096)),
+            (
+                "Holds:",
+                f"averaged weights (EMA), written by ema {_one_line(record.library_version)}",
+            ),
             ("Step:", f"{record.step:,}"),
             ("Updates:", f"{record.count:,}"),
             ("Schedule:", _schedule(record.schedule)),
@@ -48,13 +54,20 @@ class Description:
             rows.insert(4, ("Skipped updates:", f"{record.skipped:,}"))
         if record.seed is not None:
             rows.insert(-3, ("Seed:", f"{record.seed}"))
-        rows += [(f"{_shown(key)}:", _shown(text)) for key, text in sorted(record.extra.items())]
+        notes = sorted(record.extra.items())
+        rows += [
+            (f"{_one_line(key)}:", _one_line(text, _LONGEST)) for key, text in notes[:_MOST_NOTES]
+        ]
+        if len(notes) > _MOST_NOTES:
+            rows.append(("More notes:", f"{len(notes) - _MOST_NOTES:,}"))
         lines = [f"{label:<20} {text}" for label, text in rows]
-        width = max((len(_shown(name)) for name in tensors), default=0)
+        names = {name: _one_line(name) for name in tensors}
+        width = max(map(len, names.values()), default=0)
+        damaged = set(self.damaged)
         for name, tensor in tensors.items():
-            mark = "  DAMAGED" if name in self.damaged else ""
+            mark = "  DAMAGED" if name in damaged else ""
             what = f"{tensor.dtype:<5} {tensor.shape!s:<20} {_bytes(tensor.nbytes):>10}"
-            lines.append(f"  {_shown(name):<{width}}  {what}{mark}")
+            lines.append(f"  {names[name]:<{width}}  {what}{mark}")
         return "\n".join(lines)
 
 
@@ -69,8 +82,9 @@ def describe_file(path: str | os.PathLike[str]) -> Description:
     return Description(state, damaged)
 
 
-def _shown(text: str) -> str:
-    """Text of anybody's on one line, with what would steer a terminal written out."""
+def _one_line(text: str, longest: int = _LONGEST_NAME) -> str:
+    """Text of anybody's on one line: not too long, with what would steer a terminal written out."""
+    text = shortened(text, longest)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -78,10 +92,9 @@ def _schedule(schedule: Schedule | Mapping[str, Any] | None) -> str:
     if schedule is None:
         return "not known"
     if isinstance(schedule, Schedule):
-        return repr(schedule)
+        return _one_line(repr(schedule), _LONGEST)
     fields = ", ".join(f"{key}={value!r}" for key, value in schedule.items() if key != "schedule")
-    text = _shown(f"{schedule['schedule']}({fields})")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return _one_line(f"{schedule['schedule']}({fields})", _LONGEST)
 
 
 def _known(value: int | None) -> str:

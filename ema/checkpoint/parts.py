@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ema.checkpoint.reader import StoredState, StoredTensor
-from ema.errors import CheckpointError, difference
+from ema.errors import CheckpointError, difference, shortened, shown
 
 __all__ = ["joined", "separated"]
 
@@ -30,8 +30,8 @@ def joined(
     parts = {f"{REMAINDER}/{name}": ("", REMAINDER, name) for name in remainders}
     if taken := [key for key in parts if key in averages]:
         raise CheckpointError(
-            f"`{taken[0]}` is what the remainder of `{parts[taken[0]][2]}` is called in the file: give"
-            " the parameter another name"
+            f"`{shortened(taken[0])}` is what the remainder of `{shortened(parts[taken[0]][2])}` is"
+            " called in the file: give the parameter another name"
         )
     keyed = {f"{REMAINDER}/{name}": tensor for name, tensor in remainders.items()}
     return {**averages, **keyed}, parts
@@ -47,13 +47,16 @@ def separated(stored: StoredState) -> tuple[dict[str, StoredTensor], dict[str, S
     remainders: dict[str, StoredTensor] = {}
     for key, (label, part, name) in stored.record.parts.items():
         if label or part != REMAINDER:
-            raise CheckpointError(f"`{key}` is the {part} of {label!r}, which nobody here reads")
+            raise CheckpointError(
+                f"`{shortened(key)}` is the {shortened(part)} of {shown(label)}, which this version"
+                " cannot read"
+            )
         if key not in averages or name in remainders:
             raise CheckpointError(f"`parts` must name each remainder once, got {key!r:.80}")
         remainders[name] = averages.pop(key)
     if remainders:
         mismatched = [
-            f"`{name}` is {average.dtype} {average.shape}, its remainder"
+            f"`{shortened(name)}` is {average.dtype} {average.shape}, its remainder"
             f" {remainders[name].dtype} {remainders[name].shape}"
             for name, average in averages.items()
             if name in remainders

@@ -3,7 +3,7 @@
 A state called ``ema.safetensors`` is either that file or, where it is split, an index
 ``ema.safetensors.index.json`` beside files ``ema-<token>-00001-of-00003.safetensors``. The index
 decides where both are there. A save that is on its way writes to ``.ema.safetensors.<token>.tmp``
-or to files of a new token, and holds a lock on them: what nobody holds is left over.
+or to files of a new token, and holds a lock on the temporary one: what nobody holds is left over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import xxhash
 
 from ema.checkpoint import atomic
-from ema.errors import CheckpointError
+from ema.errors import ArgumentTypeError, CheckpointError, shown
 
 __all__ = [
     "FILE_NAME",
@@ -33,6 +33,7 @@ __all__ = [
     "place_to_write",
     "shard_name",
     "temporary_of",
+    "token_of",
     "unfinished",
 ]
 
@@ -61,10 +62,17 @@ def exists(file: Path) -> bool:
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """The path, if the system can have such a one."""
-    text = os.fspath(path)
+    """The path, if the system can have such a one.
+
+    Raises:
+        ArgumentTypeError: it is no path.
+        CheckpointError: the system can have no such path.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str):
+        raise ArgumentTypeError(f"`path` must be a string or a path, got {shown(path)}")
     if "\0" in text:
-        raise CheckpointError(f"{text!r}: no file can be called so")
+        raise CheckpointError("no file can be called so: its name holds a zero byte")
     return Path(text)
 
 
@@ -142,16 +150,22 @@ def is_shard_name(place: Path, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def unfinished(place: Path, *, shards: bool) -> list[Path]:
-    """Files that saves to ``place`` may have left over: temporary ones, and with ``shards`` all."""
+def token_of(file: Path) -> str:
+    """The token in the name of a temporary file or of a file of a split state."""
+    tokens: list[str] = re.findall(_RANDOM, file.name)
+    return tokens[-1]
+
+
+def unfinished(place: Path) -> tuple[list[Path], list[Path]]:
+    """Files that saves to ``place`` may have left over: temporary ones, and those of split states."""
     targets = map(_stem_of_temporary, (place, index_of(place)))
     names = "|".join(map(re.escape, targets))
     temporary = re.compile(rf"\.(?:{names})\.{_RANDOM}\.tmp")
-    return [
-        file
-        for file in place.parent.iterdir()
-        if temporary.fullmatch(file.name) or (shards and is_shard_name(place, file.name))
-    ]
+    files = list(place.parent.iterdir())
+    return (
+        [file for file in files if temporary.fullmatch(file.name)],
+        [file for file in files if is_shard_name(place, file.name)],
+    )
 
 
 @contextlib.contextmanager
@@ -160,6 +174,10 @@ def errors_of(path: str | os.PathLike[str], verb: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+        raise CheckpointError(f"{_printable(path)}: {error}") from None
     except OSError as error:
-        raise CheckpointError(f"{os.fspath(path)}: cannot be {verb}: {error}") from error
+        raise CheckpointError(f"{_printable(path)}: cannot be {verb}: {error}") from error
+
+
+def _printable(path: str | os.PathLike[str]) -> str:
+    return os.fspath(path).replace("\0", "\\0")

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import mmap
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
+from ema.checkpoint import atomic
 from ema.checkpoint.container import Entry, Header, header_length, parse_header
 from ema.checkpoint.contents import check_contents
 from ema.checkpoint.digests import digest
@@ -21,6 +22,11 @@ from ema.errors import CheckpointError, difference
 __all__ = ["MappedFile", "StoredState", "StoredTensor", "open_state", "read_state"]
 
 
+_MOST_OPEN = 64
+"""Files of a split state that are open at a time: each takes a descriptor, of which a process has
+few."""
+
+
 class MappedFile:
     """A safetensors file in memory: its header checked, its tensors not yet looked at.
 
@@ -28,22 +34,50 @@ class MappedFile:
     tensor: no more than one is held. Nobody may shorten the file meanwhile (``ema`` never does: it
     puts another in its place).
 
+    Args:
+        place: the file.
+        opened: maps of the files of a split state, the one that was used last at the end. The first
+            is closed where there are too many, and made again when it is asked for.
+
     Raises:
         CheckpointError: it is no safetensors file or damaged; without its name.
         OSError: it cannot be read.
     """
 
-    def __init__(self, place: Path) -> None:
-        if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe would wait for a writer
-            raise CheckpointError("it is no file")
-        with place.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+    def __init__(self, place: Path, opened: dict[Path, mmap.mmap] | None = None) -> None:
+        self._place = place
+        self._opened = {} if opened is None else opened
+        with atomic.open_file(place) as stream:
+            self._size = size = os.fstat(stream.fileno()).st_size
             first = stream.read(8)
             rest = stream.read(header_length(first, size))
             self.header: Header = parse_header(first + rest, size)
-            # a private map is writable, as torch wants it, and never written to
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._keep(_map(stream))
         self._lent: tuple[int, int] | None = None
+
+    def _keep(self, opened: mmap.mmap) -> None:
+        self._opened[self._place] = opened
+        while len(self._opened) > _MOST_OPEN:  # who still looks at a tensor keeps its map
+            del self._opened[next(iter(self._opened))]
+
+    def _again(self) -> mmap.mmap:
+        """The map, made again where it was closed."""
+        opened = self._opened.pop(self._place, None)
+        if opened is None:
+            try:
+                with atomic.open_file(self._place) as stream:
+                    if os.fstat(stream.fileno()).st_size != self._size:
+                        raise CheckpointError("the file was replaced while it was being read")
+                    opened = _map(stream)
+            except FileNotFoundError:  # a file of a split state has another name in each save
+                raise CheckpointError(
+                    f"{self._place.name} is gone: another save has replaced the state while it was"
+                    " being read"
+                ) from None
+            except OSError as error:
+                raise CheckpointError(f"{self._place.name} cannot be read: {error}") from error
+        self._keep(opened)
+        return opened
 
     def bytes_of(self, entry: Entry) -> memoryview:
         """The bytes of a tensor; they stay readable, others are given back.
@@ -53,20 +87,27 @@ class MappedFile:
         """
         start = self.header.start + entry.begin
         length = entry.end - entry.begin
-        if self._map.size() < len(self._map):  # reading what is gone would end the process
+        opened = self._again()
+        if opened.size() < len(opened):  # reading what is gone would end the process
             raise CheckpointError("the file was shortened while it was being read")
         self.release()
         self._lent = (start, length)
-        return memoryview(self._map)[start : start + length]
+        return memoryview(opened)[start : start + length]
 
     def release(self) -> None:
         """Give the memory of the latest tensor back; it is read again if it is looked at again."""
-        if self._lent is not None and hasattr(self._map, "madvise"):
+        opened = self._opened.get(self._place)
+        if opened is not None and self._lent is not None and hasattr(opened, "madvise"):
             start, length = self._lent
             page = start - start % mmap.PAGESIZE
             with contextlib.suppress(OSError):  # advice is not needed
-                self._map.madvise(mmap.MADV_DONTNEED, page, start + length - page)
+                opened.madvise(mmap.MADV_DONTNEED, page, start + length - page)
         self._lent = None
+
+
+def _map(stream: IO[bytes]) -> mmap.mmap:
+    # a private map is writable, as torch wants it, and never written to
+    return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +207,8 @@ def open_state(path: str | os.PathLike[str]) -> StoredState:
     Raises:
         CheckpointError: see :func:`read_state`.
     """
-    place = place_to_read(path)
+    with errors_of(path, "read"):
+        place = place_to_read(path)
     with errors_of(place, "read"):
         index = read_index(place)
         for _ in range(100):
@@ -192,9 +234,10 @@ def _open_whole(place: Path) -> StoredState:
 
 def _open_split(place: Path, index: Index) -> StoredState:
     files: dict[str, MappedFile] = {}
+    opened: dict[Path, mmap.mmap] = {}
     for name in index.files:
         try:
-            files[name] = MappedFile(place.with_name(name))
+            files[name] = MappedFile(place.with_name(name), opened)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
     entries: dict[str, Entry] = {}

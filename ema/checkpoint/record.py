@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import ema
 from ema.checkpoint.container import load_json
-from ema.errors import CheckpointError, EMAError
+from ema.errors import CheckpointError, EMAError, shown
 from ema.schedule_descriptions import describe_schedule, known_schedule
 from ema.schedules import Schedule
 
@@ -97,15 +97,37 @@ class Record:
                 continue
             if type(value) is not int or not minimum <= value < 1 << bits:
                 raise CheckpointError(
-                    f"`{name}` must be an integer in [{minimum}, 2**{bits}), got {value!r:.80}"
+                    f"`{name}` must be an integer in [{minimum}, 2**{bits}), got {shown(value)}"
                 )
         if self.count > self.step:
             raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
+        if not isinstance(self.library_version, str):
+            raise CheckpointError(
+                f"`library_version` must be a string, got {shown(self.library_version)}"
+            )
+        _check_names(self.not_averaged)
+        _check_parts(self.parts)
+        if not isinstance(self.extra, Mapping):
+            raise CheckpointError(f"metadata must be a mapping, got {shown(self.extra)}")
         for key, text in self.extra.items():
             if not isinstance(key, str) or not isinstance(text, str):
-                raise CheckpointError(f"metadata must be strings, got {key!r:.80}: {text!r:.80}")
+                raise CheckpointError(f"metadata must be strings, got {shown(key)}: {shown(text)}")
             if key in OWN_KEYS:
                 raise CheckpointError(f"metadata must not be called {key!r}: the format has it")
+
+
+def _check_names(names: object) -> None:
+    if not isinstance(names, tuple) or not all(map(_is_str, names)):
+        raise CheckpointError(f"`not_averaged` must be a tuple of names, got {shown(names)}")
+
+
+def _check_parts(parts: object) -> None:
+    if not isinstance(parts, Mapping):
+        raise CheckpointError(f"`parts` must be a mapping, got {shown(parts)}")
+    for key, part in parts.items():
+        strings = isinstance(part, tuple) and len(part) == 3 and all(map(_is_str, (key, *part)))
+        if not strings:
+            raise CheckpointError(f"`parts` of {shown(key)} must be three strings")
 
 
 def record_to(record: Record) -> dict[str, str]:
@@ -208,14 +230,12 @@ def names_from_json(name: str, text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parts(name: str, text: str) -> dict[str, tuple[str, str, str]]:
+def _parts(name: str, text: str) -> Any:
+    """Lists as tuples; the record checks the rest."""
     parts = _from_json(name, text)
     if not isinstance(parts, dict):
-        raise CheckpointError(f"`{name}` must be an object, got {text!r:.80}")
-    for key, part in parts.items():
-        if not isinstance(part, list) or len(part) != 3 or not all(map(_is_str, part)):
-            raise CheckpointError(f"`{name}` of {key!r:.80} must be three strings")
-    return {key: (part[0], part[1], part[2]) for key, part in parts.items()}
+        return parts
+    return {key: tuple(part) if isinstance(part, list) else part for key, part in parts.items()}
 
 
 def _is_str(value: object) -> bool:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import stat
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ema.checkpoint.container import MAX_HEADER, MAX_TENSORS, load_json
+from ema.checkpoint import atomic
+from ema.checkpoint.container import MAX_INDEX, MAX_TENSORS, load_json, too_large
 from ema.checkpoint.places import exists, index_of, is_shard_name
 from ema.checkpoint.record import to_json
 from ema.errors import CheckpointError
 
 __all__ = ["Index", "index_from", "index_text", "read_index", "split"]
+
+MAX_NAMES = 8_000_000
+"""Bytes of names in one file; a header holds each of them up to four times."""
+
+MAX_FILES = 99_999
+"""Their numbers have five digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +36,38 @@ class Index:
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in groups of at most ``limit`` bytes, or of one tensor, and ``MAX_TENSORS`` tensors."""
+    """Names in groups, one for each file.
+
+    A group has at most ``limit`` bytes of tensors, or one tensor; at most ``MAX_TENSORS`` tensors;
+    and at most ``MAX_NAMES`` bytes of names, so that its header stays under the limit of safetensors.
+
+    Raises:
+        CheckpointError: there are more groups than a state can have files.
+    """
     groups: list[list[str]] = [[]]
-    taken = 0
+    taken = letters = 0
     for name, size in sizes.items():
-        if groups[-1] and (taken + size > limit or len(groups[-1]) == MAX_TENSORS):
+        length = len(json.dumps(name, ensure_ascii=False).encode(errors="replace"))
+        if groups[-1] and (
+            taken + size > limit or len(groups[-1]) == MAX_TENSORS or letters + length > MAX_NAMES
+        ):
             groups.append([])
-            taken = 0
+            taken = letters = 0
         groups[-1].append(name)
         taken += size
+        letters += length
+    if len(groups) > MAX_FILES:
+        raise CheckpointError(
+            f"it would take {len(groups)} files, {MAX_FILES} are allowed: raise `max_shard_size`"
+        )
     return groups
 
 
 def index_text(metadata: Mapping[str, str], file_of: Mapping[str, str]) -> bytes:
     """The index as JSON, in the form that Hugging Face's tools read."""
     text = to_json({"metadata": dict(metadata), "weight_map": dict(file_of)}).encode()
-    if len(text) > MAX_HEADER:
-        raise CheckpointError(f"the index takes {len(text)} bytes, {MAX_HEADER} are allowed")
+    if len(text) > MAX_INDEX:
+        raise CheckpointError(too_large("the index", len(text), MAX_INDEX))
     return text
 
 
@@ -64,18 +86,15 @@ def read_index(place: Path, *, lenient: bool = False) -> Index | None:
     if not exists(file):
         return None
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for a writer
-            raise CheckpointError(f"{file.name}: it is no file")
-        with file.open("rb") as stream:
-            text = stream.read(MAX_HEADER + 1)
+        with atomic.open_file(file) as stream:
+            text = stream.read(MAX_INDEX + 1)
+        return index_from(place, text)
     except FileNotFoundError:
         return None
-    try:
-        return index_from(place, text)
     except CheckpointError as error:
-        if lenient:
+        if lenient and file.is_file():
             return None
-        raise CheckpointError(f"{index_of(place).name}: {error}") from None
+        raise CheckpointError(f"{file.name}: {error}") from None
 
 
 def index_from(place: Path, text: bytes) -> Index:
@@ -84,7 +103,7 @@ def index_from(place: Path, text: bytes) -> Index:
     Raises:
         CheckpointError: it is damaged, or names files that are none of its own.
     """
-    fields = load_json(text, "the index")
+    fields = load_json(text, "the index", MAX_INDEX)
     metadata, file_of = fields.get("metadata"), fields.get("weight_map")
     if not isinstance(metadata, dict) or not isinstance(file_of, dict):
         raise CheckpointError("the index must have metadata and weight_map")

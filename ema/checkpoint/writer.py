@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,11 +31,12 @@ from ema.checkpoint.places import (
     place_to_write,
     shard_name,
     temporary_of,
+    token_of,
     unfinished,
 )
 from ema.checkpoint.record import Record, record_to, to_json
 from ema.checkpoint.split import Index, index_from, index_text, read_index, split
-from ema.errors import CheckpointError
+from ema.errors import CheckpointError, shortened, shown
 
 __all__ = ["MAX_SHARD_SIZE", "Source", "write_state", "write_tensors"]
 
@@ -87,6 +87,8 @@ def write_state(
         CheckpointError: it cannot be written, with the file and the reason.
     """
     validate.positive("max_shard_size", max_shard_size)
+    with errors_of(path, "written"):
+        _check_sources(tensors, {*DTYPE_BITS, "C128"})
     stored = {**tensors}
     metadata = record_to(record)
     metadata["dtype"] = ", ".join(sorted({source.dtype for source in tensors.values()}))
@@ -98,8 +100,7 @@ def write_state(
         metadata["complex128"] = to_json(sorted(pairs))
     with errors_of(path, "written"):
         place = place_to_write(path)
-        old = read_index(place, lenient=True)
-        _clean(place, old)
+        old = _clean(place)
         groups = split({name: _size(stored[name]) for name in _order(stored)}, max_shard_size)
         if len(groups) > 1:
             _write_split(place, metadata, stored, groups)
@@ -128,15 +129,26 @@ def write_tensors(
         CheckpointError: it cannot be written, with the file and the reason.
     """
     with errors_of(path, "written"):
-        for name, source in tensors.items():
-            if source.dtype not in DTYPE_BITS:
-                raise CheckpointError(
-                    f"`{name}` is {source.dtype}, which safetensors does not have"
-                )
+        _check_sources(tensors, DTYPE_BITS)
         place = file_to_write(path)
-        _clean(place, None)
+        _clean(place)
         _write_whole(place, tensors, lambda _entries, _digests: dict(metadata), _nothing)
     return place
+
+
+def _check_sources(tensors: Mapping[str, Source], dtypes: Collection[str]) -> None:
+    for name, source in tensors.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"names of tensors must be strings, got {shown(name)}")
+        if source.dtype not in dtypes:
+            raise CheckpointError(
+                f"`{shortened(name)}` is {source.dtype}, which safetensors does not have"
+            )
+        sizes = source.shape
+        if not isinstance(sizes, tuple) or not all(
+            type(n) is int and 0 <= n < 1 << 63 for n in sizes
+        ):
+            raise CheckpointError(f"`{shortened(name)}` has no valid shape: {shown(sizes)}")
 
 
 def _write_whole(
@@ -178,15 +190,15 @@ def _write_split(
         file_of |= dict.fromkeys(names, file)
     sealed(None)  # before anything is written
     try:
-        with contextlib.ExitStack() as opened:  # all are locked until the index names them
+        # the lock on it keeps other saves from the files of its token, until the index names them
+        with atomic.create(index) as stream:
             for file, names in zip(shards, groups, strict=True):
-                stream = opened.enter_context(atomic.create(place.with_name(file)))
-                atomic.keep_mode(stream, old)
-                part = {name: tensors[name] for name in names}
-                digests |= _stream(stream, part, lambda _entries, _digests: {}, _nothing)
-                atomic.flush(stream)
+                with atomic.create(place.with_name(file)) as shard:
+                    atomic.keep_mode(shard, old)
+                    part = {name: tensors[name] for name in names}
+                    digests |= _stream(shard, part, lambda _entries, _digests: {}, _nothing)
+                    atomic.flush(shard)
             atomic.flush_folder(place.parent)
-            stream = opened.enter_context(atomic.create(index))
             atomic.keep_mode(stream, old)
             _write(stream, sealed(digests))
             atomic.rename(stream, index, index_of(place))
@@ -239,17 +251,22 @@ def _stream(
     header = build_header(entries, metadata(entries, digests))
     if len(header) != len(room):
         raise CheckpointError("the header changed its length while the tensors were written")
-    check(parse_header(header, len(header) + size))
-    stream.seek(0)
-    _write(stream, header)
+    if header != room:  # that of a file of a split state holds no digests
+        check(parse_header(header, len(header) + size))
+        stream.seek(0)
+        _write(stream, header)
     return digests
 
 
 def _copy(name: str, source: Source, stream: IO[bytes]) -> str:
-    data = memoryview(source.read())
-    data = data.cast("B") if data.nbytes else memoryview(b"")  # none of its elements cannot be cast
+    read = source.read()
+    try:
+        data = memoryview(read)
+        data = data.cast("B") if data.nbytes else memoryview(b"")  # no elements cannot be cast
+    except TypeError as error:  # no buffer, or one with gaps
+        raise CheckpointError(f"`{shortened(name)}` must be a stretch of bytes: {error}") from None
     if len(data) != _size(source):
-        raise CheckpointError(f"`{name}` takes {_size(source)} bytes, got {len(data)}")
+        raise CheckpointError(f"`{shortened(name)}` takes {_size(source)} bytes, got {len(data)}")
     state = xxhash.xxh3_128()
     own = bytearray(min(len(data), _CHUNK))  # another thread may write into the tensor meanwhile
     for start in range(0, len(data), _CHUNK):
@@ -277,9 +294,19 @@ def _size(source: Source) -> int:
     return bits_of(source.dtype, source.shape) // 8
 
 
-def _clean(place: Path, old: Index | None) -> None:
-    """Remove what killed saves have left; an index that cannot be read keeps its files."""
+def _clean(place: Path) -> Index | None:
+    """Remove what killed saves have left; an index that cannot be read keeps its files.
+
+    Returns:
+        The index that is in force.
+    """
+    temporaries, shards = unfinished(place)
+    busy = {token_of(file) for file in temporaries if not atomic.remove_unlocked(file)}
+    old = read_index(place, lenient=True)  # only now: it may have been published meanwhile
+    if old is None and exists(index_of(place)):
+        return None
     named = set() if old is None else set(old.files)
-    for file in unfinished(place, shards=old is not None or not exists(index_of(place))):
-        if file.name not in named:
+    for file in shards:
+        if file.name not in named and token_of(file) not in busy:
             atomic.remove_unlocked(file)
+    return old

@@ -124,13 +124,13 @@ def save_params_ema(
             step=step,
             count=count,
             schedule=None if decay is None else as_schedule(decay),
-            update_after_step=_optional("update_after_step", update_after_step, 0),
-            update_every=_optional("update_every", update_every, 1),
+            update_after_step=_optional("update_after_step", update_after_step, 0, 63),
+            update_every=_optional("update_every", update_every, 1, 63),
             not_averaged=tuple(holes),
             skipped=skipped,
-            seed=_optional("seed", seed, 0),
+            seed=_optional("seed", seed, 0, 64),
             parts=parts,
-            extra=metadata or {},
+            extra={} if metadata is None else metadata,
         )
 
     def write(whole: Whole) -> Path:
@@ -387,5 +387,5 @@ def _bytes_of(leaf: Any, whole: Whole | None) -> Any:
     return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
 
 
-def _optional(name: str, value: int | None, minimum: int) -> int | None:
-    return None if value is None else validate.integer(name, value, minimum)
+def _optional(name: str, value: int | None, minimum: int, bits: int) -> int | None:
+    return None if value is None else validate.integer(name, value, minimum, bits)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema import validate
-from ema.errors import ArgumentError, ArgumentTypeError
+from ema.errors import ArgumentError, ArgumentTypeError, shown
 from ema.precision import OnNonfinite, Precision
 from ema.schedules import FLOAT_MATH, Namespace, Scalar, Schedule, as_schedule
 
@@ -87,7 +87,7 @@ def steps(name: str, value: Any, *, minimum: int) -> int | jax.Array:
         value = value.item()
     if (number := validate.integer(name, value, minimum)) >= 1 << 31:
         raise ArgumentError(
-            f"`{name}` must be below 2**31, where JAX counts no further, got {number}"
+            f"`{name}` must be below 2**31, where JAX counts no further, got {shown(number)}"
         )
     return number
 

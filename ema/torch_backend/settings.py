@@ -66,8 +66,8 @@ class Settings:
             precision.check_narrow("dtype", schedules.values())
         return cls(
             schedules=schedules,
-            update_after_step=validate.integer("update_after_step", update_after_step, minimum=0),
-            update_every=validate.integer("update_every", update_every, minimum=1),
+            update_after_step=validate.integer("update_after_step", update_after_step, 0, bits=63),
+            update_every=validate.integer("update_every", update_every, 1, bits=63),
             dtype=_dtype(dtype),
             device=_device(device),
             rules=Rules.of(include, exclude, buffers),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, strided
 
-from ema.errors import CheckpointError, difference, listing
+from ema.errors import CheckpointError, difference, listing, shown
 from ema.torch_backend.distributed.sharding import local_of, place_of
 from ema.torch_backend.memory import in_form_of
 from ema.torch_backend.selection import Selection
@@ -86,26 +86,13 @@ class State:
         absent = [name for name in needed if name not in state]
         if absent:
             raise CheckpointError(f"this is no state of an EMAModel: {difference(absent, ())}")
-        if state["format_version"] != FORMAT_VERSION:
+        version = state["format_version"]
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
-                f"`format_version` must be {FORMAT_VERSION}, got {state['format_version']!r}"
+                f"`format_version` must be {FORMAT_VERSION}, got {shown(version)}"
             )
         self = cls(**{name: state[name] for name in names if name in state})
-        for name, minimum in (
-            ("step", 0),
-            ("count", 0),
-            ("update_after_step", 0),
-            ("update_every", 1),
-            ("skipped", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if type(value) is not int or value < minimum:
-                raise CheckpointError(f"`{name}` must be an integer >= {minimum}, got {value!r}")
-        if self.count > self.step:
-            raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
+        self._check_numbers()
         for name, kind in (
             ("averages", Mapping),
             ("remainders", Mapping),
@@ -115,9 +102,14 @@ class State:
             unknown = name == "schedule" and self.schedule is None
             if not unknown and not isinstance(getattr(self, name), kind):
                 raise CheckpointError(
-                    f"`{name}` must be a {kind.__name__.lower()}, got {getattr(self, name)!r:.80}"
+                    f"`{name}` must be a {kind.__name__.lower()}, got {shown(getattr(self, name))}"
                 )
+        if odd := [name for name in self.not_averaged if not isinstance(name, str)]:
+            raise CheckpointError(f"`not_averaged` must hold names, got {shown(odd[0])}")
         averages = _by_name("averages", self.averages, expected)
+        others = set(self.not_averaged)
+        if both := [name for name in next(iter(averages.values())) if name in others]:
+            raise CheckpointError(f"{listing(both)} are averaged and not averaged")
         remainders = {}
         if self.remainders:
             some = [name for name in expected if name in self.remainders]
@@ -127,6 +119,25 @@ class State:
             if text := _difference_of(ours, tensors) or "; ".join(_mismatched(tensors, ours)[:10]):
                 raise CheckpointError(f"the remainders are not those of the averages: {text}")
         return dataclasses.replace(self, averages=averages, remainders=remainders)
+
+    def _check_numbers(self) -> None:
+        for name, minimum, bits in (
+            ("step", 0, 63),
+            ("count", 0, 63),
+            ("update_after_step", 0, 63),
+            ("update_every", 1, 63),
+            ("skipped", 0, 63),
+            ("seed", 0, 64),
+        ):
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if type(value) is not int or not minimum <= value < 1 << bits:
+                raise CheckpointError(
+                    f"`{name}` must be an integer in [{minimum}, 2**{bits}), got {shown(value)}"
+                )
+        if self.count > self.step:
+            raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
 
     def under_first_names(self, found: Selection) -> State:
         """The same state where each tensor has the name under which ``found`` keeps it.
@@ -220,15 +231,17 @@ def _by_name(
     for label, tensors in several.items():
         where = what if label is None else f"{what}[{label!r}]"
         if not isinstance(tensors, Mapping):
-            raise CheckpointError(f"`{where}` must be a mapping, got {tensors!r:.80}")
+            raise CheckpointError(f"`{where}` must be a mapping, got {shown(tensors)}")
         for name, value in tensors.items():
+            if not isinstance(name, str):
+                raise CheckpointError(f"`{where}` must hold names, got {shown(name)}")
             if isinstance(value, Mapping):
                 raise CheckpointError(
                     f"the state holds several averages, {listing(map(str, averages))}: it is for"
                     " an EMAModel with the same names"
                 )
             if not isinstance(value, Tensor):
-                raise CheckpointError(f"`{where}[{name!r}]` must be a tensor, got {value!r:.80}")
+                raise CheckpointError(f"`{where}[{name!r}]` must be a tensor, got {shown(value)}")
             if value.is_meta or value.layout != strided:
                 raise CheckpointError(
                     f"`{where}[{name!r}]` must be a dense tensor with values, got {value.layout} on"

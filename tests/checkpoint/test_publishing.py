@@ -59,7 +59,7 @@ def test_many_tensors_are_split_and_read_again(tmp_path, number):
 def test_what_a_reader_would_refuse_replaces_nothing(tmp_path, metadata, shards, monkeypatch):
     """Metadata of the user's, with limits as small as that makes them."""
     monkeypatch.setattr(container, "MAX_HEADER", 1 << 20)
-    monkeypatch.setattr(split, "MAX_HEADER", 1 << 20)
+    monkeypatch.setattr(split, "MAX_INDEX", 1 << 20)
     monkeypatch.setattr(container, "_COST_AT_LEAST", 1 << 16)
     size = 50 * 10**9 if shards == 1 else 8
     write_state(tmp_path, RECORD, tensors(4), max_shard_size=size)
