@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.results import Results
 from benchmarks.run import times
 from benchmarks.setting import Setting
 from benchmarks.timm_alone import timm_utils
+from tests import processes
 
 TINY = Setting(size="tiny")
 
@@ -191,14 +191,8 @@ def test_timm_is_the_real_one_and_no_torchvision_stays_behind():
 def test_the_command_measures_in_new_processes(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--size", "tiny", "--device", "cpu"]
     file = tmp_path / "results.json"
-    done = subprocess.run(
-        [*command, "--cases", "many-small", "memory-swap", "--json", file],
-        cwd=DOCS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    cases = ["--cases", "many-small", "memory-swap", "--json", file]
+    done = processes.run([*command, *cases], cwd=DOCS.parent)
     assert "bare foreach" in done.stdout
     fields = json.loads(file.read_text())
     assert [*fields["cases"]] == ["many-small", "memory-swap"]
@@ -208,7 +202,7 @@ def test_the_command_measures_in_new_processes(tmp_path):
 @pytest.mark.slow
 def test_the_first_swaps_are_measured_in_new_processes():
     command = [sys.executable, "-m", "benchmarks.first_swap", "--size", "tiny", "--rounds", "1"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = processes.run(command).stdout
     assert next(line.split()[0] for line in text.splitlines() if " first " in line) == "ema"
 
 

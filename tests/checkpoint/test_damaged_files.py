@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import time
@@ -15,6 +16,10 @@ from torch import nn
 
 from ema import CheckpointError, EMAModel
 from ema.checkpoint import read_state, write_state
+from ema.checkpoint.container import Entry
+from ema.checkpoint.description import describe_file
+from ema.checkpoint.digests import digest, seal
+from ema.checkpoint.parts import joined
 from ema.converting.convert import convert
 
 NUMBERS = [-1, 0, 1, 2, 7, 2**31, 2**53, 2**63, 2**64 - 1, 10**400, 0.5, 1e308, True]
@@ -222,6 +227,130 @@ def test_a_damaged_file_assigns_nothing(tmp_path, mutate, compensated):
         for kind in ("averages", "remainders") if compensated else ("averages",):
             for name, tensor in before[kind].items():
                 assert torch.equal(after[kind][name], tensor)
+
+
+def other_number(data, rng):
+    header, tensors = header_of(data)
+    key = rng.choice(["step", "count", "skipped", "seed", "update_after_step", "update_every"])
+    header["__metadata__"][key] = rng.choice(
+        ["0", "1", "3", "-1", "007", "1" * 400, str(2**63), "2.0", "null", "true", "", "x"]
+    )
+    return pack(header, tensors)
+
+
+def other_list(data, rng):
+    header, tensors = header_of(data)
+    names = [name for name in header if name != "__metadata__"]
+    chosen = rng.sample(names, 2)
+    texts = [
+        chosen,
+        [*chosen, 3],
+        ["other"],
+        chosen[:1] * 2,
+        {},
+        {names[0]: ["", "remainder", "x"]},
+    ]
+    texts += [{names[0]: ["", "remainder", names[1]]}, {"x": ["", "remainder", names[1]]}, [None]]
+    key = rng.choice(["not_averaged", "complex128", "parts"])
+    header["__metadata__"][key] = json.dumps(rng.choice(texts))
+    return pack(header, tensors)
+
+
+def other_schedule(data, rng):
+    header, tensors = header_of(data)
+    fields = {"schedule": rng.choice(["HalfLife", "ConstantDecay", "Mine", "", 3, None])}
+    fields |= {"steps": rng.choice(VALUES)} if rng.random() < 0.5 else {"decay": rng.choice(VALUES)}
+    header["__metadata__"]["schedule"] = json.dumps(rng.choice([fields, [fields], None]))
+    return pack(header, tensors)
+
+
+def other_bytes(data, rng):
+    header, tensors = header_of(data)
+    return pack(header, overwriting(tensors, rng))
+
+
+def resealed(data):
+    """The same file with the digests of what is in it now, where those can be computed."""
+    header, tensors = header_of(data)
+    try:
+        metadata = header["__metadata__"]
+        named = {name: field for name, field in header.items() if name != "__metadata__"}
+        entries = {
+            name: Entry(field["dtype"], tuple(field["shape"]), *field["data_offsets"])
+            for name, field in named.items()
+        }
+        digests = {
+            name: digest(tensors[slice(*field["data_offsets"])]) for name, field in named.items()
+        }
+        unsealed = {k: t for k, t in metadata.items() if k not in ("digests", "header_digest")}
+        header["__metadata__"] = seal(unsealed, entries, digests)
+        return pack(header, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return data
+
+
+def what_is_read(file):
+    """The record and the bytes of each tensor, or the message with which the file is refused."""
+    try:
+        state = read_state(file)
+        str(describe_file(file))
+        return state.record, {name: bytes(each.bytes()) for name, each in state.tensors.items()}
+    except CheckpointError as error:
+        return str(error)
+
+
+FORGERIES = {
+    other_number: 140,
+    other_list: 130,
+    other_schedule: 60,
+    other_bytes: 20,
+    any_value: 80,
+    any_metadata: 40,
+    wrong_shape: 20,
+    swapped_tensors: 10,
+}
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_file_with_digests_of_its_own_is_refused_or_read_as_it_is(
+    tmp_path, intact, record, arrays, sources_of, compensated
+):
+    """250 of each kind; whoever changes a file can compute its digests."""
+    if compensated:
+        both, parts = joined(sources_of(arrays), sources_of(arrays))
+        record = dataclasses.replace(record, parts=parts)
+        intact = write_state(tmp_path / "parts", record, both).read_bytes()
+    assert header_of(resealed(intact)) == header_of(intact)
+    rng, read, refused = random.Random(3), 0, 0
+    file = tmp_path / "ema.safetensors"
+    for mutate, times in FORGERIES.items():
+        for _ in range(times // 2):
+            data = resealed(mutate(intact, rng))
+            put(file, data)
+            tracemalloc.start()
+            found = what_is_read(file)
+            assert tracemalloc.get_traced_memory()[1] < 1.5 * len(data) + (64 << 20)
+            tracemalloc.stop()
+            if isinstance(found, str):
+                assert found.startswith(f"{file}: ")
+                assert len(found) < len(str(file)) + 1000
+                refused += 1
+                continue
+            told, tensors = found
+            header, body = header_of(data)
+            metadata = header.pop("__metadata__")
+            for name, field in header.items():
+                assert tensors.pop(name) == body[slice(*field["data_offsets"])]
+            assert tensors == {}
+            for name in ("step", "count", "skipped", "seed", "update_after_step", "update_every"):
+                text = metadata.get(name, "null")
+                assert getattr(told, name) == (None if text == "null" else int(text))
+            assert list(told.not_averaged) == json.loads(metadata["not_averaged"])
+            parts = {key: list(part) for key, part in told.parts.items()}
+            assert parts == json.loads(metadata.get("parts", "{}"))
+            read += 1
+    assert read > 30
+    assert refused > 100
 
 
 def test_every_flipped_bit_of_a_small_file_is_found(tmp_path, record, sources_of):

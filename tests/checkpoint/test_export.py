@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from ema import CheckpointError, EMAModel, ModelError
+from tests import processes
 
 
 class Tied(nn.Module):
@@ -68,10 +68,7 @@ def test_an_export_is_read_where_this_library_is_not(tmp_path):
         f"print(model.load_state_dict(load_file({str(file)!r})))\n"
         "print(model[0].weight.sum().item())"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    result = processes.run([sys.executable, "-c", code])
     message, total = result.stdout.splitlines()
     assert message == "<All keys matched successfully>"
     assert float(total) == model[0].weight.sum().item()

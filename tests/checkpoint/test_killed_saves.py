@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL and fork")
 
@@ -17,15 +17,7 @@ SCRIPT = Path(__file__).with_name("kill_saves.py")
 
 
 def run(folder, *what):
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), *what],
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(processes.run([sys.executable, SCRIPT, folder, *what]).stdout)
 
 
 def test_killed_at_200_random_points(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +20,7 @@ from ema.checkpoint.container import MAX_HEADER
 from ema.checkpoint.description import describe_file
 from ema.checkpoint.parts import joined
 from ema.jax_backend import params_ema, save_params_ema
+from tests import processes
 
 RECORD = Record(step=3, count=2)
 LARGE = [10**400, 10**5000, -(10**5000), 2**63]
@@ -262,15 +262,7 @@ except Exception as error:
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process")
 def test_a_thousand_files_need_few_descriptors(tmp_path):
     """To save, to read, to load; a tensor that is held stays, also when its file is gone."""
-    result = subprocess.run(
-        [sys.executable, "-c", FEW, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
+    result = processes.run([sys.executable, "-c", FEW, tmp_path])
     assert result.stdout.startswith("CheckpointError ema-")
     assert "is gone: another save has replaced the state" in result.stdout
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 TENSOR = 16  # MiB
 TENSORS = 12
@@ -56,14 +56,8 @@ for call in (save, load):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's accounting")
 @pytest.mark.parametrize("backend", [TORCH, JAX], ids=["torch", "jax"])
 def test_a_save_and_a_load_take_at_most_one_tensor(tmp_path, backend):
-    result = subprocess.run(
-        [sys.executable, "-c", "import re, sys\n" + backend + MEASURE, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    code = "import re, sys\n" + backend + MEASURE
+    result = processes.run([sys.executable, "-c", code, tmp_path])
     saving, loading = map(float, result.stdout.split())
     assert saving < TENSOR + 4
     assert loading < TENSOR + 4

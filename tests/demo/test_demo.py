@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from rich.console import Console
 
 import ema
 from ema.demo import Demo, compare, data, run
+from tests import processes
 
 STEPS = 400
 
@@ -107,18 +107,13 @@ def run_without(tmp_path):
     def start(*modules: str) -> subprocess.CompletedProcess[str]:
         temporary = tmp_path / "temporary"
         temporary.mkdir()
-        result = subprocess.run(
-            [sys.executable, "-c", BLOCKED, tmp_path / "out", *modules],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={
-                **os.environ,
-                "COLUMNS": "200",
-                "TMPDIR": str(temporary),
-                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),  # torch makes it once it is imported
-            },
-        )
+        environment = {
+            "COLUMNS": "200",
+            "TMPDIR": str(temporary),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),  # torch makes it once it is imported
+        }
+        command = [sys.executable, "-c", BLOCKED, tmp_path / "out", *modules]
+        result = processes.run(command, environment, check=False)
         assert not list(temporary.iterdir())
         return result
 
@@ -191,9 +186,7 @@ def test_without_what_it_cannot_do_without_it_ends_in_one_line(run_without, miss
 def test_no_module_imports_a_framework_that_it_does_not_need(module, unloaded):
     """In a process of its own."""
     code = f"{ALONE}; import {module}; sys.exit(str([m for m in {unloaded} if m in sys.modules] or ''))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = processes.run([sys.executable, "-c", code], check=False)
     assert not result.stderr.strip()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
 import ema
 from ema.plotting import Curve, plot_live_and_averaged, save
+from tests import processes
 
 
 def curve(**changes):
@@ -60,7 +60,7 @@ def test_the_global_state_of_matplotlib_is_not_touched():
         "p.plot_live_and_averaged([p.Curve(title='t', steps=[0, 1], live=[2, 1], averaged=[2, 1])])\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    processes.run([sys.executable, "-c", program])
 
 
 @pytest.mark.parametrize(

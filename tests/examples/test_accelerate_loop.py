@@ -1,6 +1,5 @@
 """The Accelerate example runs, resumes and exports; its average is the one of the recursion."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from ema import EMAModel
+from tests import processes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
 
 
 def run(*arguments):
     command = [sys.executable, str(EXAMPLE), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return processes.run(command).stdout.strip()
 
 
 @pytest.mark.slow

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.devices import several_devices
 
 
@@ -17,7 +16,5 @@ from tests.devices import several_devices
 )
 def test_everything_holds_on_eight_devices(file):
     tests = Path(__file__).with_name(file)
-    env = os.environ | several_devices(8)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    processes.run(command, several_devices(8))

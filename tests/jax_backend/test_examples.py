@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -16,8 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_teacher(name):
     """The labels alone give 82 %; in a process of its own, under jit as any user has it."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = processes.run(command)
     shares = dict(re.findall(r"(\w+): ([\d.]+) %", done.stdout))
     assert shares.keys() == {"student", "teacher"}
     assert float(shares["teacher"]) > 79.0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 
 from ema.jax_backend import load_params_ema, save_params_ema
+from tests import processes
 from tests.devices import several_devices
 
 PROGRAM = Path(__file__).with_name("processes.py")
@@ -34,23 +32,9 @@ def folder(tmp_path_factory):
 
 def run(path, port):
     """Both processes to their end; if one fails, the other is ended."""
-    env = os.environ | several_devices(2)
-    outputs = [path / f"output {index}" for index in range(2)]
-    processes = []
-    for index, output in enumerate(outputs):
-        command = [sys.executable, str(PROGRAM), str(index), str(port), str(path)]
-        with output.open("w") as stream:
-            processes.append(subprocess.Popen(command, env=env, stdout=stream, stderr=stream))
-    try:
-        while None in (codes := [p.poll() for p in processes]) and not any(codes):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(
-        f"process {index}:\n{output.read_text()[-4000:]}" for index, output in enumerate(outputs)
-    )
+    commands = [[sys.executable, PROGRAM, index, port, path] for index in (0, 1)]
+    outputs = [path / f"output {index}" for index in (0, 1)]
+    processes.run_together(commands, outputs, several_devices(2))
 
 
 def narrowed(wide, dtype):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import ema.selftest
 from ema.cli import build_app, main, parse_schedule
 from ema.schedules import SCHEDULES
 from ema.selftest import Check, SelfTest
+from tests import processes
 
 FRAMEWORKS = {"torch", "jax", "flax", "optax", "transformers"}
 
@@ -187,24 +187,13 @@ def test_without_a_command_the_help_lists_them_all():
 def test_the_console_script_runs():
     script = shutil.which("ema", path=str(Path(sys.executable).parent))
     assert script, "the package is not installed: no `ema` beside this Python"
-    result = subprocess.run(
-        [script, "info", "--decay", "0.999", "--steps", "10000"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
+    command = [script, "info", "--decay", "0.999", "--steps", "10000"]
+    result = processes.run(command, {"PYTHONIOENCODING": "utf-8"})
     assert result.stdout == table(0.999, 10_000)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(ema.__file__).parents[1])},
-    )
+    return processes.run([sys.executable, "-c", code], check=False)
 
 
 def test_info_loads_no_framework():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import ema
+from tests import processes
 
 PACKAGE = Path(ema.__file__).parent
 FRAMEWORKS = ("torch", "jax", "jaxlib", "flax", "optax", "transformers", "typer", "rich")
@@ -61,15 +61,9 @@ def loaded(module: str, *paths: Path) -> list[str]:
         "print(sys.modules['ema'].__file__)"
     )
     first, *_ = roots = (*paths, PACKAGE.parent)
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=first,  # `-c` looks there before it looks into PYTHONPATH
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    path = {"PYTHONPATH": os.pathsep.join(map(str, roots))}
+    # `-c` looks into the working folder before it looks into PYTHONPATH
+    result = processes.run([sys.executable, "-c", code], path, cwd=first)
     names, file = result.stdout.splitlines()
     assert Path(file).parent.parent == first
     return names.split()

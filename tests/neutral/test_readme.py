@@ -2,11 +2,12 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -126,4 +127,4 @@ def test_commands_run(command):
         words.insert(1, "--dry-run")
     else:
         words[0] = str(Path(sys.executable).with_name("ema"))
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    processes.run(words, cwd=ROOT)

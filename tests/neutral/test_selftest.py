@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +15,7 @@ import ema.jax_backend
 import ema.torch_backend
 from ema import selftest
 from ema.schedules import SCHEDULES
+from tests import processes
 
 PRECISIONS = {"compensated", "in bfloat16", "skipping NaN"}
 
@@ -118,13 +116,7 @@ def test_with_one_backend_missing_the_other_is_checked_against_float64(missing, 
         "result = run()\n"
         "print(result.passed, {check.differing for check in result.checks}, *result.missing)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(ema.__file__).parents[1])},
-    )
+    result = processes.run([sys.executable, "-c", code])
     assert result.stdout == f"True {{None}} {named}\n", result.stderr
 
 

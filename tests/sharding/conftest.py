@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,55 +10,20 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests import processes
+
 HOME = Path(__file__).parent
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(HOME.parents[1]),
-    "PYTHONWARNINGS": "ignore",
-}
-
-
-def end(processes):
-    """Kill those that are left, each by its own id."""
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def failures(processes, may_fail):
-    """The ranks that ended with an error: the others would wait for them."""
-    return [rank for rank, p in enumerate(processes) if p.poll() and rank not in may_fail]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def launch(scenario, ranks, folder, may_fail=(), **environment):
     """Run ``program.py`` on so many ranks; what each of them reports, None for one that was killed."""
     logs = [folder / f"{scenario}-{ranks}-rank{rank}.log" for rank in range(ranks)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [
-                *(sys.executable, str(HOME / "program.py"), scenario),
-                *(str(rank), str(ranks), str(folder)),
-            ]
-            with log.open("w") as stream:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env={**ENVIRONMENT, **environment},
-                        stdout=stream,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        while not (failed := failures(processes, may_fail)) and None in [
-            process.poll() for process in processes
-        ]:
-            time.sleep(0.1)
-    finally:
-        end(processes)
-    for rank in failed or failures(processes, may_fail):
-        pytest.fail(f"rank {rank} of {ranks}:\n{logs[rank].read_text()[-5000:]}")
+    commands = [
+        [sys.executable, HOME / "program.py", scenario, rank, ranks, folder]
+        for rank in range(ranks)
+    ]
+    processes.run_together(commands, logs, {**ENVIRONMENT, **environment}, may_fail=may_fail)
     reports = [folder / f"{scenario}-{ranks}-rank{rank}.json" for rank in range(ranks)]
     return [json.loads(report.read_text()) if report.exists() else None for report in reports]
 

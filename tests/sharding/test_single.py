@@ -1,10 +1,10 @@
 """Who trains in one process pays nothing for shards."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+
+from tests import processes
 
 
 def test_one_process_does_not_load_what_shards_are_made_of():
@@ -25,9 +25,7 @@ assert not ema_model.sharded
 assert ema_model.averaged_state_dict().keys() == {"weight", "bias"}
 print([name for name in ("torch.distributed.tensor", "torch.distributed.fsdp") if name in sys.modules])
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = processes.run([sys.executable, "-c", code])
     assert result.stdout.strip() == "[]"
 
 
@@ -64,6 +62,4 @@ assert forgotten()
 model(torch.ones(1, 4))
 dist.destroy_process_group()
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, check=True, timeout=600, env=environment)
+    processes.run([sys.executable, "-c", code, tmp_path])

@@ -1,8 +1,6 @@
 """The Trainer and Accelerate with FSDP2, two processes under torchrun."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ema import EMAModel
+from tests import processes
 
 PROGRAM = Path(__file__).with_name("trainer_program.py")
 
@@ -33,26 +32,7 @@ def run(folder):
         ),  # a busy machine is not dead
         *("--nproc-per-node", "2", str(PROGRAM), str(folder)),
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(PROGRAM.parents[2]),
-        "PYTHONWARNINGS": "ignore",
-    }
-    with subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, 9)  # torchrun and both of its processes
-            raise
-    assert process.returncode == 0, output[-5000:]
+    processes.run(command, {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from functools import partial
 
@@ -14,6 +13,7 @@ from torch import nn
 import ema
 from ema.torch_backend import EMAModel
 from ema.torch_backend.batch_norm import _Pool, recalibrate_batch_norm
+from tests import processes
 
 
 class Network(nn.Module):
@@ -323,15 +323,8 @@ def _rank(rank, folder):
 
 @pytest.mark.slow
 def test_synchronized_layers_put_the_ranks_together(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)
-    ]
-    try:
-        assert [rank.wait() for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    commands = [[sys.executable, __file__, rank, tmp_path] for rank in (0, 1)]
+    processes.run_together(commands, [tmp_path / f"{rank}.log" for rank in (0, 1)])
     values = torch.arange(10.0, dtype=torch.float64)[:, None] ** 2
     for rank in (0, 1):
         mean, var = torch.load(tmp_path / f"{rank}.pt")

@@ -1,6 +1,5 @@
 """Calls from within what ``torch.compile`` has compiled: run as they are written."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from ema.torch_backend import EMAModel
+from tests import processes
 
 SIDE = 80
 
@@ -75,4 +75,4 @@ def test_nothing_loads_dynamo_where_nothing_is_compiled():
         "e = EMAModel(torch.nn.Linear(2, 2)); e.update(); e.apply_ema(); e.restore_original(); "
         "assert 'torch._dynamo' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    processes.run([sys.executable, "-c", program])

@@ -1,6 +1,5 @@
 """Blocks of many tensors: each element once, and 16 bytes at a time where that is allowed."""
 
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ema.torch_backend.gpu.blocks import BLOCK, launches
+from tests import processes
 
 CPU = torch.device("cpu")
 ROW = st.tuples(
@@ -101,4 +101,4 @@ one = torch.ones(5000, device="cpu")
 for kernel in (kernels.Fused([one], [one]), kernels.Look([one]), kernels.Exchange([one], [one])):
     assert {tensor.device.type for tensor in kernel.tensors} == {"cpu"}
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code])

@@ -1,9 +1,7 @@
 """The GPU's kernels, in Triton's interpreter on the CPU: what they compute, not how fast."""
 
 import math
-import os
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 
 from ema import rounding
 from ema.torch_backend.gpu import kernels
+from tests import processes
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -319,7 +318,7 @@ def test_nothing_loads_triton_where_there_is_no_gpu():
         "model = nn.Linear(3, 3).bfloat16(); EMAModel(model).update();"
         "kernels.available(torch.device('cpu')); assert 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code])
 
 
 COMPILE = """
@@ -375,7 +374,6 @@ for whole in (True, False):
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_the_code_for_a_gpu_fuses_what_is_written_so_and_nothing_else(tmp_path, capability):
     """8 elements a thread, two branches or one; compiling needs no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = {"TRITON_INTERPRET": None, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "error", "-c", COMPILE, capability]
-    subprocess.run(command, env=environment, check=True)
+    processes.run(command, environment)

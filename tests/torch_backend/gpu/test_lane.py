@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import signal
-import subprocess
 import sys
 import weakref
 
@@ -13,6 +12,7 @@ import torch
 
 from ema.torch_backend.gpu import lane as lane_module
 from ema.torch_backend.gpu.lane import Lane
+from tests import processes
 from tests.torch_backend.gpu.simulation import GPU, OTHER, Wait
 
 
@@ -496,4 +496,4 @@ lane.hold([torch.zeros(1)])
 assert done == [1]
 assert not _global_optimizer_pre_hooks
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code])

@@ -1,7 +1,6 @@
 """Averages behind the training step: params here lie on the CPU as well, the thread is real."""
 
 import gc
-import subprocess
 import sys
 import threading
 import weakref
@@ -18,6 +17,7 @@ from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.stretches import Entry
 from ema.torch_backend.swap import Swap
 from ema.torch_backend.sweep import Sweep
+from tests import processes
 
 
 def sweep(kind, params, read):
@@ -167,7 +167,7 @@ else:
 finally:
     may.set()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code])
 
 
 def test_the_thread_ends_with_the_average():
@@ -204,8 +204,7 @@ threading._register_atexit(ends.set)  # before threads are waited for, and what 
 atexit.register(late.set)
 {ending}
 """
-    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert ended.stdout == "done\n"
+    assert processes.run([sys.executable, "-c", code]).stdout == "done\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
@@ -227,7 +226,7 @@ assert average.tolist() == [2, 2, 2], average
 if child:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    processes.run([sys.executable, "-W", "ignore", "-c", code])
 
 
 def test_staging_takes_little_more_than_the_params():

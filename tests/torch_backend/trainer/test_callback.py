@@ -1,6 +1,5 @@
 """EMACallback under the real Trainer."""
 
-import subprocess
 import sys
 import textwrap
 
@@ -13,6 +12,7 @@ from transformers import (
 
 import ema
 from ema import ArgumentError, CheckpointError, EMACallback, EMAWarning, ModelError, StateError
+from tests import processes
 
 
 class Recorder(TrainerCallback):
@@ -135,7 +135,7 @@ def test_a_new_process_without_a_trainer(gpt2, config, train, tmp_path):
         assert torch.equal(model.transformer.wte.weight, live)
     """
     command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    processes.run(command, cwd=tmp_path)
 
 
 def test_a_decay_that_is_too_slow_for_the_run_is_pointed_out(gpt2, train):

@@ -1,8 +1,6 @@
 """Two processes under torchrun: the same average in each, written by one."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 from ema.torch_backend.trainer import last_complete_checkpoint
+from tests import processes
 
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 
@@ -22,20 +21,8 @@ def run(config, folder, *arguments, program=PROGRAM):
         *("--rdzv-conf", "read_timeout=3600,keep_alive_interval=3600"),
         *(str(program), json.dumps(config), str(folder), *arguments),
     ]
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, 9)  # torchrun and both of its processes
-            raise
-    return process.returncode, output
+    done = processes.run(command, {"OMP_NUM_THREADS": "1"}, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """A run that is killed goes on from its last complete checkpoint as if it had not been."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 
 @pytest.fixture
@@ -16,19 +16,7 @@ def report(config, tmp_path):
     def run(program, *args):
         path = Path(__file__).with_name(program)
         command = [sys.executable, str(path), json.dumps(config), str(tmp_path), *args]
-        done = subprocess.run(
-            command,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(Path(__file__).parents[3]),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(processes.run(command).stdout.splitlines()[-1])
 
     return run
 

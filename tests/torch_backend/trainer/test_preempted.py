@@ -1,12 +1,12 @@
 """A run that gets SIGTERM under ``enable_jit_checkpoint`` goes on from there as if it had not."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 
 @pytest.fixture
@@ -16,22 +16,12 @@ def report(config, tmp_path):
     def run(program, *args):
         path = Path(__file__).with_name(program)
         command = [sys.executable, str(path), json.dumps(config), str(tmp_path), *args]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=1200,  # ends what hangs
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(processes.run(command).stdout.splitlines()[-1])
 
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1260)
 def test_sigterm_in_every_event_in_which_the_trainer_saves(report):
     """Weights, averages, optimizer and counters are the same bit for bit, alone and attached."""
     seen = report("preempted_runs.py")
@@ -42,7 +32,6 @@ def test_sigterm_in_every_event_in_which_the_trainer_saves(report):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1260)
 @pytest.mark.parametrize("way", ["alone", "attached"])
 def test_killed_at_every_point_of_that_save(report, way):
     """A folder passes for complete when all files are whole and the Trainer has taken its mark away."""
