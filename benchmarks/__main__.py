@@ -13,6 +13,7 @@ from rich.console import Console
 
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
+from benchmarks.many_in_a_file import MANY_IN_A_FILE
 from benchmarks.memory import MEMORY
 from benchmarks.page import DOCS, write_page
 from benchmarks.results import Results
@@ -20,7 +21,7 @@ from benchmarks.run import run
 from benchmarks.setting import SIZES, Setting
 from benchmarks.terminal import table
 
-NAMES = [*CASES, *MEMORY]
+NAMES = [*CASES, *MEMORY, MANY_IN_A_FILE]
 WIDTH = 120
 
 

@@ -21,7 +21,7 @@ from benchmarks.process import in_fresh_process
 from benchmarks.report import Report, Row
 from benchmarks.setting import Setting
 
-__all__ = ["MEMORY", "Peaks", "measure_memory", "peaks"]
+__all__ = ["MEMORY", "Peaks", "measure_memory", "of_process", "peaks"]
 
 MEMORY = ("memory-update", "memory-swap")
 FLOAT32 = 4
@@ -63,9 +63,8 @@ def measure_memory(name: str, setting: Setting) -> Report:
     for contender, p in found.items():
         each = [f"{n / p.parameters:.2f}" for n in (p.made, p.held, p.used)]
         cells = [*each, f"{p.used / 2**20:.0f}"]
-        rows.append(
-            Row(name=contender, kind="ours" if contender.startswith("ema") else "peer", cells=cells)
-        )
+        kind = "ours" if contender in ("ema", "ema assign") else "peer"
+        rows.append(Row(name=contender, kind=kind, cells=cells))
     note = "Bar: ema at most 16 MiB." if name == "memory-swap" else "Bar: 0 for ema."
     return Report(title=found["ema"].title, columns=COLUMNS, rows=rows, note=note)
 
@@ -83,7 +82,7 @@ def peaks(name: str, contender: str, setting: Setting) -> Peaks:
         tiny()
     del tiny
     model = gpt2(setting, copies=4)
-    memory = _of_process() if setting.on_cpu else _of_cuda()
+    memory = of_process() if setting.on_cpu else _of_cuda()
     memory.reset()
     parameters = count(model)
     start = memory.now() + FLOAT32 * parameters
@@ -133,7 +132,7 @@ def _of_cuda() -> Memory:
     )
 
 
-def _of_process() -> Memory:
+def of_process() -> Memory:
     if not STATUS.exists():
         raise OSError(f"the peak of a process can be reset on Linux only, not on {sys.platform}")
 

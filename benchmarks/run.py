@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.cases import build
+from benchmarks.many_in_a_file import MANY_IN_A_FILE, measure_many
 from benchmarks.measure import Effort, measure
 from benchmarks.memory import MEMORY, measure_memory
 from benchmarks.process import in_fresh_process
@@ -30,6 +31,8 @@ def run(name: str, setting: Setting) -> Report:
     """Measure a case in a fresh process, or several."""
     if name in MEMORY:
         return measure_memory(name, setting)
+    if name == MANY_IN_A_FILE:
+        return measure_many(setting)
     return in_fresh_process(times, name, setting)
 
 

@@ -17,7 +17,7 @@ from benchmarks import measure as measuring
 from benchmarks.cases import CASES
 from benchmarks.machine import machine
 from benchmarks.measure import Case, Contender, Effort, measure
-from benchmarks.memory import MEMORY, _of_process, contenders, peaks
+from benchmarks.memory import MEMORY, contenders, of_process, peaks
 from benchmarks.page import DOCS, markdown, write_page
 from benchmarks.peers import PEERS
 from benchmarks.report import Report, Row, of_times, short
@@ -50,7 +50,7 @@ def test_every_contender_can_be_asked_for_its_memory(name):
 
 def test_the_peak_of_a_process_is_that_since_the_last_reset():
     """64 MiB that come and go are seen once."""
-    memory, size = _of_process(), 64 * 2**20
+    memory, size = of_process(), 64 * 2**20
     memory.reset()
     before = memory.peak()
     torch.ones(size, dtype=torch.uint8)
