@@ -11,7 +11,6 @@ import ast
 import contextlib
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,13 +20,11 @@ from ema import validate
 from ema.decay import compute_optimal_decay
 from ema.errors import (
     ArgumentError,
-    CheckpointError,
     EMAError,
-    EMAWarning,
     MissingExtraError,
-    listing,
 )
 from ema.extras import require
+from ema.file_commands import add_convert, add_inspect
 from ema.info import describe_ema
 from ema.plan_command import add_plan
 from ema.schedules import HalfLife, PowerFunction, Schedule, schedule_from_dict
@@ -105,58 +102,8 @@ def build_app() -> "typer.Typer":
 
     add_plan(app, _errors_in_one_line)
 
-    @app.command()
-    def inspect(
-        file: Annotated[Path, typer.Argument(help="ema.safetensors, or the folder with it.")],
-    ) -> None:
-        """Show what a saved average is and how far, and check every tensor."""
-        from ema.checkpoint.description import describe_file
-
-        with _errors_in_one_line():
-            description = describe_file(file)
-        typer.echo(description)
-        raise typer.Exit(1 if description.damaged else 0)
-
-    @app.command()
-    def convert(
-        source: Annotated[Path, typer.Argument(help="A file or folder of another library.")],
-        target: Annotated[Path, typer.Argument(help="File ending in .safetensors, or a folder.")],
-        *,
-        names: Annotated[
-            Path | None,
-            typer.Option(help="Text file with the names of the parameters, one a line, in order."),
-        ] = None,
-        name: Annotated[str | None, typer.Option(help="Which of several averages.")] = None,
-        step: Annotated[int | None, typer.Option(help="Steps so far.")] = None,
-        count: Annotated[int | None, typer.Option(help="Updates so far.")] = None,
-        schedule: Annotated[str | None, typer.Option(help="As in ema info.")] = None,
-        update_after_step: Annotated[int | None, typer.Option(help="As it was set.")] = None,
-        update_every: Annotated[int | None, typer.Option(help="As it was set.")] = None,
-    ) -> None:
-        """Write an average of diffusers, ema-pytorch, torch-ema, timm, … as ema.safetensors."""
-        from ema.checkpoint.places import errors_of
-        from ema.converting import convert as run
-
-        with _errors_in_one_line(), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", EMAWarning)
-            with errors_of(names or "", "read"):
-                listed = None if names is None else _lines(names)
-            result = run(
-                source,
-                target,
-                names=listed,
-                name=name,
-                step=step,
-                count=count,
-                decay=None if schedule is None else parse_schedule(schedule),
-                update_after_step=update_after_step,
-                update_every=update_every,
-            )
-        for warning in caught:
-            typer.secho(f"ema: {warning.message}", fg=typer.colors.YELLOW, err=True)
-        typer.echo(f"{result.place}: {len(result.names)} averages of {result.kind}")
-        if result.left_out:
-            typer.echo(f"left out: {listing(result.left_out)}")
+    add_inspect(app, _errors_in_one_line)
+    add_convert(app, _errors_in_one_line, parse_schedule)
 
     @app.command()
     def selftest() -> None:
@@ -180,15 +127,6 @@ def build_app() -> "typer.Typer":
             run(steps=steps, folder=out, console=Console())
 
     return app
-
-
-def _lines(file: Path) -> list[str]:
-    """What stands on each line; a name may hold spaces."""
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"it is no text in UTF-8: byte {error.start}") from None
-    return [line for line in map(str.strip, text.split("\n")) if line]
 
 
 def parse_schedule(text: str) -> Schedule:

@@ -29,6 +29,7 @@ __all__ = [
     "is_shard_name",
     "new_token",
     "path_of",
+    "place_of",
     "place_to_read",
     "place_to_write",
     "shard_name",
@@ -83,12 +84,21 @@ def place_to_write(path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is a file where a folder is meant, or something that is no file.
         OSError: the folder cannot be made.
     """
+    return file_to_write(place_of(path))
+
+
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """The same before anything is made.
+
+    Raises:
+        CheckpointError: there is a file where a folder is meant.
+    """
     place = path_of(path)
-    if place.suffix != SUFFIX or place.is_dir():
-        if place.exists() and not place.is_dir():
-            raise CheckpointError(f"it is a file: name a folder, or a file that ends in {SUFFIX}")
-        place /= FILE_NAME
-    return file_to_write(place)
+    if place.suffix == SUFFIX and not place.is_dir():
+        return place
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"it is a file: name a folder, or a file that ends in {SUFFIX}")
+    return place / FILE_NAME
 
 
 def file_to_write(path: str | os.PathLike[str]) -> Path:

@@ -14,6 +14,7 @@ from ema.checkpoint import atomic
 from ema.checkpoint.container import Entry, Header, header_length, parse_header
 from ema.checkpoint.contents import check_contents
 from ema.checkpoint.digests import digest
+from ema.checkpoint.foreign import seems
 from ema.checkpoint.places import errors_of, place_to_read
 from ema.checkpoint.record import Record
 from ema.checkpoint.split import Index, read_index
@@ -221,13 +222,20 @@ def open_state(path: str | os.PathLike[str]) -> StoredState:
             if former != index:  # another save has put a state in this one's place meanwhile
                 continue
             if missing is not None:
+                if Path(path).is_dir() and (kind := seems(Path(path))):
+                    raise CheckpointError(f"it is not there, and its folder seems to be {kind}")
                 raise missing
             return state
         raise CheckpointError("it is replaced all the time, by more than one process")
 
 
 def _open_whole(place: Path) -> StoredState:
-    file = MappedFile(place)
+    try:
+        file = MappedFile(place)
+    except CheckpointError:
+        if kind := seems(place):
+            raise CheckpointError(f"it is no file of `ema`, but seems to be {kind}") from None
+        raise
     metadata, entries = file.header.metadata, file.header.entries
     return _state(place, metadata, entries, dict.fromkeys(entries, file), (place.name,))
 

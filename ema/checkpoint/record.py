@@ -160,7 +160,8 @@ def record_from(metadata: Mapping[str, str]) -> Record:
     """
     if metadata.get("format") != FORMAT or "format_version" not in metadata:
         raise CheckpointError(
-            "this safetensors file was not written by `ema`: ema.convert reads those of others"
+            "this safetensors file was not written by `ema`: `ema convert` (ema.convert) reads those"
+            " of others"
         )
     version = _integer("format_version", metadata["format_version"])
     if version != FORMAT_VERSION:

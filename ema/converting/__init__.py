@@ -5,6 +5,6 @@ Sits on top of both backends, and imports torch or JAX only for a source that is
 
 from __future__ import annotations
 
-from ema.converting.convert import Conversion, convert
+from ema.converting.convert import BUFFERS, Conversion, convert
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["BUFFERS", "Conversion", "convert"]

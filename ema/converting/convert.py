@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ema import validate
-from ema.checkpoint import Record, Source, write_state
+from ema.checkpoint import Record, Source, atomic, write_state
+from ema.checkpoint.container import bits_of
+from ema.checkpoint.foreign import is_orbax
 from ema.checkpoint.parts import joined
-from ema.checkpoint.places import FILE_NAME, errors_of, index_of, path_of
+from ema.checkpoint.places import FILE_NAME, errors_of, exists, index_of, path_of, place_of
 from ema.checkpoint.renaming import Rename, renamed
-from ema.converting.found import Found
+from ema.converting.float8 import FLOAT8, widened
+from ema.converting.found import Found, check_size
 from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing
+from ema.extras import require
 from ema.schedules import Schedule, as_schedule
 
 __all__ = ["BUFFERS", "Conversion", "convert"]
@@ -25,7 +29,7 @@ __all__ = ["BUFFERS", "Conversion", "convert"]
 BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 """Names of statistics in state dicts, which are no weights; other libraries copy or ignore them."""
 
-_AVERAGES = ("F64", "F32", "F16", "BF16", "C64", "C128")
+_AVERAGES = ("F64", "F32", "F16", "BF16", "C64", "C128", *FLOAT8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,9 @@ class Conversion:
         kind: what the source turned out to be.
         record: what the file says now.
         names: of the averages.
-        left_out: tensors of the source that are no averages: integers, and what was excluded.
+        left_out: tensors of the source that are no averages: integers, what was excluded, and what
+            is beside the averages.
+        notes: what the user should know of how it was read.
     """
 
     place: Path
@@ -45,12 +51,17 @@ class Conversion:
     record: Record
     names: tuple[str, ...]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
     source: Any,
     target: str | os.PathLike[str],
     *,
+    key: str | None = None,
+    averaged: bool = False,
+    force: bool = False,
+    max_bytes: int | None = None,
     names: Any = None,
     exclude: str | Iterable[str] = BUFFERS,
     rename: Rename = None,
@@ -65,13 +76,21 @@ def convert(
 
     Reads the state dicts of diffusers' ``EMAModel``, ema-pytorch, torch-ema, ``AveragedModel``, timm
     (``state_dict_ema``), Lightning's ``WeightAveraging`` and of this library, in a file of
-    ``torch.save`` (``weights_only=True``, no object is made of it) or in memory; plain safetensors
-    files; folders of ``save_pretrained``; Orbax folders of an optimizer state with ``params_ema`` or
-    of an ``nnx.EMA``; an ``nnx.EMA`` itself.
+    ``torch.save`` (``weights_only=True``, no object is made of it) or in memory; safetensors files;
+    folders of ``save_pretrained``; Orbax folders; Flax's msgpack files; ``.npz``; an ``nnx.EMA``
+    itself. In a checkpoint of a program's own the average is the part whose name says so, such as
+    ``ema``, ``ema_params``, ``model_ema`` or ``teacher``. Raw weights are never taken for averages:
+    where nothing says which part is the average, it is refused.
 
     Args:
         source: a file, a folder, a state dict, or an ``nnx.EMA``.
         target: a file that ends in ``.safetensors``, or a folder, which is made.
+        key: which part of the source is the average: keys with dots between them
+            (``"state.ema_params"``), or what the names of a flat state dict begin with.
+        averaged: the weights are averages, though nothing in the source says so.
+        force: replace what is at ``target``.
+        max_bytes: that the tensors may take; by default four times as many as the source, and at
+            least 1 GiB: a small file can mean very large tensors.
         names: for diffusers and torch-ema, which save a list: the names of the parameters in
             their order, or the model.
         exclude: patterns of names that are no averages.
@@ -96,8 +115,12 @@ def convert(
     """
     from_path = isinstance(source, str | os.PathLike)
     where = source if from_path else f"the {type(source).__name__}"
+    if max_bytes is not None:
+        validate.integer("max_bytes", max_bytes, minimum=1)
+    _check_free(target, force)
     with errors_of(where, "read"):
-        found = _read_path(path_of(source), name) if from_path else _read_object(source, name)
+        options = _Options(name, key, averaged, max_bytes)
+        found = _read_path(path_of(source), options) if from_path else _read_object(source, options)
         if name is not None and name != found.name:
             raise ArgumentError(
                 f"`name` must be None: {found.kind} holds one average, got {name!r}"
@@ -111,6 +134,9 @@ def convert(
         }
         if not kept:
             raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
+        most = max_bytes if max_bytes is not None or not from_path else _most(path_of(source))
+        check_size(sum(bits_of(t.dtype, t.shape) // 8 for t in kept.values()), most)
+        kept = widened(kept, tensors)
         new_names = renamed([*kept, *found.not_averaged], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
         remainders = {
@@ -131,38 +157,73 @@ def convert(
         )
     place = write_state(target, record, stored)
     used = {*new_names.values()}
-    left_out = tuple(key for key in tensors if key not in used)
-    return Conversion(place, found.kind, record, tuple(written), left_out)
+    left_out = (*(key for key in tensors if key not in used), *found.left_out)
+    return Conversion(place, found.kind, record, tuple(written), left_out, found.notes)
 
 
-def _read_path(path: Path, name: str | None) -> Found:
+def _check_free(target: str | os.PathLike[str], force: bool) -> None:
+    """Before anything is read.
+
+    Raises:
+        CheckpointError: there is a state already.
+    """
+    with errors_of(target, "written"):
+        place = place_of(target)
+        if not force and (exists(place) or exists(index_of(place))):
+            raise CheckpointError("there is a file already: force=True (--force) replaces it")
+
+
+def _most(source: Path) -> int:
+    """Bytes that tensors of a file or folder may take."""
+    files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
+    return max(1 << 30, 4 * sum(file.stat().st_size for file in files))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What the user says of the source, see :func:`convert`."""
+
+    name: str | None
+    key: str | None
+    averaged: bool
+    max_bytes: int | None
+
+
+def _read_path(path: Path, options: _Options) -> Found:
     from ema.converting import plain_sources
 
+    name, key, averaged = options.name, options.key, options.averaged
     if path.is_dir():
         if (path / FILE_NAME).exists() or index_of(path / FILE_NAME).exists():
             raise CheckpointError(f"it holds {FILE_NAME}, which needs no conversion")
-        if (path / "_METADATA").exists() or (path / "manifest.ocdbt").exists():
+        if is_orbax(path):
             from ema.converting import jax_sources
 
             return jax_sources.read_folder(path, name)
-        found = plain_sources.read_folder(path)
+        found = plain_sources.read_folder(path, key=key, averaged=averaged)
         if found is None:
-            raise CheckpointError("the folder holds neither safetensors weights nor Orbax's files")
+            raise CheckpointError(
+                "the folder holds neither safetensors weights nor Orbax's files:"
+                f" it holds {listing(sorted(file.name for file in path.iterdir()), 5) or 'nothing'}"
+            )
         return found
-    with path.open("rb") as stream:
+    with atomic.open_file(path) as stream:
         first = stream.read(9)
     if first[8:] == b"{":
-        return plain_sources.read_safetensors(path)
+        return plain_sources.read_safetensors(path, key=key, averaged=averaged)
+    require("torch", "torch")
     from ema.converting import torch_sources
 
-    return torch_sources.read_pickle(path, name)
+    most = options.max_bytes or _most(path)
+    return torch_sources.read_pickle(path, name, key=key, averaged=averaged, most=most)
 
 
-def _read_object(source: Any, name: str | None) -> Found:
+def _read_object(source: Any, options: _Options) -> Found:
     if isinstance(source, Mapping):
         from ema.converting import torch_sources
 
-        return torch_sources.read_state(source, name)
+        name, key, averaged = options.name, options.key, options.averaged
+        return torch_sources.read_state(source, name, key=key, averaged=averaged)
     nnx = sys.modules.get("flax.nnx")  # whose object it is, has imported it
     if nnx is not None and isinstance(source, nnx.EMA):
         from ema.converting import jax_sources

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ema.checkpoint import Source
-from ema.errors import CheckpointError, EMAError
-from ema.schedules import InverseGammaWarmup, RampWarmup, Schedule
+import numpy as np
 
-__all__ = ["Found", "diffusers_fields"]
+from ema.checkpoint import Source
+from ema.converting.recognize import without_shared_prefixes
+from ema.errors import CheckpointError, EMAError
+from ema.schedules import ConstantDecay, InverseGammaWarmup, RampWarmup, Schedule
+
+__all__ = ["Found", "check_size", "counters", "diffusers_fields", "stripped", "whole"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class Found:
         skipped: updates that were due and not made.
         seed: of stochastic rounding.
         metadata: notes of the source.
+        notes: what the user should know of how it was read.
+        at_users_word: nothing in the source says that these are averages.
+        left_out: names of what is in the source beside the averages.
     """
 
     kind: str
@@ -46,6 +52,81 @@ class Found:
     skipped: int | None = None
     seed: int | None = None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    at_users_word: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def stripped(found: Found) -> Found:
+    """The same without ``module.`` and ``_orig_mod.`` where all names begin so.
+
+    DDP and ``torch.compile`` put them there; the names of the model that is wrapped lack them.
+    """
+    if not isinstance(found.tensors, dict):
+        return found
+    names, prefix = without_shared_prefixes(found.tensors)
+    if not prefix:
+        return found
+    return dataclasses.replace(
+        found,
+        tensors={new: found.tensors[old] for new, old in names.items()},
+        notes=(*found.notes, f"all names began with `{prefix}`, which was left out"),
+    )
+
+
+def check_size(size: int, most: int | None) -> None:
+    """Refuse what is larger than a file of its size lets one expect.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if most is not None and size > most:
+        raise CheckpointError(
+            f"its tensors take {size:,} bytes, {most:,} are allowed for a file of that size:"
+            f" max_bytes={size} (--max-bytes) allows them"
+        )
+
+
+def counters(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and updates by the counters that programs keep beside an average.
+
+    A counter of the average's own (``num_updates``) counts its updates; ``step`` is the program's.
+    """
+    for name in ("num_updates", "updates", "n_updates", "ema_step", "optimization_step"):
+        if name in beside and (value := _count(beside[name])) is not None:
+            return {"step": value, "count": value}
+    for name in ("step", "global_step", "train_steps", "iteration"):
+        if name in beside and (value := _count(beside[name])) is not None:
+            return {"step": value}
+    return {}
+
+
+def _count(value: Any) -> int | None:
+    try:
+        return whole("counter", value)
+    except CheckpointError:
+        return None
+
+
+def lit_ema_fields(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and schedule of the ``LitEma`` of latent diffusion.
+
+    Its decay after ``num_updates`` n is ``min(decay, (1 + n) / (10 + n))``; where it does not count,
+    n is −1 and the decay constant.
+    """
+    if not {"decay", "num_updates"} <= beside.keys():
+        return {}
+    decay, updates = beside["decay"], beside["num_updates"]
+    decay = float(
+        np.format_float_positional(np.float32(decay), unique=True)
+    )  # 0.9999, not 0.99989998
+    try:
+        if updates == -1:
+            return {"schedule": ConstantDecay(decay=decay)}
+        step = whole("num_updates", updates)
+        return {"step": step, "count": step, "schedule": RampWarmup(decay=decay)}
+    except EMAError as error:
+        raise CheckpointError(f"this is no state of LitEma: {error}") from None
 
 
 def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:

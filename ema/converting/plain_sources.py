@@ -2,60 +2,130 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ema.checkpoint import Source
 from ema.checkpoint.container import MAX_HEADER, load_json
 from ema.checkpoint.reader import MappedFile
 from ema.checkpoint.record import OWN_KEYS
-from ema.converting.found import Found, diffusers_fields
-from ema.errors import CheckpointError
+from ema.converting.found import (
+    Found,
+    counters,
+    diffusers_fields,
+    lit_ema_fields,
+    stripped,
+    whole,
+)
+from ema.converting.recognize import choose
+from ema.errors import CheckpointError, listing
 
 __all__ = ["read_folder", "read_safetensors"]
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_OUR_NOTE = "ema.json"
+_SCALARS = {"F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8"}
 
 
-def read_safetensors(file: Path) -> Found:
-    """One file of averages, as NeMo, Kohya's scripts and others write it."""
+def read_safetensors(file: Path, *, key: str | None = None, averaged: bool = False) -> Found:
+    """One file, as NeMo, Kohya's scripts and others write it.
+
+    Raises:
+        CheckpointError: it is damaged, or nothing says which of its tensors are averages.
+    """
     mapped = MappedFile(file)
-    notes = {key: text for key, text in mapped.header.metadata.items() if key not in OWN_KEYS}
-    return Found(kind="safetensors", tensors=_sources(mapped), metadata=notes)
+    notes = {name: text for name, text in mapped.header.metadata.items() if name not in OWN_KEYS}
+    found = _chosen(_sources(mapped), "safetensors", key, averaged)
+    return dataclasses.replace(found, metadata=notes)
 
 
-def read_folder(folder: Path) -> Found | None:
-    """A folder that ``save_pretrained`` wrote, in one file or several; None where it is none."""
-    tensors: dict[str, Source] = {}
+def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False) -> Found | None:
+    """A folder that ``save_pretrained`` wrote, in one file or several; None where it is none.
+
+    Raises:
+        CheckpointError: it is damaged, or nothing says that it holds averages.
+    """
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             tensors = _sources(MappedFile(folder / name))
         elif index.is_file():
-            for file in _files_of(index):
-                tensors |= _sources(MappedFile(folder / file))
-        if tensors:
-            break
+            tensors = _sharded(folder, index)
+        else:
+            continue
+        break
     else:
         return None
-    fields: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and key is None:
         config = _load(folder / "config.json")
         if "optimization_step" in config:  # put there by diffusers' EMAModel.save_pretrained
-            fields = diffusers_fields(config)
-    return Found(kind="save_pretrained", tensors=tensors, **fields)
+            return Found(kind="save_pretrained", tensors=tensors, **diffusers_fields(config))
+    if (folder / _OUR_NOTE).is_file() and key is None:
+        note = _load(folder / _OUR_NOTE)
+        if note.get("weights") == "ema":  # put there by our export from a Trainer
+            counts: dict[str, Any] = {
+                name: whole(name, note[name]) for name in ("step", "count") if name in note
+            }
+            return Found(kind="save_pretrained", tensors=tensors, **counts)
+    return _chosen(tensors, "save_pretrained", key, averaged)
 
 
-def _files_of(index: Path) -> list[str]:
-    files = _load(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+def _chosen(tensors: dict[str, Source], kind: str, key: str | None, averaged: bool) -> Found:
+    chosen = choose(tensors, _is_source, key=key, averaged=averaged)
+    names = {name: name for name in tensors} if chosen.names is None else chosen.names
+    used = set(names.values())
+    values = {name: _scalar(value) for name, value in chosen.beside.items()}
+    fields = counters(values)
+    if chosen.names is not None:
+        fields |= lit_ema_fields(values)
+    return stripped(
+        Found(
+            kind=kind if chosen.names is None else f"{chosen.kind} in {kind}",
+            tensors={new: tensors[old] for new, old in names.items()},
+            notes=chosen.notes,
+            at_users_word=chosen.at_users_word,
+            left_out=tuple(name for name in tensors if name not in used),
+            **fields,
+        )
+    )
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, Source)
+
+
+def _scalar(value: Any) -> Any:
+    """The number in a tensor of one element."""
+    if isinstance(value, Source) and math.prod(value.shape) == 1 and value.dtype in _SCALARS:
+        return np.frombuffer(bytes(value.read()), _SCALARS[value.dtype])[0].item()
+    return value
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, Source]:
+    """Each tensor from the file that the index names for it; another may have a stale copy."""
+    weight_map = _weight_map(index)
+    files = {file: _sources(MappedFile(folder / file)) for file in sorted({*weight_map.values()})}
+    if missing := [name for name, file in weight_map.items() if name not in files[file]]:
+        raise CheckpointError(
+            f"{index.name} names {listing(missing)}, which {weight_map[missing[0]]} does not hold"
+        )
+    return {name: files[file][name] for name, file in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = _load(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index.name} must have a weight_map")
-    for file in (names := sorted(set(files.values()))):
+    for file in sorted({*found.values()}):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):  # a path could lead anywhere
             raise CheckpointError(f"{index.name} names {file!r:.80}, which is no file beside it")
-    return names
+    return found
 
 
 def _load(file: Path) -> dict[str, Any]:

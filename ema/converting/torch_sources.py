@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,16 @@ import torch
 from torch import Tensor
 
 from ema.checkpoint import Source
-from ema.converting.found import Found, diffusers_fields, whole
+from ema.converting.found import (
+    Found,
+    check_size,
+    counters,
+    diffusers_fields,
+    lit_ema_fields,
+    stripped,
+    whole,
+)
+from ema.converting.recognize import choose, flattened, subtree
 from ema.errors import ArgumentError, CheckpointError, EMAError, listing
 from ema.schedule_descriptions import known_schedule
 from ema.schedules import ConstantDecay, RampWarmup
@@ -23,34 +35,76 @@ from ema.torch_backend.state import State
 __all__ = ["read_pickle", "read_state"]
 
 
-def read_pickle(file: Path, name: str | None = None) -> Found:
+def read_pickle(
+    file: Path,
+    name: str | None = None,
+    *,
+    key: str | None = None,
+    averaged: bool = False,
+    most: int | None = None,
+) -> Found:
     """A file of ``torch.save``, with ``weights_only=True``.
+
+    Args:
+        file: the file.
+        name: see :func:`read_state`.
+        key: likewise.
+        averaged: likewise.
+        most: bytes that it may take in memory. None: any number.
 
     Raises:
         ArgumentError: see :func:`read_state`.
         CheckpointError: it is damaged, holds objects, or nothing that is known.
     """
+    if most is not None:
+        _check_archive(file, most)
     try:
         # timm keeps its command line, a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other pickle protocols
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"it cannot be read with weights_only=True: {reason}") from None
+        raise CheckpointError(_refused(error)) from None
     except OSError:
         raise
     except Exception as error:  # what a damaged archive raises is not said anywhere
         raise CheckpointError(f"it is no file of torch.save, or damaged: {error!r:.200}") from None
-    return read_state(state, name)
+    return read_state(state, name, key=key, averaged=averaged)
 
 
-def read_state(state: Any, name: str | None = None) -> Found:
+def _refused(error: pickle.UnpicklingError) -> str:
+    """Without PyTorch's advice to run what the file says."""
+    objects = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
+        r"find class ([\w.]+)", str(error)
+    )
+    if objects is None:
+        return "it is no file of torch.save, or damaged: its pickle cannot be read as plain values"
+    return (
+        f"it holds an object of {objects[1]:.100}, and only tensors and plain values are read, since"
+        " an object could run anything: save its state_dict()"
+    )
+
+
+def _check_archive(file: Path, most: int) -> None:
+    """A compressed archive may unfold to a thousand times its size."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # an older form, or damaged
+        return
+    check_size(size, most)
+
+
+def read_state(
+    state: Any, name: str | None = None, *, key: str | None = None, averaged: bool = False
+) -> Found:
     """What a state is, by its keys.
 
     Args:
         state: what was saved.
         name: which average of it, where there are several.
+        key: which part of it is the average, keys with dots between them.
+        averaged: its weights are averages, though nothing in it says so.
 
     Raises:
         ArgumentError: there are several, and ``name`` is none of them.
@@ -58,16 +112,49 @@ def read_state(state: Any, name: str | None = None) -> Found:
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"it holds a {type(state).__name__}, no state")
+    if key is None and (found := _known(state, name)) is not None:
+        return found
+    chosen = choose(state, _is_tensor, key=key, averaged=averaged)
+    part = subtree(state, chosen.path)
+    values = {each: _number(value) for each, value in chosen.beside.items()}
+    if chosen.names is not None:
+        tensors = {new: part[old] for new, old in chosen.names.items()}
+        fields = {**counters(values), **lit_ema_fields(values)}
+        used = set(chosen.names.values())
+        left_out = tuple(str(each) for each in part if each not in used)
+    else:
+        if isinstance(part, Mapping) and (found := _known(part, name)) is not None:
+            return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
+        tensors = {".".join(path): tensor for path, tensor in flattened(part, _is_tensor)}
+        fields, left_out = counters(values), ()
+    return stripped(
+        Found(
+            kind="state_dict" if chosen.at_users_word else f"{chosen.kind} of torch.save",
+            tensors=_named(tensors),
+            notes=chosen.notes,
+            at_users_word=chosen.at_users_word,
+            left_out=left_out,
+            **fields,
+        )
+    )
+
+
+def _known(state: Mapping[Any, Any], name: str | None) -> Found | None:
+    """A state of a library whose own form says that it holds averages."""
     if state.keys() >= {"format_version", "averages"}:
         return _ours(state, name)
     for keys, read in _READERS:
         if keys <= state.keys():
-            return read(state)
-    if state and all(isinstance(value, Tensor) for value in state.values()):
-        return Found(kind="state_dict", tensors=_named(state))
-    raise CheckpointError(
-        f"it holds no average that is known, but {', '.join(sorted(map(repr, state)))[:300]}"
-    )
+            return stripped(read(state))
+    return None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _ours(state: Mapping[str, Any], name: str | None) -> Found:

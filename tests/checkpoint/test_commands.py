@@ -73,7 +73,11 @@ def test_convert_writes_our_file(tmp_path):
     result = run(*arguments)
     assert result.exit_code == 0
     assert "does not tell how many steps" in result.output
-    result = run(*arguments, "--step", "7", "--schedule", "HalfLife(steps=9)")
+    told = ("--step", "7", "--schedule", "HalfLife(steps=9)")
+    result = run(*arguments, *told)
+    assert result.exit_code == 2
+    assert "there is a file already: force=True (--force) replaces it" in result.output
+    result = run(*arguments, *told, "--force")
     assert result.exit_code == 0
     assert "does not tell" not in result.output
     assert "2 averages of torch-ema" in result.output

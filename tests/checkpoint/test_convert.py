@@ -153,7 +153,7 @@ def test_a_split_folder_of_transformers(tmp_path):
     model.save_pretrained(tmp_path / "pretrained", max_shard_size="4KB")
     assert (tmp_path / "pretrained" / "model.safetensors.index.json").exists()
     with pytest.warns(EMAWarning, match="does not tell how many steps"):
-        convert(tmp_path / "pretrained", tmp_path / "ours")
+        convert(tmp_path / "pretrained", tmp_path / "ours", averaged=True)
     EMAModel(model).load(tmp_path / "ours")
 
 
@@ -306,7 +306,9 @@ def test_plain_safetensors(tmp_path, model, goes_on):
     averages = {name: value.bfloat16() for name, value in model.named_parameters()}
     notes = {"format": "pt", "ss_training_comment": "ema", "step": "12"}
     safetensors.torch.save_file(averages, tmp_path / "ema-000012.safetensors", metadata=notes)
-    result = convert(tmp_path / "ema-000012.safetensors", tmp_path / "ours", step=12)
+    with pytest.raises(CheckpointError, match="nothing in it says that it holds averages"):
+        convert(tmp_path / "ema-000012.safetensors", tmp_path / "ours", step=12)
+    result = convert(tmp_path / "ema-000012.safetensors", tmp_path / "ours", averaged=True, step=12)
     assert result.record.extra == {"ss_training_comment": "ema"}
     goes_on(model, [value.float() for value in averages.values()])
 
@@ -320,7 +322,7 @@ def test_our_own_state_dict(tmp_path, model, goes_on):
     convert(tmp_path / "ema_weights.pt", tmp_path / "ours")
     expected = theirs.averaged_parameters().values()
     assert goes_on(model, expected, decay=0.9).step == 3
-    result = ema.convert(theirs.state_dict(), tmp_path / "ours")
+    result = ema.convert(theirs.state_dict(), tmp_path / "ours", force=True)
     assert result.record.schedule == ema.ConstantDecay(decay=0.9)
 
 
@@ -437,7 +439,7 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
     torch.save({"state_dict_ema": Malicious()}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps({"state_dict_ema": Malicious()}))
     for file in ("a.pt", "b.pt"):
-        with pytest.raises(CheckpointError, match=rf"{file}: it cannot be read with weights_only"):
+        with pytest.raises(CheckpointError, match=rf"{file}: it holds an object of print"):
             convert(tmp_path / file, tmp_path / "ours")
     assert "executed" not in capsys.readouterr().out
     assert not (tmp_path / "ours").exists()
@@ -446,15 +448,21 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"model": {}, "optimizer": {}}, "no average that is known, but 'model', 'optimizer'"),
+        ({"model": {}, "optimizer": {}}, "that it holds averages: it holds `model`, `optimizer`"),
         ([1, 2], "it holds a list, no state"),
         ({"shadow_params": 3, "num_updates": 1, "decay": 0.9}, "`shadow_params` must be a list"),
         ({"n_averaged": torch.tensor(1)}, "no tensor is called module"),
         ({"n_averaged": "x", "module.w": torch.ones(1)}, "`n_averaged` must be a count, got 'x'"),
-        ({"w": torch.arange(3)}, "none of its 1 tensors is an average"),
+        ({"ema": {"w": torch.arange(3)}}, "none of its 1 tensors is an average"),
         ({"state_dict_ema": {"w": 3}}, "'w' is int, no tensor"),
-        ({"w": torch.ones(2), "s": torch.eye(2).to_sparse()}, "`s` is .* layout torch.sparse_coo"),
-        ({"w": torch.ones(2, device="meta")}, "`w` is on the meta device, which holds no values"),
+        (
+            {"ema": {"w": torch.ones(2), "s": torch.eye(2).to_sparse()}},
+            "`s` is .* layout torch.sparse_coo",
+        ),
+        (
+            {"ema": {"w": torch.ones(2, device="meta")}},
+            "`w` is on the meta device, which holds no values",
+        ),
         (
             {"shadow_params": [torch.ones(1)], "num_updates": 3},
             "torch-ema needs `decay`, which this one lacks",

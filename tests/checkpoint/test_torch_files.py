@@ -277,9 +277,9 @@ def test_strides_of_one_element_or_of_none_do_not_matter(tmp_path, kind, update_
         torch.save(average.state_dict(), folder / "state.pt")
         ema.convert(folder / "state.pt", folder / "converted")
         torch.save({"0": models[number][0].detach()}, folder / "live.pt")
-        ema.convert(folder / "live.pt", folder / "live", step=1)
+        ema.convert(folder / "live.pt", folder / "live", averaged=True, step=1)
         average.load(folder / "saved")
-        ema.convert({"0": models[number][0].detach()}, folder / "memory", step=1)
+        ema.convert({"0": models[number][0].detach()}, folder / "memory", averaged=True, step=1)
     names = ("saved/ema", "export", "converted/ema", "live/ema", "memory/ema")
     for file in (f"{name}.safetensors" for name in names):
         assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file

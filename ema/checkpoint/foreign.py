@@ -1,0 +1,79 @@
+"""What a file or folder that is none of ours seems to be, told by its first bytes and its names."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from ema.checkpoint import atomic
+
+__all__ = ["is_orbax", "seems"]
+
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+_READ_BY_CONVERT = "`ema convert` (ema.convert) reads averages out of it"
+
+
+def seems(path: Path) -> str | None:
+    """What it seems to be, and what reads it; None where nothing is known.
+
+    Raises:
+        CheckpointError: it is neither a file nor a folder.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        return _folder(path)
+    with atomic.open_file(path) as stream:
+        first = stream.read(16)
+    if first[8:9] == b"{":  # safetensors, perhaps damaged
+        return None
+    if first.startswith(b"PK\3\4"):
+        return _zip(path)
+    known = (
+        (
+            first[:1] == b"\x80" and first[1:2] <= b"\5",
+            f"a pickle, as older versions of torch.save wrote it; {_READ_BY_CONVERT}",
+        ),
+        (
+            first[:1] in (b"\xde", b"\xdf") or b"\x81" <= first[:1] <= b"\x8f",
+            f"a msgpack file, as flax.serialization writes it; {_READ_BY_CONVERT}",
+        ),
+        (
+            first.startswith(b"\x89HDF\r\n"),
+            "an HDF5 file, which is not read: save its weights with safetensors",
+        ),
+    )
+    return next((text for matches, text in known if matches), None)
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether Orbax wrote it: a checkpoint, a step of a ``CheckpointManager``, or all of its steps."""
+    if any((folder / name).exists() for name in _ORBAX):
+        return True
+    items = [item for item in folder.iterdir() if item.is_dir()]
+    return any((item / name).exists() for item in items for name in _ORBAX)
+
+
+def _folder(folder: Path) -> str | None:
+    if is_orbax(folder):
+        return f"a checkpoint of Orbax; {_READ_BY_CONVERT}"
+    if (folder / ".metadata").is_file():
+        return (
+            "a folder of torch.distributed.checkpoint, which is not read: make one file of it with"
+            " torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
+    if any(folder.glob("*.safetensors")):
+        return f"a folder of save_pretrained; {_READ_BY_CONVERT}"
+    return None
+
+
+def _zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a zip archive, and damaged"
+    if any(name.endswith("data.pkl") for name in names):
+        return f"a file of torch.save; {_READ_BY_CONVERT}"
+    if any(name.endswith(".npy") for name in names):
+        return f"an archive of numpy.savez; {_READ_BY_CONVERT}"
+    return "a zip archive of other files"

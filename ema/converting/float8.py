@@ -1,0 +1,69 @@
+"""Weights of eight bits: kept as the float32 that each of their values is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ema.checkpoint import Source
+from ema.errors import CheckpointError
+
+__all__ = ["FLOAT8", "widened"]
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""An average of eight bits would never move: its steps are smaller than the distance of two values."""
+
+_SCALES = ("_scale", "_scale_inv", "_scale_2", ".scale", ".scales")
+
+
+def widened(tensors: Mapping[str, Source], beside: Mapping[str, Source]) -> dict[str, Source]:
+    """The tensors, with float32 in place of float8; float32 holds each of its values.
+
+    Args:
+        tensors: averages by name.
+        beside: all tensors of the source.
+
+    Raises:
+        CheckpointError: scales are beside them: then they are quantized, and the weights others.
+    """
+    for name, source in tensors.items():
+        if source.dtype in FLOAT8 and (scale := _scale_of(name, beside)):
+            raise CheckpointError(
+                f"`{name}` is {source.dtype} with a scale beside it, `{scale}`: these weights are"
+                " quantized; convert the checkpoint from which they were made"
+            )
+    return {
+        name: Source("F32", source.shape, partial(_wide, source))
+        if source.dtype in FLOAT8
+        else source
+        for name, source in tensors.items()
+    }
+
+
+def _scale_of(name: str, beside: Mapping[str, Source]) -> str | None:
+    stem = name.removesuffix(".weight")
+    return next((n for s in _SCALES for n in (name + s, stem + s) if n in beside), None)
+
+
+def _wide(source: Source) -> Any:
+    codes = np.frombuffer(source.read(), np.uint8)
+    return _values(source.dtype)[codes]
+
+
+def _values(dtype: str) -> Any:
+    """What each of the 256 codes means: ``(−1)^s · 2^(e − bias) · 1.m``, IEEE 754 in small.
+
+    E4M3 has no infinities, and NaN only where all other bits are 1 (OCP, "8-bit floating point
+    specification"); E5M2 has both, as float16 of which it is the upper half.
+    """
+    codes = np.arange(256, dtype=np.uint16)
+    if dtype == "F8_E5M2":
+        return (codes << 8).view(np.float16).astype(np.float32)
+    exponent, mantissa = (codes >> 3 & 15).astype(np.float32), (codes & 7).astype(np.float32)
+    normal = np.exp2(exponent - 7) * (1 + mantissa / 8)
+    values = np.where(exponent == 0, np.exp2(np.float32(-6)) * mantissa / 8, normal)
+    values[(codes & 127) == 127] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
