@@ -30,16 +30,16 @@ def seems(path: Path) -> str | None:
         return _zip(path)
     known = (
         (
+            first.startswith(b"\x89HDF\r\n"),
+            "an HDF5 file, which is not read: save its weights with safetensors",
+        ),
+        (
             first[:1] == b"\x80" and first[1:2] <= b"\5",
             f"a pickle, as older versions of torch.save wrote it; {_READ_BY_CONVERT}",
         ),
         (
             first[:1] in (b"\xde", b"\xdf") or b"\x81" <= first[:1] <= b"\x8f",
             f"a msgpack file, as flax.serialization writes it; {_READ_BY_CONVERT}",
-        ),
-        (
-            first.startswith(b"\x89HDF\r\n"),
-            "an HDF5 file, which is not read: save its weights with safetensors",
         ),
     )
     return next((text for matches, text in known if matches), None)

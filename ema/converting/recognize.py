@@ -24,6 +24,7 @@ __all__ = ["Chosen", "choose", "contents", "flattened", "subtree", "without_shar
 
 Path = tuple[str, ...]
 IsTensor = Callable[[Any], bool]
+_Named = tuple[str, tuple[int, ...]]
 
 _SURE = {"ema", "swa", "polyak", "averaged", "shadow"}
 _TWINS = {"teacher", "target", "average", "avg", "momentum"}
@@ -34,7 +35,9 @@ _OPTIMIZERS = {"opt", "optim", "optimizer", "optimizers", "scheduler", "scaler"}
 
 _WRAPPERS = ("module", "state_dict", "model", "model_state_dict", "ema", "ema_model", "average")
 _WRAPPED = ("module.", "_orig_mod.")
+_WEIGHTS = {"params", "model", "module", "state_dict", "model_state_dict", "weights", "variables"}
 _MOST_PARTS = 10_000
+_DEEPEST = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,9 +174,7 @@ def _candidates(tree: Mapping[str, Any], is_tensor: IsTensor) -> list[_Candidate
     return found
 
 
-def _collect(
-    tree: Any, is_tensor: IsTensor, path: Path, found: list[_Candidate], depth: int = 0
-) -> None:
+def _collect(tree: Any, is_tensor: IsTensor, path: Path, found: list[_Candidate]) -> None:
     """Averages among the parts of ``tree``, else among the parts of those."""
     children = _children(tree)[:_MOST_PARTS]
     parts = {
@@ -181,20 +182,20 @@ def _collect(
         for name, child in children
         if not is_tensor(child) and next(flattened(child, is_tensor), None) is not None
     }
-    flat = [name for name, child in children if is_tensor(child)]
-    if len(flat) > len(parts):  # a state dict
-        found += _prefixed(tree, flat, path)
-        return
-    before = len(found)
     others = {name for name in parts if not _words(name) & _OPTIMIZERS}
+    in_weights = any(name in _WEIGHTS for name in path)  # a layer may be called ema, too
+    before = len(found)
     for name in sorted(others):
         words = _words(name)
-        if words & _SURE or (words & _TWINS and _has_twin(parts, name, others, is_tensor)):
+        if (words & _SURE and not in_weights) or (
+            words & (_SURE | _TWINS) and _has_twin(parts, name, others, is_tensor)
+        ):
             found.append(_candidate(tree, name, path, is_tensor))
-    if len(found) > before or depth > 8:
-        return
-    for name in sorted(others):
-        _collect(parts[name], is_tensor, (*path, name), found, depth + 1)
+    if isinstance(tree, Mapping):
+        found += _prefixed(tree, [name for name, child in children if is_tensor(child)], path)
+    if len(found) == before and len(path) < _DEEPEST:
+        for name in sorted(others):
+            _collect(parts[name], is_tensor, (*path, name), found)
 
 
 def _candidate(tree: Any, name: str, path: Path, is_tensor: IsTensor) -> _Candidate:
@@ -218,7 +219,7 @@ def _inside(tree: Any, is_tensor: IsTensor) -> Path:
             for name, child in tree.items()
             if next(flattened(child, is_tensor), None) is not None
         ]
-        if len(parts) == 1 and parts[0] in _WRAPPERS:
+        if len(parts) == 1 and (parts[0] in _WRAPPERS or _words(parts[0]) & _SURE):
             return (parts[0], *_inside(tree[parts[0]], is_tensor))
     return ()
 
@@ -243,12 +244,12 @@ def _beside(
 def _has_twin(
     parts: Mapping[str, Any], name: str, others: Iterable[str], is_tensor: IsTensor
 ) -> bool:
-    """Whether another part that is no average has nearly all names of this one."""
+    """Whether another part that is no average has nearly all names and shapes of this one."""
 
-    def names(part: str) -> set[str]:
+    def names(part: str) -> set[tuple[str, Any]]:
         inside = subtree(parts[part], _inside(parts[part], is_tensor))
-        paths = [".".join(path) for path, _ in flattened(inside, is_tensor)]
-        return set(without_shared_prefixes(paths)[0])
+        shapes = {".".join(path): _shape(leaf) for path, leaf in flattened(inside, is_tensor)}
+        return {(new, shapes[old]) for new, old in without_shared_prefixes(shapes)[0].items()}
 
     own = names(name)
     return any(
@@ -258,7 +259,11 @@ def _has_twin(
     )
 
 
-def _mostly(own: set[str], others: set[str]) -> bool:
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "shape", ()))
+
+
+def _mostly(own: set[_Named], others: set[_Named]) -> bool:
     return 10 * len(own & others) >= 9 * len(own)
 
 
@@ -273,29 +278,30 @@ def _prefixed(tree: Any, names: Sequence[str], path: Path) -> list[_Candidate]:
         first, separator, rest = name.partition("." if "." in name else "/")
         if separator and rest:
             groups.setdefault(first, {})[rest] = old
+    averages = {prefix for prefix in groups if _words(prefix) & (_SURE | _TWINS)}
+    shapes = {old: _shape(tree[old]) for old in names}
+    raw = [
+        {(rest, shapes[old]) for rest, old in group.items()}
+        for prefix, group in groups.items()
+        if prefix not in averages
+    ]
+    raw.append(
+        {(new, shapes[old]) for new, old in plain.items() if new.partition(".")[0] not in averages}
+    )
     found = []
-    for prefix in sorted(groups):
-        words = _words(prefix)
-        if not words & (_SURE | _TWINS):
-            continue
-        raw = {
-            other: set(group)
-            for other, group in groups.items()
-            if other != prefix and not _words(other) & (_SURE | _TWINS)
-        }
-        label = ".".join((*path, shared + prefix)).rstrip(".")
-        own = groups[prefix]
-        if any(_mostly(set(own), others) for others in raw.values()):
-            chosen_names = without_shared_prefixes(own)[0]
-            chosen = {new: own[rest] for new, rest in chosen_names.items()}
+    for prefix in sorted(averages):
+        words, own = _words(prefix), groups[prefix]
+        label = ".".join((*path, shared + prefix))
+        has_twin = any(_mostly({(rest, shapes[old]) for rest, old in own.items()}, r) for r in raw)
+        if has_twin and (words & _SURE or 2 * len(own) >= len(raw[-1])):
+            chosen = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
         elif dotless := _with_dots(own, plain, words, groups):
             chosen = dotless
-        elif words & _SURE and not raw:
+        elif words & _SURE and not raw[-1]:
             chosen = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
         else:
             continue
-        values = subtree(tree, ())
-        beside = {rest: values[old] for rest, old in own.items() if old not in chosen.values()}
+        beside = {rest: tree[old] for rest, old in own.items() if old not in chosen.values()}
         found.append(
             _Candidate(
                 label=label,
@@ -356,7 +362,10 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
         )
     part = subtree(tree, path)
     if next(flattened(part, is_tensor), None) is None:
-        raise CheckpointError(f"key= (--key) names {key!r:.80}, which holds no tensors")
+        raise CheckpointError(
+            f"key= (--key) names {key!r:.80}, which holds no tensors: it holds"
+            f" {contents(tree, is_tensor)}"
+        )
     inside = _inside(part, is_tensor)
     around = subtree(tree, path[:-1])
     return Chosen(
