@@ -297,7 +297,9 @@ class PowerFunction(Schedule):
         return cls(gamma=profiles.gamma_from_std(std))
 
     def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
-        return -xp.expm1((self.gamma + 1.0) * xp.log1p(-1.0 / count))  # span / t = 1 / count
+        later = xp.maximum(count, 2.0)  # log1p(−1) is −∞, which jax_debug_infs reports
+        weight = -xp.expm1((self.gamma + 1.0) * xp.log1p(-1.0 / later))  # span / t = 1 / count
+        return xp.maximum(2.0 - count, weight)  # 1 at the first update
 
 
 @final

@@ -60,8 +60,7 @@ def weights_of(schedule: Schedule, counts: NDArray[np.float64], span: int) -> ND
         ArgumentTypeError: likewise.
     """
     if is_ours(schedule):
-        with np.errstate(divide="ignore"):  # log1p(−1) of the power function's first update
-            return np.asarray(schedule.weight(counts, span, np))
+        return np.asarray(schedule.weight(counts, span, np))
     weights = _weights_at_once(schedule, counts, span)
     if weights is None:
         weights = np.array([weight_of(schedule, int(count), span) for count in counts])

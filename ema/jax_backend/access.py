@@ -43,7 +43,8 @@ def get_params_ema(
         ArgumentError: there is no such average, there are several, or leaves are masked and
             ``params`` were not given.
         ModelError: ``params`` are not those of the average.
-        StateError: the average is inside ``optax.contrib.schedule_free``.
+        StateError: the average is inside ``schedule_free``, ``mechanize`` or ``lookahead``, or behind
+            ``sam``, where it is none of the parameters.
 
     Warns:
         EMAWarning: an optimizer follows the average in its chain.
@@ -59,7 +60,6 @@ def get_params_ema(
         >>> get_params_ema(tx.init(params), params, name="long")
         Array([1, 1], dtype=bfloat16)
     """
-    check_placement(opt_state)
     states, label = choose_states(opt_state, name)
     averages = [plain(state.averages()[label]) for state in states]
     if params is not None:
@@ -88,7 +88,12 @@ def choose_states(
 
     Raises:
         ArgumentError: there is no such average, or there are several.
+        StateError: see :func:`~ema.jax_backend.placement.check_placement`.
+
+    Warns:
+        EMAWarning: likewise.
     """
+    check_placement(opt_state)
     states = [
         node
         for node in jax.tree.leaves(opt_state, is_leaf=lambda n: isinstance(n, ParamsEMAState))

@@ -6,14 +6,14 @@ it stands is known to optax alone, but the order of a chain shows in the state.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 from optax import contrib
 
-from ema.errors import EMAWarning, StateError
+from ema.errors import StateError, warn
 from ema.jax_backend.state import ParamsEMAState
 
 __all__ = ["check_placement"]
@@ -21,41 +21,87 @@ __all__ = ["check_placement"]
 HARMLESS = (optax.EmptyState, optax.SnapshotState, optax.MonitorState, ParamsEMAState)
 """States of transforms that change no update, and the one that says nothing."""
 
+_INSIDE: Mapping[type, tuple[str, str]] = {
+    contrib.ScheduleFreeState: (
+        "base_optimizer_state",
+        (
+            "params_ema inside schedule_free averages what is no sequence of parameters: schedule_free"
+            " has an average of its own (schedule_free_eval_params); to average its training parameters"
+            " chain params_ema after it"
+        ),
+    ),
+    contrib.MechanicState: (
+        "base_optimizer_state",
+        (
+            "params_ema inside mechanize averages parameters that were never there: mechanize scales"
+            " the updates of what it wraps; chain params_ema after it"
+        ),
+    ),
+    optax.LookaheadState: (
+        "fast_state",
+        (
+            "params_ema inside lookahead misses its synchronizations, which set the fast parameters"
+            " back: chain params_ema after it, and it averages both the fast and the slow ones"
+        ),
+    ),
+    contrib.SAMState: (
+        "adv_state",
+        (
+            "params_ema inside the adversarial optimizer of sam averages the points that it looks from:"
+            " put it inside the other one"
+        ),
+    ),
+}
+"""For the state of each wrapper the field of what it wraps, and why no average belongs there."""
+
 
 def check_placement(opt_state: Any) -> None:
     """Report an average that cannot be one of the parameters.
 
     Raises:
-        StateError: it is inside ``schedule_free``, whose inner updates are not applied to the
-            params but to another sequence.
+        StateError: it is inside a wrapper that applies other updates than those of the optimizer in
+            it (``schedule_free``, ``mechanize``, ``lookahead``), or behind ``sam``, whose every
+            second step only looks around.
 
     Warns:
         EMAWarning: an optimizer follows it in the chain.
     """
-    for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free):
-        if _is_schedule_free(node) and _holds_average(node.base_optimizer_state):
-            raise StateError(
-                "params_ema inside schedule_free averages what is no sequence of parameters:"
-                " schedule_free has an average of its own (schedule_free_eval_params); to average"
-                " its training parameters chain params_ema after it"
-            )
+    for node in _wrappers(opt_state):
+        field, reason = _INSIDE[type(node)]
+        if _holds_average(getattr(node, field)):
+            raise StateError(reason)
     for chain in _chains(opt_state):
         averages = [i for i, state in enumerate(chain) if _holds_average(state)]
         if not averages:
             continue
+        if any(map(_alternates, chain[: averages[-1]])):
+            raise StateError(
+                "params_ema behind sam averages the points that it looks from as well: put it inside,"
+                " sam(chain(optimizer, params_ema(…)), …), or set opaque_mode=True"
+            )
         later = [node for state in chain[averages[-1] + 1 :] for node in _optimizer_states(state)]
         if later:
             names = ", ".join(sorted({type(node).__name__ for node in later}))
-            warnings.warn(
+            warn(
                 f"params_ema stands before {names} in the chain and averages parameters that were"
-                " never there: it has to be the last link",
-                EMAWarning,
-                stacklevel=3,
+                " never there: it has to be the last link"
             )
 
 
-def _is_schedule_free(node: Any) -> bool:
-    return isinstance(node, contrib.ScheduleFreeState)
+def _wrappers(node: Any) -> list[Any]:
+    """Every state of a wrapper that an average may have to do with, those inside others too."""
+    if isinstance(node, ParamsEMAState):
+        return []
+    level = jax.tree_util.default_registry.flatten_one_level(node)
+    found = [node] if type(node) in _INSIDE else []
+    return found + [each for child in (level[0] if level else []) for each in _wrappers(child)]
+
+
+def _alternates(state: Any) -> bool:
+    """Whether sam makes its adversarial steps on the params: it keeps the others beside them."""
+    return any(
+        isinstance(node, contrib.SAMState) and node.cache is not None for node in _wrappers(state)
+    )
 
 
 def _is_plain_tuple(node: Any) -> bool:

@@ -52,7 +52,7 @@ def sweep(
     """
     # what is read and widened is shared by all averages of a leaf
     wide = [
-        widen(leaf, _wide_dtype(average))
+        _placed_as(average, widen(leaf, _wide_dtype(average)))
         for average, leaf in zip(kept.averages[0], params, strict=True)
     ]
     made = None
@@ -90,6 +90,18 @@ def _one(
     if jnp.result_type(average) == NARROW:
         return lerp_narrow(average, params, weight, key), None
     return lerp(average, params, weight), None
+
+
+def _placed_as(average: Any, params: jax.Array) -> jax.Array:
+    """``params`` where its average is: on explicit meshes operands must be placed alike.
+
+    A program may spread averages over devices that all hold the parameter (ZeRO-1).
+    """
+    here, there = jax.typeof(params).sharding, jax.typeof(average).sharding
+    if here.spec == there.spec or here.mesh != there.mesh:
+        return params
+    moved: jax.Array = jax.sharding.reshard(params, there)  # type: ignore[no-untyped-call]
+    return moved
 
 
 def real_dtype(average: Any) -> str:

@@ -61,7 +61,8 @@ def params_ema(
 
         average ← average + weight · (params' − average),    weight = 1 − decay,
 
-    in the form of :func:`ema.jax_backend.update.lerp`. The updates pass through unchanged. It has
+    in the form of :func:`ema.jax_backend.update.lerp`. The updates pass through unchanged; without
+    any, ``update(None, state, params)``, the params are averaged as they are. It has
     to see the final updates, so it stands last in the chain; inside ``optax.MultiSteps`` and
     ``optax.apply_if_finite``, so that it counts the steps that are really made.
 
@@ -173,7 +174,8 @@ def transform_of(
     ) -> tuple[optax.Updates, ParamsEMAState]:
         if params is None:
             raise ArgumentError(
-                "`params` must be given to average them: tx.update(updates, opt_state, params)"
+                "`params` must be given to average them: tx.update(updates, opt_state, params), or"
+                " tx.update(None, opt_state, params) for an average without an optimizer"
             )
         trees, remainders = trees_of(state, schedules, precision)
         for tree in trees.values():
@@ -187,13 +189,11 @@ def transform_of(
         first = next(iter(trees))
         names, leaves, structure = named_leaves(trees[first])
         present = [not is_hole(leaf) for leaf in leaves]
+        changes = [None] * len(leaves) if updates is None else structure.flatten_up_to(updates)
         news = [
             new_params(leaf, update)
             for leaf, update, here in zip(
-                structure.flatten_up_to(params),
-                structure.flatten_up_to(updates),
-                present,
-                strict=True,
+                structure.flatten_up_to(params), changes, present, strict=True
             )
             if here
         ]
