@@ -67,7 +67,8 @@ def way(request, monkeypatch):
         monkeypatch.setattr(kernels, "available", lambda device: True)
         monkeypatch.setattr(kernels, "_launch", exchange)
     else:
-        monkeypatch.setattr(swap_parts, "TOGETHER", 20)
+        large = "real_ctrl_c" in request.node.name  # in so small groups it would take a minute
+        monkeypatch.setattr(swap_parts, "TOGETHER", 1 << 20 if large else 20)
     return request.param
 
 
