@@ -11,7 +11,7 @@ import optax
 
 from ema.errors import ArgumentError, ModelError, difference, listing
 from ema.jax_backend.placement import check_placement
-from ema.jax_backend.selection import named_leaves, plain
+from ema.jax_backend.selection import is_array, is_hole, is_inexact, named_leaves, plain, unboxed
 from ema.jax_backend.state import ParamsEMAState
 
 __all__ = ["choose_states", "get_params_ema"]
@@ -63,7 +63,9 @@ def get_params_ema(
     states, label = choose_states(opt_state, name)
     averages = [plain(state.averages()[label]) for state in states]
     if params is not None:
-        return _fill(averages, plain(params))
+        live = plain(params)
+        filled = _fill([unboxed(average) for average in averages], unboxed(live))
+        return jax.tree.unflatten(jax.tree.structure(live), jax.tree.leaves(filled))
     if len(averages) > 1:
         raise ArgumentError(
             f"`params` must be given to put {len(averages)} averages of one name together; to tell"
@@ -132,9 +134,10 @@ def _fill(averages: list[Any], params: Any) -> Any:
     """
     averaged: dict[Any, Any] = {}
     masked: list[set[Any]] = []
+    nothing: set[Any] = set()  # where a program had filtered out what it does not train
     for average in averages:
-        flat, _ = jax.tree_util.tree_flatten_with_path(average, is_leaf=_is_masked)
-        leaves = {_key(path): leaf for path, leaf in flat if not _is_masked(leaf)}
+        flat, _ = jax.tree_util.tree_flatten_with_path(average, is_leaf=is_hole)
+        leaves = {_key(path): leaf for path, leaf in flat if not is_hole(leaf)}
         if twice := [".".join(key) for key in leaves if key in averaged]:
             raise ArgumentError(
                 f"`name` must choose one average, {len(averages)} of one name hold"
@@ -142,6 +145,7 @@ def _fill(averages: list[Any], params: Any) -> Any:
             )
         averaged |= leaves
         masked.append({_key(path) for path, leaf in flat if _is_masked(leaf)})
+        nothing |= {_key(path) for path, leaf in flat if leaf is None}
 
     structure: Any
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -150,6 +154,7 @@ def _fill(averages: list[Any], params: Any) -> Any:
         key
         for key in live
         if key not in averaged
+        and not (key in nothing and not (is_inexact(live[key]) and is_array(live[key])))
         and not all(any(key[:n] in holes for n in range(len(key) + 1)) for holes in masked)
     ]
     mismatched = [

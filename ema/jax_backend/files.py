@@ -228,13 +228,18 @@ def load_params_ema(
 
 
 def _number(counter: Any) -> int:
-    try:
-        return int(counter)
-    except TypeError:  # a tracer's is one
+    """A counter, or that of all members of an optimizer that was vmapped."""
+    if isinstance(counter, jax.core.Tracer):
         raise ArgumentError(
-            "`opt_state` must hold a number for each of its counters, got"
-            f" {counter!r:.80}: it is saved outside of jax.jit, and one of several replicas"
-        ) from None
+            f"`opt_state` must hold numbers, got {counter!r:.80}: it is saved outside of jax.jit"
+        )
+    counters = np.unique(np.asarray(counter))
+    if counters.size != 1:
+        raise ArgumentError(
+            f"`opt_state` must hold one number for each of its counters, got {listing(map(str, counters))}"
+            " for its members: save each by itself, jax.tree.map(lambda leaf: leaf[i], opt_state)"
+        )
+    return int(counters[0])
 
 
 def _is_absent(field: Any) -> bool:
@@ -349,7 +354,8 @@ def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
 
 
 def _counter(old: Any, value: int) -> Any:
-    return _like(old, np.array(min(value, _LARGEST), np.int32))
+    number = np.array(min(value, _LARGEST), np.int32)
+    return _like(old, np.broadcast_to(number, np.shape(jax.tree.leaves(old)[0])))
 
 
 def source_of(name: str, leaf: Any, whole: Whole | None = None) -> Source:

@@ -34,6 +34,7 @@ __all__ = ["EMA", "EMAVariable", "use_ema"]
 
 M = TypeVar("M")
 Path = tuple[Any, ...]
+_NUMBERS = (float, complex)
 
 
 class EMAVariable(nnx.Variable[Any]):
@@ -144,19 +145,19 @@ class EMA(nnx.Pytree):
         shown, finer = {}, {}
         averages = dict(nnx.to_flat_state(state.params_ema))
         for path, variable in nnx.to_flat_state(live):
-            average, metadata = averages[path], variable.get_metadata()
-            if average.dtype != variable.dtype:
-                finer[path] = EMAVariable(average, **metadata)
-                average = jnp.array(variable.get_value(), copy=True)
-            shown[path] = type(variable)(average, **metadata)
+            average = averages[path]
+            # a layer writes into its statistics whenever it is called in training mode
+            if average.dtype != jnp.result_type(_value(variable)) or not _is_param(variable):
+                finer[path] = _beside(variable, average)
+                average = jnp.array(_value(variable), copy=True)
+            shown[path] = variable.copy(average)
         self.params = nnx.data(nnx.from_flat_state(shown))
         self.finer = nnx.data(nnx.from_flat_state(finer))
         remainder = {}
         if self.precision.compensated:
             lost = dict(nnx.to_flat_state(state.remainder))
             remainder = {
-                path: EMAVariable(lost[path], **variable.get_metadata())
-                for path, variable in nnx.to_flat_state(live)
+                path: _beside(variable, lost[path]) for path, variable in nnx.to_flat_state(live)
             }
         self.remainder = nnx.data(nnx.from_flat_state(remainder))
         self.skipped = nnx.data(
@@ -220,10 +221,11 @@ class EMA(nnx.Pytree):
         remainder = dict(nnx.to_flat_state(self.remainder))
         for path, average in nnx.to_flat_state(state.params_ema):
             if path in finer:
-                finer[path][...] = average
-            shown[path][...] = average.astype(shown[path].dtype)
+                _put(finer[path], average)
+            copied = jnp.array(average, copy=True) if path in finer else average
+            _put(shown[path], copied.astype(_value(shown[path]).dtype))
         for path, lost in nnx.to_flat_state(state.remainder) if remainder else ():
-            remainder[path][...] = lost
+            _put(remainder[path], lost)
 
     def apply_to(self, model: M) -> M:
         """A model like this one with the averages in place of its Variables.
@@ -241,9 +243,10 @@ class EMA(nnx.Pytree):
             [_name(path) for path in ours if path not in theirs],
             [_name(path) for path in theirs if path not in ours],
             [
-                f"`{_name(path)}` has shape {theirs[path].shape}, its average has {ours[path].shape}"
+                f"`{_name(path)}` has shape {shape}, its average has {_value(ours[path]).shape}"
                 for path in ours
-                if path in theirs and theirs[path].shape != ours[path].shape
+                if path in theirs
+                and (shape := jnp.shape(_value(theirs[path]))) != _value(ours[path]).shape
             ],
         ):
             raise ModelError(f"`model` is not that of the average: {text}")
@@ -256,9 +259,17 @@ class EMA(nnx.Pytree):
         finer = dict(nnx.to_flat_state(self.finer))
         return nnx.from_flat_state(
             {
-                path: finer.get(path, variable).get_value()
+                path: _value(finer.get(path, variable))
                 for path, variable in nnx.to_flat_state(self.params)
             }
+        )
+
+    def _shown(self) -> Any:
+        """The averages as plain arrays in the dtypes of the model, as :meth:`apply_to` has them."""
+        shown = dict(nnx.to_flat_state(self.params))
+        averages = nnx.to_flat_state(self.averaged_parameters())
+        return nnx.from_flat_state(
+            {path: average.astype(_value(shown[path]).dtype) for path, average in averages}
         )
 
     def _transform(self) -> optax.GradientTransformation:
@@ -274,7 +285,8 @@ class EMA(nnx.Pytree):
         def is_averaged(path: Path, value: Any) -> bool:
             if not isinstance(value, nnx.Variable):
                 return False
-            if not (is_hole(leaf := value.get_value()) or hasattr(leaf, "dtype")):
+            leaf = _value(value)
+            if not (is_hole(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, _NUMBERS)):
                 raise ModelError(
                     f"`{_name(path)}` holds a {type(leaf).__name__}, EMA averages arrays: leave it"
                     " out by `only`, or take params_ema in the chain of an nnx.Optimizer"
@@ -323,7 +335,7 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
             )
         source.apply_to(model)  # refuses another model
         live = nnx.as_pure(source._select(model))  # noqa: SLF001  # of this very file
-        average = nnx.as_pure(source.params)
+        average = source._shown()  # noqa: SLF001
     else:
         live = nnx.as_pure(nnx.state(model, source.wrt))
         average = get_params_ema(source, live, name)
@@ -332,8 +344,36 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
         yield model
     finally:
         nnx.update(model, live)
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(average) if isinstance(leaf, jax.Array)):
+    if any(map(_is_deleted, jax.tree.leaves(average))):
         raise StateError("the average was donated while it was in the model: it is lost")
+
+
+def _value(variable: Any) -> Any:
+    """What a Variable holds, which its ``get_value`` and hooks may show otherwise."""
+    return nnx.as_pure(variable)
+
+
+def _put(variable: Any, value: jax.Array) -> None:
+    """The inverse of :func:`_value`."""
+    nnx.update(variable, value)
+
+
+def _beside(variable: Any, value: jax.Array) -> EMAVariable:
+    """A Variable for the average's own, with the metadata (such as the sharding) of the model's."""
+    metadata = {**variable.get_metadata(), "ref": False, "hijax": False}
+    return EMAVariable.from_metadata(value, metadata)  # type: ignore[return-value]
+
+
+def _is_param(variable: Any) -> bool:
+    return isinstance(variable, nnx.Param)
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)  # of what is compiled nothing is known yet
+        and leaf.is_deleted()
+    )
 
 
 def _name(path: Path) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "accumulator_of",
     "initial_average",
     "initial_remainder",
+    "is_array",
     "is_hole",
     "is_inexact",
     "named_leaves",
@@ -29,7 +30,9 @@ __all__ = [
     "plain",
     "require_alike",
     "require_match",
+    "unboxed",
     "widen",
+    "without_hooks",
 ]
 
 MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float32): 23}
@@ -42,21 +45,77 @@ def is_hole(node: Any) -> bool:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether the leaf is averaged: real or complex floating point."""
-    return not is_hole(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+    """Whether the leaf is averaged: real or complex floating point, a Python number too.
+
+    Whatever else a tree may hold (functions, strings) is left alone like integers.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether the leaf is an array, and no number of Python's or NumPy's."""
+    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
-    """Names (``layers.0.kernel``), leaves and structure of a tree, holes being leaves."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hole)
+    """Names (``layers.0.kernel``), leaves and structure of a tree, holes being leaves.
+
+    A leaf in a box has the name of the box.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_hole)
+    paths, _ = jax.tree_util.tree_flatten_with_path(unboxed(tree), is_leaf=is_hole)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    return names, [leaf for _, leaf in paths], structure
+    return names, leaves, structure
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree with the leaves of linen's boxes (``nn.Partitioned``) in place of these.
+
+    A box is metadata around one leaf; names and files are those of the leaf.
+    """
+    meta = sys.modules.get("flax.core.meta")  # who holds a box has imported it
+    if meta is None:
+        return tree
+
+    def content(node: Any) -> Any:
+        while isinstance(node, meta.AxisMetadata):
+            node = node.unbox()
+        return node
+
+    return jax.tree.map(
+        content, tree, is_leaf=lambda node: is_hole(node) or isinstance(node, meta.AxisMetadata)
+    )
 
 
 def plain(tree: Any) -> Any:
     """The tree with arrays in place of nnx Variables."""
     nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
     return tree if nnx is None else nnx.as_pure(tree)
+
+
+def without_hooks(tree: Any) -> Any:
+    """The tree with plain nnx Variables in place of those that show other values than they hold.
+
+    ``nnx.Optimizer`` makes the Variables of its state out of what these show.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+
+    def plain_variable(node: Any) -> Any:
+        if not isinstance(node, nnx.Variable):
+            return node
+        metadata = node.get_metadata()
+        hooks = {name for name in metadata if name.startswith("on_")}
+        if not hooks and type(node).get_value is nnx.Variable.get_value:
+            return node
+        kept = {name: value for name, value in metadata.items() if name not in hooks}
+        return nnx.Variable.from_metadata(nnx.as_pure(node), {**kept, "ref": False})
+
+    return jax.tree.map(plain_variable, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -91,7 +150,7 @@ def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
     present = [leaf for leaf in leaves if not is_hole(leaf)]
     # No leaf at all is no mistake: under optax.masked and optax.partition a group may be empty.
     if present and not any(map(is_inexact, present)):
-        dtypes = sorted({str(jnp.result_type(leaf)) for leaf in present})
+        dtypes = sorted({_kind(leaf) for leaf in present})
         raise ModelError(
             "`params` must hold a floating-point leaf to average,"
             f" got {len(present)} of dtype {', '.join(dtypes)}"
@@ -178,12 +237,18 @@ def require_match(average: Any, params: Any, chosen: np.dtype[Any] | None) -> No
         raise ModelError(f"`params` are not those of the average: {difference([], [], wrong)}")
 
 
+def _kind(leaf: Any) -> str:
+    """Its dtype, or the class of what is no number."""
+    number = hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
+    return str(jnp.result_type(leaf)) if number else type(leaf).__name__
+
+
 def _mismatch(name: str, average: Any, leaf: Any, chosen: np.dtype[Any] | None) -> str:
     """What separates a parameter from its average; empty where nothing does."""
     if is_hole(average) or not is_inexact(leaf):
-        if is_hole(average) and not is_inexact(leaf):
-            return ""
-        kinds = ["nothing" if is_hole(x) else str(jnp.result_type(x)) for x in (leaf, average)]
+        if is_hole(average) and not (is_inexact(leaf) and is_array(leaf)):
+            return ""  # a program filters out what it does not train, a number of Python's too
+        kinds = ["nothing" if is_hole(x) else _kind(x) for x in (leaf, average)]
         return f"`{name}` is {kinds[0]}, its average is {kinds[1]}"
     if jnp.shape(average) != jnp.shape(leaf):
         return f"`{name}` has shape {jnp.shape(leaf)}, its average has {jnp.shape(average)}"

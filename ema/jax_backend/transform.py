@@ -23,6 +23,7 @@ from ema.jax_backend.selection import (
     new_params,
     plain,
     require_match,
+    without_hooks,
 )
 from ema.jax_backend.settings import (
     NARROW,
@@ -158,7 +159,8 @@ def transform_of(
     """:func:`params_ema` of arguments that were checked."""
 
     def init_fn(params: optax.Params) -> ParamsEMAState:
-        trees = {label: initial_average(params, chosen) for label in schedules}
+        held = without_hooks(params)
+        trees = {label: initial_average(held, chosen) for label in schedules}
         remainders = {label: initial_remainder(tree) for label, tree in trees.items()}
         return ParamsEMAState(
             step=jnp.zeros([], jnp.int32),
