@@ -16,8 +16,11 @@ from ema.checkpoint import Record, Source, write_state
 from ema.checkpoint.parts import joined
 from ema.checkpoint.places import FILE_NAME, errors_of, index_of, path_of
 from ema.checkpoint.renaming import Rename, renamed
+from ema.converting import orbax_places
 from ema.converting.found import Found
-from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing
+from ema.converting.msgpack_files import begins_like_msgpack, read_msgpack
+from ema.converting.npz_files import is_npz, read_npz
+from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing, warn
 from ema.schedules import Schedule, as_schedule
 
 __all__ = ["BUFFERS", "Conversion", "convert"]
@@ -55,6 +58,9 @@ def convert(
     exclude: str | Iterable[str] = BUFFERS,
     rename: Rename = None,
     name: str | None = None,
+    key: str | None = None,
+    averaged: bool = False,
+    max_bytes: int | None = None,
     step: int | None = None,
     count: int | None = None,
     decay: float | Schedule | None = None,
@@ -78,6 +84,10 @@ def convert(
         rename: from a name in the source to that of the parameter, a function or a table; None
             in place of a name leaves the tensor out.
         name: which average of an Orbax folder or of our own state dict, where there are several.
+        key: names the part of the source that is the average, with dots between the names.
+        averaged: the weights are averages, though nothing in the source says so.
+        max_bytes: the tensors of a compressed archive may become that large; by default 1 GiB, or
+            100 times the archive.
         step: steps so far, where the source does not tell, or in place of what it tells.
         count: updates so far, likewise; by default those that ``step`` and the next two give.
         decay: a number or a schedule, likewise.
@@ -97,7 +107,11 @@ def convert(
     from_path = isinstance(source, str | os.PathLike)
     where = source if from_path else f"the {type(source).__name__}"
     with errors_of(where, "read"):
-        found = _read_path(path_of(source), name) if from_path else _read_object(source, name)
+        found = (
+            _read_path(path_of(source), name, key, averaged, max_bytes)
+            if from_path
+            else _read_object(source, name)
+        )
         if name is not None and name != found.name:
             raise ArgumentError(
                 f"`name` must be None: {found.kind} holds one average, got {name!r}"
@@ -129,22 +143,31 @@ def convert(
             not_averaged=tuple(new for new, old in new_names.items() if old not in kept),
             parts=parts,
         )
+    for note in found.notes:
+        warn(f"{where}: {note}")
     place = write_state(target, record, stored)
     used = {*new_names.values()}
     left_out = tuple(key for key in tensors if key not in used)
     return Conversion(place, found.kind, record, tuple(written), left_out)
 
 
-def _read_path(path: Path, name: str | None) -> Found:
+def _read_path(
+    path: Path, name: str | None, key: str | None, averaged: bool, max_bytes: int | None
+) -> Found:
     from ema.converting import plain_sources
 
+    found: Found | None
     if path.is_dir():
         if (path / FILE_NAME).exists() or index_of(path / FILE_NAME).exists():
             raise CheckpointError(f"it holds {FILE_NAME}, which needs no conversion")
-        if (path / "_METADATA").exists() or (path / "manifest.ocdbt").exists():
-            from ema.converting import jax_sources
+        if (place := orbax_places.place_of(path)) is not None:
+            if place.file is not None:
+                found = _read_path(place.file, name, key, averaged, max_bytes)
+            else:
+                from ema.converting import orbax_folders
 
-            return jax_sources.read_folder(path, name)
+                found = orbax_folders.read_place(place, name=name, key=key, averaged=averaged)
+            return dataclasses.replace(found, notes=(*place.notes, *found.notes))
         found = plain_sources.read_folder(path)
         if found is None:
             raise CheckpointError("the folder holds neither safetensors weights nor Orbax's files")
@@ -153,6 +176,10 @@ def _read_path(path: Path, name: str | None) -> Found:
         first = stream.read(9)
     if first[8:] == b"{":
         return plain_sources.read_safetensors(path)
+    if begins_like_msgpack(first):
+        return read_msgpack(path, name=name, key=key, averaged=averaged)
+    if is_npz(path):
+        return read_npz(path, name=name, key=key, averaged=averaged, max_bytes=max_bytes)
     from ema.converting import torch_sources
 
     return torch_sources.read_pickle(path, name)

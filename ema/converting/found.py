@@ -31,6 +31,7 @@ class Found:
         skipped: updates that were due and not made.
         seed: of stochastic rounding.
         metadata: notes of the source.
+        notes: what the user should know of the choice that was made.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Found:
     skipped: int | None = None
     seed: int | None = None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:
