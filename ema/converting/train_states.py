@@ -21,6 +21,7 @@ __all__ = ["found_in"]
 Path = tuple[str, ...]
 
 _STATE = {"step", "count", "params_ema"}
+_STATISTICS = ("batch_stats_ema",)
 _OF_OUR_EMA = {"params", "step", "count"}
 _ONLY_IN_OUR_EMA = {"finer", "remainder", "skipped"}
 _OF_OPTAX_EMA = {"count", "ema"}
@@ -138,8 +139,9 @@ def _from_states(
         raise ArgumentError(f"`name` must choose one of the averages {labels}")
     label = chosen[0][0]
     groups = [_Group(path, state, label) for _, path, state in chosen]
-    if not all(one.completes(two) for one in groups for two in groups if one is not two):
-        places = listing(".".join(group.path) or "the whole" for group in groups)
+    models = _models(groups)
+    if len(models) > 1:
+        places = listing(".".join(_shared([group.path for group in model])) for model in models)
         raise CheckpointError(
             f"it holds averages of several models or steps, {places}: key= (--key) names the one"
             " that is meant"
@@ -149,6 +151,8 @@ def _from_states(
     others: list[str] = []
     for group in groups:
         sources, holes = _tensors(group.average)
+        if twice := sources.keys() & tensors.keys():
+            raise CheckpointError(f"it holds two averages of `{shortened(min(twice))}`")
         tensors |= sources
         remainders |= _tensors(group.field("remainder"))[0]
         others += holes
@@ -214,13 +218,47 @@ class _Group:
         return tree[self._label] if tree and self._several else tree
 
     def completes(self, other: _Group) -> bool:
-        """Whether all that the other averages is masked out here, at the same step."""
+        """Whether all that the other averages is masked out here, at the same step.
+
+        Both must be links of one chain or groups of one ``optax.partition``, not parts of other names,
+        except for the statistics beside the optimizer in an ``EMATrainState``.
+        """
+        if self.counters != other.counters:
+            return False
+        for one, two in ((self.path, other.path), (other.path, self.path)):
+            if one[-1:] == _STATISTICS and two[: len(one) - 1] == one[:-1]:
+                return True
+        shared = len(_shared([self.path, other.path]))
+        links = (self.path[shared : shared + 1] + other.path[shared : shared + 1]) or ("",)
+        if self.path[:shared][-1:] != ("inner_states",) and not all(map(str.isdigit, links)):
+            return False
         holes = {path for path, leaf in _leaves(self.average) if leaf is None}
-        return self.counters == other.counters and all(
+        return all(
             any(path[:n] in holes for n in range(len(path) + 1))
             for path, leaf in _leaves(other.average)
             if is_leaf(leaf)
         )
+
+
+def _models(groups: list[_Group]) -> list[list[_Group]]:
+    """The groups that make one average each."""
+    models: list[list[_Group]] = []
+    for group in groups:
+        for model in models:
+            if all(group.completes(other) and other.completes(group) for other in model):
+                model.append(group)
+                break
+        else:
+            models.append([group])
+    return models
+
+
+def _shared(paths: list[Path]) -> Path:
+    """What all paths begin with."""
+    first = paths[0]
+    return first[
+        : sum(1 for n in range(1, len(first) + 1) if all(p[:n] == first[:n] for p in paths))
+    ]
 
 
 # --- the state of EMA for nnx ---------------------------------------------------------------------
