@@ -22,7 +22,7 @@ from flax.training.train_state import TrainState
 
 from ema import ArgumentError, CheckpointError, EMAWarning
 from ema.checkpoint import read_state
-from ema.converting import convert
+from ema.converting import convert, orbax_folders
 from ema.jax_backend import params_ema, save_params_ema
 from ema.jax_backend.linen import EMATrainState
 from ema.jax_backend.nnx import EMA
@@ -256,6 +256,11 @@ def test_groups_of_one_model_are_one_average_and_two_models_are_two(tmp_path, co
     result, _, _ = converted(WRITERS[place](tmp_path / "one", [optax.EmptyState(), one]))
     saved = save_params_ema(tmp_path / "saved", one)
     assert result.place.read_bytes() == saved.read_bytes()
+    group = one.inner_states["a"].inner_state
+    later = one.inner_states | {"a": optax.MaskedState(group._replace(step=group.step + 1))}
+    source = WRITERS[place](tmp_path / "later", one._replace(inner_states=later))
+    with pytest.raises(CheckpointError, match=r"or steps, `inner_states\.a\.inner_state`, "):
+        converted(source)
     both = WRITERS[place](tmp_path / "both", {"generator": one, "critic": two})
     with pytest.raises(
         CheckpointError, match=r"or steps, `\w+\.inner_states`, `\w+\.inner_states`: key="
@@ -460,6 +465,28 @@ def test_a_damaged_orbax_folder_is_refused(tmp_path, converted):
         converted(source, step=1)
 
 
+@pytest.mark.parametrize("batch", [0, 30, 1000])
+@pytest.mark.parametrize("rename", [None, {"dense.kernel": "z"}])
+def test_each_array_of_the_average_is_restored_once(tmp_path, monkeypatch, batch, rename):
+    """Whatever fits in a batch, and in whichever order they are written."""
+    restored = []
+    restore = orbax_folders._Item._restore
+
+    def recorded(item, indices):
+        restored.extend(indices)
+        return restore(item, indices)
+
+    monkeypatch.setattr(orbax_folders, "_BATCH", batch)
+    monkeypatch.setattr(orbax_folders._Item, "_restore", recorded)
+    state = optax.chain(optax.adam(0.1), params_ema(0.5)).init(tree(RAW))
+    convert(orbax(tmp_path / "run", state), tmp_path / "ours", rename=rename)
+    assert len(restored) == len(set(restored)) == 2 + len(NAMES)  # and the counters
+    saved = save_params_ema(tmp_path / "saved", state)
+    named = {(rename or {}).get(name, name): array for name, array in arrays(saved).items()}
+    for name, array in arrays(tmp_path / "ours").items():
+        np.testing.assert_array_equal(array, named[name])
+
+
 MEMORY = """
 import sys
 
@@ -610,6 +637,11 @@ def test_a_small_archive_of_large_arrays_is_bounded(tmp_path, converted):
         converted(file, step=1)
     with pytest.raises(CheckpointError, match="shorter or longer than it declares"):
         converted(file, step=1, max_bytes=1 << 32)
+    with zipfile.ZipFile(file, "w") as archive, archive.open("ema/w.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {**header, "shape": (3,)})
+        stream.write(bytes(16))
+    with pytest.raises(CheckpointError, match="shorter or longer than it declares"):
+        converted(file, step=1)
     np.savez_compressed(file, **{"ema/w": np.zeros(10_000_000, np.float32), "params/w": np.ones(1)})
     assert file.stat().st_size < 50_000
     assert converted(file, step=1)[1]["w"].shape == (10_000_000,)
