@@ -80,12 +80,12 @@ class _Item:
         first = self._order.pop(index, None)
         if first is None:  # a counter
             return batch
-        for other in sorted(self._order, key=self._order.__getitem__):
+        later = [other for other, order in self._order.items() if order > first]
+        for other in sorted(later, key=self._order.__getitem__):
             size += self._sizes[other]
-            if self._order[other] > first:
-                if size > _BATCH:
-                    break
-                batch.append(other)
+            if size > _BATCH:
+                break
+            batch.append(other)
         for other in batch[1:]:
             del self._order[other]
         return batch
