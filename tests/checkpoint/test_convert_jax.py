@@ -465,8 +465,8 @@ def test_a_damaged_orbax_folder_is_refused(tmp_path, converted):
         converted(source, step=1)
 
 
-@pytest.mark.parametrize("batch", [0, 30, 1000])
-@pytest.mark.parametrize("rename", [None, {"dense.kernel": "z"}])
+@pytest.mark.parametrize("batch", [0, 36, 1000])
+@pytest.mark.parametrize("rename", [None, {"dense.bias": "z"}])
 def test_each_array_of_the_average_is_restored_once(tmp_path, monkeypatch, batch, rename):
     """Whatever fits in a batch, and in whichever order they are written."""
     restored = []
