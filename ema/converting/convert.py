@@ -14,13 +14,15 @@ from typing import Any
 from ema import validate
 from ema.checkpoint import Record, Source, atomic, write_state
 from ema.checkpoint.container import bits_of
-from ema.checkpoint.foreign import is_orbax
 from ema.checkpoint.parts import joined
 from ema.checkpoint.places import FILE_NAME, errors_of, exists, index_of, path_of, place_of
 from ema.checkpoint.renaming import Rename, renamed
+from ema.converting import orbax_places
 from ema.converting.float8 import FLOAT8, widened
 from ema.converting.found import Found, check_size
-from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing
+from ema.converting.msgpack_files import begins_like_msgpack, read_msgpack
+from ema.converting.npz_files import is_npz, read_npz
+from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing, warn
 from ema.extras import require
 from ema.schedules import Schedule, as_schedule
 
@@ -155,6 +157,8 @@ def convert(
             not_averaged=tuple(new for new, old in new_names.items() if old not in kept),
             parts=parts,
         )
+    if found.at_users_word and not averaged:
+        warn(f"{where}: {'; '.join(found.notes)}")
     place = write_state(target, record, stored)
     used = {*new_names.values()}
     left_out = (*(key for key in tensors if key not in used), *found.left_out)
@@ -193,13 +197,18 @@ def _read_path(path: Path, options: _Options) -> Found:
     from ema.converting import plain_sources
 
     name, key, averaged = options.name, options.key, options.averaged
+    found: Found | None
     if path.is_dir():
         if (path / FILE_NAME).exists() or index_of(path / FILE_NAME).exists():
             raise CheckpointError(f"it holds {FILE_NAME}, which needs no conversion")
-        if is_orbax(path):
-            from ema.converting import jax_sources
+        if (place := orbax_places.place_of(path)) is not None:
+            if place.file is not None:
+                found = _read_path(place.file, options)
+            else:
+                from ema.converting import orbax_folders
 
-            return jax_sources.read_folder(path, name)
+                found = orbax_folders.read_place(place, name=name, key=key, averaged=averaged)
+            return dataclasses.replace(found, notes=(*place.notes, *found.notes))
         found = plain_sources.read_folder(path, key=key, averaged=averaged)
         if found is None:
             raise CheckpointError(
@@ -211,6 +220,11 @@ def _read_path(path: Path, options: _Options) -> Found:
         first = stream.read(9)
     if first[8:] == b"{":
         return plain_sources.read_safetensors(path, key=key, averaged=averaged)
+    if begins_like_msgpack(first):
+        return read_msgpack(path, name=name, key=key, averaged=averaged)
+    if is_npz(path):
+        max_bytes = options.max_bytes
+        return read_npz(path, name=name, key=key, averaged=averaged, max_bytes=max_bytes)
     require("torch", "torch")
     from ema.converting import torch_sources
 

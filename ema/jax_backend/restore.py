@@ -37,7 +37,8 @@ def adapt_opt_state(
 
     Args:
         opt_state: of a chain that differs from ``tx`` in its averages alone; as it was in the
-            run, or the bare lists and dicts that Orbax restores without a target.
+            run, or the bare lists and dicts that Orbax restores without a target, of an optax state
+            or of ``nnx.state(optimizer)`` (its ``"opt_state"``).
         tx: the chain to go on with.
         params: the live parameters, as for ``tx.init``; for an ``nnx.Optimizer`` these are
             ``nnx.as_pure(nnx.state(model, wrt))``, and ``nnx.update(optimizer.opt_state, …)``
@@ -71,8 +72,8 @@ def adapt_opt_state(
         [(path, leaf) for path, leaf in old if not _is_average(leaf)],
     )
     averages = _take_averages(
-        [leaf for _, leaf in fresh if _is_average(leaf)],
-        [leaf for _, leaf in old if _is_average(leaf)],
+        [(path, leaf) for path, leaf in fresh if _is_average(leaf)],
+        [(path, leaf) for path, leaf in old if _is_average(leaf)],
     )
     taken, kept = iter(leaves), iter(averages)
     result: optax.OptState = structure.unflatten(
@@ -126,9 +127,19 @@ def _take(
     return result
 
 
-def _take_averages(fresh: list[ParamsEMAState], old: list[Any]) -> list[ParamsEMAState]:
-    states = [node if isinstance(node, ParamsEMAState) else _state(node) for node in old]
-    ours = [tuple(state.name) for state in fresh]
+def _take_averages(
+    fresh: list[tuple[Any, ParamsEMAState]], old: list[tuple[Any, Any]]
+) -> list[ParamsEMAState]:
+    """The old average for each fresh one; those of one name are told apart by where they are."""
+    places = sorted(range(len(fresh)), key=lambda index: _split(fresh[index][0]))
+    nodes = [node for _, node in sorted(old, key=lambda pair: _split(pair[0]))]
+    ours = [tuple(fresh[place][1].name) for place in places]
+    # an nnx.State has lost the names, which hold no arrays
+    unknown = ours if len(nodes) == len(ours) else [()] * len(nodes)
+    states = [
+        node if isinstance(node, ParamsEMAState) else _state(node, labels)
+        for node, labels in zip(nodes, unknown, strict=True)
+    ]
     theirs = [tuple(state.name) for state in states]
     gone = [labels for labels in theirs if labels not in ours]
     come = [labels for labels in ours if labels not in theirs]
@@ -138,11 +149,11 @@ def _take_averages(fresh: list[ParamsEMAState], old: list[Any]) -> list[ParamsEM
             f"`opt_state` must hold the averages of `tx` ({_names(ours)}) or differ by additions or"
             f" removals alone, got {_names(theirs)}"
         )
-    result = []
-    for state, labels in zip(fresh, ours, strict=True):
+    result = [state for _, state in fresh]
+    for place, labels in zip(places, ours, strict=True):
         if labels in come:
-            result.append(state)
             continue
+        state = fresh[place][1]
         found = states.pop(next(i for i, s in enumerate(states) if tuple(s.name) == labels))
         adapted = state._replace(
             step=found.step,
@@ -153,7 +164,7 @@ def _take_averages(fresh: list[ParamsEMAState], old: list[Any]) -> list[ParamsEM
             adapted = adapted._replace(remainder=_take_tree(state.remainder, found.remainder))
         if _both_have("skipped", state, found):
             adapted = adapted._replace(skipped=found.skipped)
-        result.append(adapted)
+        result[place] = adapted
     return result
 
 
@@ -168,20 +179,36 @@ def _both_have(field: str, *states: ParamsEMAState) -> bool:
     return all(jax.tree.leaves(getattr(state, field)) for state in states)
 
 
-def _state(node: Mapping[str, Any]) -> ParamsEMAState:
+def _state(node: Mapping[str, Any], labels: Labels) -> ParamsEMAState:
+    names = node.get("name") or {} if "name" in node else dict.fromkeys(labels, ())
+    skipped = jax.tree.leaves(node.get("skipped"))
     return ParamsEMAState(
-        step=node["step"],
-        count=node["count"],
+        step=_counter(node, "step"),
+        count=_counter(node, "count"),
         params_ema=node["params_ema"],
-        name=dict(node.get("name") or {}) or (),
+        name=dict(names) or (),
         remainder=node.get("remainder", ()),
-        skipped=node.get("skipped", ()),
+        skipped=skipped[0] if skipped else (),
     )
 
 
-def _split(path: Any, *, positions: bool) -> tuple[Key, Order]:
-    """The names on a path and, apart from them, the positions in tuples and lists."""
+def _counter(node: Mapping[str, Any], name: str) -> Any:
+    """A counter, which in an nnx.State has a level of its own."""
+    leaves = jax.tree.leaves(node[name])
+    if len(leaves) != 1:
+        raise ModelError(f"`{name}` of an average in `opt_state` must be one number")
+    return leaves[0]
+
+
+def _split(path: Any, *, positions: bool = False) -> tuple[Key, Order]:
+    """The names on a path and, apart from them, the positions in tuples and lists.
+
+    An nnx Variable and a boxed linen param have a level of their own, called ``value``, which is left
+    out: in the params that nnx.as_pure has made it is not there.
+    """
     entries = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+    if entries and entries[-1] == "value":
+        del entries[-1]
     if positions:
         return tuple(entries), ()
     names = tuple(entry for entry in entries if not entry.isdigit())

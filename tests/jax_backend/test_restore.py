@@ -46,7 +46,7 @@ def through(tmp_path):
 
     def run(state, target=None):
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "state", state)
+            checkpointer.save(tmp_path / "state", state, force=True)
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(tmp_path / "state", target)
 
@@ -189,3 +189,68 @@ def test_what_cannot_be_adapted(after, params):
     plain = params_ema(0.5)
     with pytest.raises(ema.ModelError, match=r"`bias` is float32\[5\], `tx` has float32\[6\]"):
         adapt_opt_state(plain.init(params), plain, wider)
+
+
+class Layers(nnx.Module):
+    """More than ten, whose numbers are sorted otherwise once they are strings."""
+
+    def __init__(self):
+        self.layers = nnx.List([nnx.Param(jnp.full(2, float(k))) for k in range(12)])
+
+
+@pytest.fixture
+def restored(through):
+    """``restored(tx, pure)``: an nnx.Optimizer after two steps, and what Orbax has of its state."""
+
+    def run(tx, pure):
+        model = Layers()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(2):
+                optimizer.update(model, nnx.state(model, nnx.Param))
+        state = nnx.state(optimizer)
+        live = nnx.as_pure(nnx.state(model, nnx.Param))
+        return optimizer, live, through(nnx.to_pure_dict(state) if pure else state)["opt_state"]
+
+    return run
+
+
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("kind", WITH)
+def test_orbax_without_a_target_of_an_nnx_optimizer(kind, pure, restored):
+    """Arrays have a level called `value`, and the names of averages are lost."""
+    tx = optax.chain(optax.adam(0.1), WITH[kind])
+    optimizer, live, raw = restored(tx, pure)
+    equal(adapt_opt_state(raw, tx, live), nnx.as_pure(optimizer.opt_state))
+    without = adapt_opt_state(raw, optax.adam(0.1), live)
+    equal(without, nnx.as_pure(optimizer.opt_state)[0])
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_an_average_added_to_an_nnx_optimizer_that_orbax_restored(pure, restored):
+    optimizer, live, raw = restored(optax.adam(0.1), pure)
+    tx = optax.chain(optax.adam(0.1), params_ema(0.5, name="a"))
+    state, average = adapt_opt_state(raw, tx, live)
+    equal(state, nnx.as_pure(optimizer.opt_state))
+    equal(average, params_ema(0.5, name="a").init(live))
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_groups_of_an_nnx_optimizer_that_orbax_restored(pure, restored):
+    """A dozen, each with the average that it had."""
+
+    def groups(params):
+        """The number of the layer, for each leaf."""
+        structure = jax.tree.structure(params)
+        return structure.unflatten(map(str, range(structure.num_leaves)))
+
+    def alone(number):
+        return lambda params: jax.tree.map(lambda group: group == number, groups(params))
+
+    numbers = list(map(str, range(12)))
+    for tx in (
+        optax.partition({number: params_ema(0.5) for number in numbers}, groups),
+        optax.chain(*(optax.masked(params_ema(0.5), alone(number)) for number in numbers)),
+    ):
+        optimizer, live, raw = restored(tx, pure)
+        equal(adapt_opt_state(raw, tx, live), nnx.as_pure(optimizer.opt_state))

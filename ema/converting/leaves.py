@@ -1,0 +1,110 @@
+"""Arrays of a checkpoint that nobody has read yet: dtype, shape, and how to read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ema.checkpoint import Source
+from ema.errors import CheckpointError, shortened
+
+__all__ = ["DTYPES", "Leaf", "Unread", "is_leaf"]
+
+DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "complex128": "C128",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+"""NumPy's names of dtypes, and those of the container."""
+
+_COUNTERS = {"int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+    """An array that can be read.
+
+    Attributes:
+        dtype: NumPy's name of it, one of ``DTYPES``.
+        shape: its shape.
+        read: its elements, native and in row-major order, as a stretch of bytes.
+        planned: told before any tensor is read that this one will be, with the place that it will
+            have among them.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Any]
+    planned: Callable[[tuple[int, str]], None] | None = None
+
+    @property
+    def is_average(self) -> bool:
+        """Whether the elements are real or complex floating point."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element, also of the dtypes that NumPy does not know."""
+        if self.dtype.startswith("float8"):
+            return 1
+        return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.itemsize * math.prod(self.shape)
+
+    def source(self, name: str) -> Source:
+        """The leaf for the writer."""
+        if self.planned is not None:
+            self.planned((-self.itemsize, name))  # as the writer orders them
+        return Source(DTYPES[self.dtype], self.shape, self.read)
+
+    def number(self, name: str) -> int:
+        """The count that the leaf holds.
+
+        Raises:
+            CheckpointError: it holds something else, or several.
+        """
+        if self.shape not in {(), (1,)} or self.dtype not in _COUNTERS:
+            several = ": jax.vmap and jax.pmap make several, of which one is to be saved alone"
+            raise CheckpointError(
+                f"`{shortened(name)}` must be a count, got {self.dtype}{list(self.shape)}"
+                + (several if self.shape not in {(), (1,)} else "")
+            )
+        return int(np.frombuffer(self.read(), self.dtype)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """Something in the place of an array that cannot be read.
+
+    Attributes:
+        reason: what it is, after its name: ``"is an array of objects, which …"``.
+    """
+
+    reason: str
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether the node is an array."""
+    return isinstance(node, Leaf)

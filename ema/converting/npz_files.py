@@ -1,0 +1,196 @@
+"""Archives of ``np.savez`` and ``np.savez_compressed``: read one array at a time, without pickles.
+
+Names such as ``params/dense/kernel`` (big_vision and other programs of Google) or ``params.dense.kernel``
+are paths in a tree. NumPy has no bfloat16, and writes such an array as one of two raw bytes an element.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import lzma
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ema.converting.found import Found
+from ema.converting.leaves import DTYPES, Leaf, Unread
+from ema.converting.train_states import found_in
+from ema.errors import CheckpointError, shortened
+
+__all__ = ["is_npz", "read_npz"]
+
+_CHUNK = 8 << 20
+_LONGEST_HEADER = 10_000
+_SMALLEST_BOUND = 1 << 30
+_USUAL_RATIO = 100
+"""How much smaller than its arrays an archive may be without being asked about."""
+
+
+def is_npz(file: Path) -> bool:
+    """Whether it is an archive of nothing but NumPy's arrays."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def read_npz(
+    file: Path, *, name: str | None, key: str | None, averaged: bool, max_bytes: int | None
+) -> Found:
+    """The average of a train state, or weights that the user says are averages.
+
+    Args:
+        file: the archive.
+        name: which average of ``params_ema``, where there are several.
+        key: names the part that is the average.
+        averaged: the arrays are averages, though nothing says so.
+        max_bytes: the averages may become that large; by default 1 GiB, or 100 times the archive.
+
+    Raises:
+        ArgumentError: there are several averages of ``params_ema``, and ``name`` is none of them.
+        CheckpointError: it is damaged, would become larger than ``max_bytes``, or holds no average, or
+            several.
+    """
+    with _errors():
+        tree = _tree(_leaves(file, _Bound(file.stat().st_size, max_bytes)))
+    found = found_in(tree, "npz", name=name, key=key, averaged=averaged)
+    unnamed = [f"arr_{i}" for i in range(len(tree))]  # by np.savez(*arrays)
+    if isinstance(found.tensors, dict) and found.tensors.keys() == tree.keys() == {*unnamed}:
+        return dataclasses.replace(found, tensors=[found.tensors[array] for array in unnamed])
+    return found
+
+
+class _Bound:
+    """Bytes that the averages may take."""
+
+    def __init__(self, size: int, max_bytes: int | None) -> None:
+        self._size = size
+        self._most = max(_SMALLEST_BOUND, _USUAL_RATIO * size) if max_bytes is None else max_bytes
+        self._total = 0
+
+    def add(self, nbytes: int, _order: tuple[int, str]) -> None:
+        """Count an average that will be read."""
+        self._total += nbytes
+        if self._total > self._most:
+            raise CheckpointError(
+                f"its {self._size} bytes declare averages of {self._total} bytes and more, where"
+                f" {self._most} are allowed: max_bytes= (--max-bytes) allows more"
+            )
+
+
+def _leaves(file: Path, bound: _Bound) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        found: dict[str, Any] = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in found:
+                raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
+            with archive.open(member) as stream:
+                found[name] = _leaf(file, member.filename, stream, bound)
+    return found
+
+
+def _leaf(file: Path, member: str, stream: IO[bytes], bound: _Bound) -> Any:
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        return Unread(f"is an array of version {version} of NumPy's format, of fields perhaps")
+    shape, by_columns, dtype = _HEADERS[version](stream, max_header_size=_LONGEST_HEADER)
+    name = "bfloat16" if dtype == np.dtype("V2") else dtype.name
+    if dtype.hasobject:
+        return Unread("is an array of objects, which would have to be unpickled")
+    if dtype.kind == "V" and name != "bfloat16":
+        return Unread(
+            f"is an array of {dtype.itemsize} raw bytes an element: np.savez loses the dtypes of"
+            " ml_dtypes; save it as float32, or with Orbax"
+        )
+    if name not in DTYPES:
+        return Unread(f"is an array of dtype {name:.80}, which safetensors lacks")
+    array = _Array(file, member, stream.tell(), dtype, tuple(shape), by_columns)
+    return Leaf(name, array.shape, array.read, partial(bound.add, array.nbytes))
+
+
+_HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """One array of an archive, and how its elements are stored."""
+
+    file: Path
+    member: str
+    start: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    by_columns: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, as the header declares them."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def read(self) -> Any:
+        """The elements, native and in row-major order."""
+        with _errors(), zipfile.ZipFile(self.file) as archive, archive.open(self.member) as stream:
+            stream.seek(self.start)
+            data = bytearray(self.nbytes)
+            view = memoryview(data)
+            while view and (part := stream.read(min(len(view), _CHUNK))):
+                view[: len(part)] = part
+                view = view[len(part) :]
+            if view or stream.read(1):  # at the end the checksum is compared
+                raise CheckpointError(f"`{self.member}` is shorter or longer than it declares")
+        if not self.by_columns and self.dtype.isnative:
+            return data
+        elements = np.frombuffer(data, self.dtype)
+        array = elements.reshape(self.shape, order="F" if self.by_columns else "C")
+        return np.ascontiguousarray(array, self.dtype.newbyteorder("=")).reshape(-1).view(np.uint8)
+
+
+def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Names as paths; as they are where one is both an array and a part with arrays."""
+    separator = "/" if any("/" in name for name in leaves) else "."
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split(separator)
+        node = tree
+        for step in path:
+            node = node.setdefault(step, {})
+            if not isinstance(node, dict):
+                return dict(leaves)
+        if last in node:
+            return dict(leaves)
+        node[last] = leaf
+    return tree
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What damaged archives raise."""
+    try:
+        yield
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        NotImplementedError,  # a compression that Python lacks
+        RuntimeError,  # an archive with a password
+        ValueError,
+    ) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"it begins like an archive of np.savez, and cannot be read: {error}"
+        ) from None

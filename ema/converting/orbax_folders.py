@@ -1,0 +1,118 @@
+"""Orbax folders: told by their metadata, and read a few tensors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ema.converting.found import Found
+from ema.converting.leaves import DTYPES, Leaf, Unread
+from ema.converting.orbax_places import Place
+from ema.converting.train_states import found_in
+from ema.errors import CheckpointError
+from ema.extras import require
+
+__all__ = ["read_place"]
+
+_BATCH = 64 << 20
+"""Bytes that are restored at once: each restore reads the metadata of the whole tree again."""
+
+
+def read_place(place: Place, *, name: str | None, key: str | None, averaged: bool) -> Found:
+    """The average of a train state, of an optimizer's state with ``params_ema``, or of an ``EMA``.
+
+    Only the metadata and the counters are read here; the tensors when they are written.
+
+    Raises:
+        ArgumentError: there are several averages, and ``name`` is none of them.
+        CheckpointError: Orbax cannot read it, or it holds no average, or several.
+    """
+    require("orbax.checkpoint", "jax")
+    items = {item: _Item(folder).tree() for item, folder in place.items.items()}
+    tree = items.get("", items)
+    return found_in(tree, "Orbax", name=name, key=key, averaged=averaged)
+
+
+class _Item:
+    """The tree of one folder; tensors are restored in the order in which they will be written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._metadata = _orbax(lambda handler: handler.metadata(self._folder).item_metadata.tree)
+        self._sizes: list[int] = []
+        self._order: dict[int, tuple[int, str]] = {}
+        self._arrays: dict[int, Any] = {}
+
+    def tree(self) -> Any:
+        """The tree with a ``Leaf`` in the place of each array."""
+        structure: Any
+        entries, structure = jax.tree.flatten(self._metadata)
+        leaves = [self._leaf(index, entry) for index, entry in enumerate(entries)]
+        self._sizes = [leaf.nbytes if isinstance(leaf, Leaf) else 0 for leaf in leaves]
+        return structure.unflatten(leaves)
+
+    def _leaf(self, index: int, entry: Any) -> Any:
+        dtype, shape = getattr(entry, "dtype", None), getattr(entry, "shape", None)
+        if not isinstance(dtype, np.dtype) or shape is None:
+            return f"a {type(entry).__name__}"  # a string, a key of jax.random
+        if dtype.name not in DTYPES:
+            return Unread(f"is an array of dtype {dtype.name}, which safetensors lacks")
+        return Leaf(
+            dtype.name, tuple(shape), partial(self._read, index), partial(self._plan, index)
+        )
+
+    def _plan(self, index: int, order: tuple[int, str]) -> None:
+        self._order[index] = order
+
+    def _read(self, index: int) -> Any:
+        """The elements of an array; those that are next are restored along with it."""
+        if index not in self._arrays:
+            self._arrays |= self._restore(self._batch(index))
+        return np.ascontiguousarray(self._arrays.pop(index)).reshape(-1).view(np.uint8)
+
+    def _batch(self, index: int) -> list[int]:
+        batch, size = [index], self._sizes[index]
+        first = self._order.pop(index, None)
+        if first is None:  # a counter
+            return batch
+        later = [other for other, order in self._order.items() if order > first]
+        for other in sorted(later, key=self._order.__getitem__):
+            size += self._sizes[other]
+            if size > _BATCH:
+                break
+            batch.append(other)
+        for other in batch[1:]:
+            del self._order[other]
+        return batch
+
+    def _restore(self, indices: list[int]) -> dict[int, Any]:
+        """These arrays out of the tree, and nothing else of it."""
+        import orbax.checkpoint as ocp
+
+        wanted = set(indices)
+        structure: Any
+        entries, structure = jax.tree.flatten(self._metadata)
+        item = [0 if index in wanted else ocp.PLACEHOLDER for index in range(len(entries))]
+        as_numpy = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(entries)
+        arguments = ocp.args.PyTreeRestore(
+            item=structure.unflatten(item), restore_args=structure.unflatten(as_numpy)
+        )
+        restored = jax.tree.leaves(
+            _orbax(lambda handler: handler.restore(self._folder, args=arguments))
+        )
+        return {index: np.asarray(restored[index]) for index in indices}
+
+
+def _orbax(do: Callable[[Any], Any]) -> Any:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return do(checkpointer)
+    except Exception as error:  # what a damaged checkpoint raises is not said anywhere
+        raise CheckpointError(f"Orbax cannot read it: {error!r:.300}") from None

@@ -1,0 +1,336 @@
+"""Trees of JAX programs: train states, states of ``params_ema``, and those of ``EMA`` for nnx.
+
+They have been saved as nested mappings and lists of arrays, by Orbax or as msgpack. Names of classes are
+lost, and keys may have become strings. An nnx Variable and a boxed linen param have a level of their own,
+``{"value": array}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ema.checkpoint import Source
+from ema.converting.found import Found
+from ema.converting.leaves import Leaf, Unread, is_leaf
+from ema.converting.recognize import Chosen, choose, subtree
+from ema.errors import ArgumentError, CheckpointError, listing, shortened
+
+__all__ = ["found_in"]
+
+Path = tuple[str, ...]
+
+_STATE = {"step", "count", "params_ema"}
+_STATISTICS = ("batch_stats_ema",)
+_OF_OUR_EMA = {"params", "step", "count"}
+_ONLY_IN_OUR_EMA = {"finer", "remainder", "skipped"}
+_OF_OPTAX_EMA = {"count", "ema"}
+"""An average of gradients, not of weights: ``optax.EmaState``."""
+
+
+def found_in(tree: Any, source: str, *, name: str | None, key: str | None, averaged: bool) -> Found:
+    """The average that a tree holds.
+
+    Args:
+        tree: mappings and lists with a ``Leaf`` in the place of each array, and None where there is
+            nothing.
+        source: what wrote it.
+        name: which average of ``params_ema``, where there are several.
+        key: names the part to look at.
+        averaged: the weights are averages, though nothing says so.
+
+    Raises:
+        ArgumentError: there are several averages of ``params_ema``, and ``name`` is none of them.
+        CheckpointError: it holds no average, or several.
+    """
+    tree = _unboxed(tree)
+    if is_leaf(tree):
+        raise CheckpointError("it holds one array that has no name: save it in a dict")
+    tree = dict(_children(tree)) if isinstance(tree, list) else tree
+    chosen = None if key is None else choose(tree, is_leaf, key=key)
+    start = () if chosen is None else chosen.path
+    part = subtree(tree, start)
+    if chosen is None or chosen.names is None:
+        if states := list(_states(part, start)):
+            if chosen is None:
+                _refuse_others(tree, states)
+            return _from_states(states, f"params_ema in {source}", name)
+        if (found := _our_ema(part, source, averaged=averaged or chosen is not None)) is not None:
+            return found
+    if chosen is None:
+        chosen = choose(_pruned(tree), is_leaf, averaged=averaged)
+    return _from_part(tree, chosen, source)
+
+
+def _unboxed(node: Any) -> Any:
+    """Without the levels of nnx Variables and of linen's boxes."""
+    if isinstance(node, Mapping):
+        if node.keys() == {"value"} and (is_leaf(node["value"]) or node["value"] is None):
+            return node["value"]
+        return {str(key): _unboxed(child) for key, child in node.items()}
+    if isinstance(node, list | tuple):
+        return [_unboxed(child) for child in node]
+    return node
+
+
+def _pruned(node: Any) -> Any:
+    """Without what is certainly no average of weights, and without states of ``params_ema``."""
+    if isinstance(node, Mapping):
+        if node.keys() == _OF_OPTAX_EMA or _is_state(node):
+            return {}
+        return {key: _pruned(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_pruned(child) for child in node]
+    return node
+
+
+def _from_part(tree: Any, chosen: Chosen, source: str) -> Found:
+    part = subtree(tree, chosen.path)
+    if chosen.names is not None:
+        part = {new: part[old] for new, old in chosen.names.items()}
+    tensors, others = _tensors(part)
+    step = chosen.beside.get("step")
+    return Found(
+        kind=f"{chosen.kind} in {source}",
+        tensors=tensors,
+        step=None if step is None else _count("step", step),
+        not_averaged=tuple(others),
+        notes=chosen.notes,
+    )
+
+
+# --- states of params_ema -------------------------------------------------------------------------
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, Mapping) and node.keys() >= _STATE
+
+
+def _states(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every part that has the fields of a ``ParamsEMAState``, with the place where it is."""
+    if _is_state(node):
+        yield path, node
+        return
+    for key, child in _children(node):
+        yield from _states(child, (*path, key))
+
+
+def _refuse_others(tree: Any, states: list[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Refuse a tree that holds another average beside those of ``params_ema``."""
+    try:
+        other = choose(_pruned(tree), is_leaf)
+    except CheckpointError:
+        return
+    labels = listing([other.kind.strip("`"), *(".".join(path) for path, _ in states)])
+    raise CheckpointError(
+        f"it holds several averages, {labels}: key= (--key) names the one that is meant"
+    )
+
+
+def _from_states(
+    states: list[tuple[Path, Mapping[str, Any]]], kind: str, name: str | None
+) -> Found:
+    averages = [
+        (label, path, state) for path, state in states for label in _labels(path, state, name)
+    ]
+    chosen = [average for average in averages if name is None or average[0] == name]
+    if len({label for label, _, _ in chosen}) != 1:
+        labels = ", ".join(sorted({str(label) for label, _, _ in averages}))
+        raise ArgumentError(f"`name` must choose one of the averages {labels}")
+    label = chosen[0][0]
+    groups = [_Group(path, state, label) for _, path, state in chosen]
+    models = _models(groups)
+    if len(models) > 1:
+        places = listing(".".join(_shared([group.path for group in model])) for model in models)
+        raise CheckpointError(
+            f"it holds averages of several models or steps, {places}: key= (--key) names the one"
+            " that is meant"
+        )
+    tensors: dict[str, Source] = {}
+    remainders: dict[str, Source] = {}
+    others: list[str] = []
+    for group in groups:
+        sources, holes = _tensors(group.average)
+        if twice := sources.keys() & tensors.keys():
+            raise CheckpointError(f"it holds two averages of `{shortened(min(twice))}`")
+        tensors |= sources
+        remainders |= _tensors(group.field("remainder"))[0]
+        others += holes
+    step, count, skipped = groups[0].counters
+    return Found(
+        kind=kind,
+        tensors=tensors,
+        name=label,
+        step=step,
+        count=count,
+        skipped=skipped,
+        remainders=remainders,
+        not_averaged=tuple(n for n in dict.fromkeys(others) if n not in tensors),
+    )
+
+
+def _labels(path: Path, state: Mapping[str, Any], name: str | None) -> list[str | None]:
+    if "name" in state:
+        return (
+            list(state["name"]) if isinstance(state["name"], Mapping) and state["name"] else [None]
+        )
+    # an nnx.State drops what holds no arrays, such as the names
+    average = state["params_ema"]
+    if not isinstance(average, Mapping) or len(average) < 2:
+        return [None]
+    if name in average:
+        return list(average)
+    contents = [
+        [(p, leaf.shape) for p, leaf in _leaves(child) if is_leaf(leaf)]
+        for child in average.values()
+    ]
+    if contents[0] and all(each == contents[0] for each in contents):
+        where = ".".join((*path, "params_ema"))
+        raise ArgumentError(
+            f"`name` must choose one of the averages {listing(average)}, if they are those of one"
+            f" model; key={where!r} (--key) says that they are parts of one"
+        )
+    return [None]
+
+
+class _Group:
+    """What one state has for one average: several, with holes in different places, are one average."""
+
+    def __init__(self, path: Path, state: Mapping[str, Any], label: str | None) -> None:
+        self.path = path
+        self._state = state
+        self._label = label
+        self._several = len(state.get("name") or ()) > 1 or (
+            label is not None and "name" not in state
+        )
+        self.average = self.field("params_ema")
+        skipped = state.get("skipped")
+        self.counters = (
+            _count("step", state["step"]),
+            _count("count", state["count"]),
+            # without its option the field is a tree without leaves, in whichever form that was saved
+            None if not is_leaf(skipped) else _count("skipped", skipped),
+        )
+
+    def field(self, name: str) -> Any:
+        """One of the trees of the state."""
+        tree = self._state.get(name)
+        return tree[self._label] if tree and self._several else tree
+
+    def completes(self, other: _Group) -> bool:
+        """Whether all that the other averages is masked out here, at the same step.
+
+        Both must be links of one chain or groups of one ``optax.partition``, not parts of other names,
+        except for the statistics beside the optimizer in an ``EMATrainState``.
+        """
+        if self.counters != other.counters:
+            return False
+        for one, two in ((self.path, other.path), (other.path, self.path)):
+            if one[-1:] == _STATISTICS and two[: len(one) - 1] == one[:-1]:
+                return True
+        shared = len(_shared([self.path, other.path]))
+        links = (self.path[shared : shared + 1] + other.path[shared : shared + 1]) or ("",)
+        if self.path[:shared][-1:] != ("inner_states",) and not all(map(str.isdigit, links)):
+            return False
+        holes = {path for path, leaf in _leaves(self.average) if leaf is None}
+        return all(
+            any(path[:n] in holes for n in range(len(path) + 1))
+            for path, leaf in _leaves(other.average)
+            if is_leaf(leaf)
+        )
+
+
+def _models(groups: list[_Group]) -> list[list[_Group]]:
+    """The groups that make one average each."""
+    models: list[list[_Group]] = []
+    for group in groups:
+        for model in models:
+            if all(group.completes(other) and other.completes(group) for other in model):
+                model.append(group)
+                break
+        else:
+            models.append([group])
+    return models
+
+
+def _shared(paths: list[Path]) -> Path:
+    """What all paths begin with."""
+    first = paths[0]
+    return first[
+        : sum(1 for n in range(1, len(first) + 1) if all(p[:n] == first[:n] for p in paths))
+    ]
+
+
+# --- the state of EMA for nnx ---------------------------------------------------------------------
+
+
+def _our_ema(tree: Any, source: str, *, averaged: bool) -> Found | None:
+    """``nnx.state(average)`` or its pure dict, of our ``EMA``.
+
+    Without ``finer``, ``remainder`` and ``skipped`` it is params and two counters, which others have too:
+    then the user has to say so.
+    """
+    if not isinstance(tree, Mapping) or not (
+        _OF_OUR_EMA <= tree.keys() <= _OF_OUR_EMA | _ONLY_IN_OUR_EMA
+    ):
+        return None
+    own = [leaf for field in _ONLY_IN_OUR_EMA for _, leaf in _leaves(tree.get(field))]
+    if not averaged and not any(map(is_leaf, own)):
+        return None
+    tensors, others = _tensors(tree["params"])
+    finer = _tensors(tree.get("finer"))[0]  # of which the model has rounded copies
+    skipped = tree.get("skipped")
+    return Found(
+        kind=f"EMA in {source}",
+        tensors={**tensors, **finer},
+        remainders=_tensors(tree.get("remainder"))[0],
+        not_averaged=tuple(others),
+        step=_count("step", tree["step"]),
+        count=_count("count", tree["count"]),
+        skipped=_count("skipped", skipped) if is_leaf(skipped) else None,
+    )
+
+
+# --- leaves ---------------------------------------------------------------------------------------
+
+
+def _children(node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        return list(node.items())
+    if isinstance(node, list):
+        return [(str(i), child) for i, child in enumerate(node)]
+    return []
+
+
+def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Arrays, None, and whatever else is no container."""
+    if isinstance(node, Mapping | list):
+        for key, child in _children(node):
+            yield from _leaves(child, (*path, key))
+    else:
+        yield path, node
+
+
+def _tensors(tree: Any) -> tuple[dict[str, Source], list[str]]:
+    """The averages of a tree by name, and the names of what is none."""
+    found: dict[str, Source] = {}
+    others = []
+    for path, leaf in _leaves(tree):
+        name = ".".join(path)
+        if isinstance(leaf, Unread):
+            raise CheckpointError(f"`{shortened(name)}` {leaf.reason}")
+        if not isinstance(leaf, Leaf) or not leaf.is_average:
+            others += [name] if path else []
+        elif name in found:
+            raise CheckpointError(f"it holds two tensors that are called `{shortened(name)}`")
+        else:
+            found[name] = leaf.source(name)
+    return found, others
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, Leaf):
+        return value.number(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"`{name}` must be a count, got {value!r:.80}")
+    return value
