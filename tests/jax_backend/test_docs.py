@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "jax.md"
 def test_the_blocks_of_the_jax_page_run():
     names = {}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     with jax.numpy_dtype_promotion("standard"):  # optax's adamw mixes dtypes itself
         for block in blocks:
             exec(block, names)
