@@ -88,18 +88,20 @@ class _Bound:
 
 
 def _leaves(file: Path, bound: _Bound) -> dict[str, Any]:
-    with zipfile.ZipFile(file) as archive:
-        found: dict[str, Any] = {}
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if name in found:
-                raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
-            with archive.open(member) as stream:
-                found[name] = _leaf(file, member.filename, stream, bound)
+    archive = zipfile.ZipFile(file)  # closed with the last of its arrays
+    found: dict[str, Any] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in found:
+            raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
+        with archive.open(member) as stream:
+            found[name] = _leaf(archive, member, stream, bound)
     return found
 
 
-def _leaf(file: Path, member: str, stream: IO[bytes], bound: _Bound) -> Any:
+def _leaf(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, stream: IO[bytes], bound: _Bound
+) -> Any:
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         return Unread(f"is an array of version {version} of NumPy's format, of fields perhaps")
@@ -114,7 +116,7 @@ def _leaf(file: Path, member: str, stream: IO[bytes], bound: _Bound) -> Any:
         )
     if name not in DTYPES:
         return Unread(f"is an array of dtype {name:.80}, which safetensors lacks")
-    array = _Array(file, member, stream.tell(), dtype, tuple(shape), by_columns)
+    array = _Array(archive, member, stream.tell(), dtype, tuple(shape), by_columns)
     return Leaf(name, array.shape, array.read, partial(bound.add, array.nbytes))
 
 
@@ -128,8 +130,8 @@ _HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
 class _Array:
     """One array of an archive, and how its elements are stored."""
 
-    file: Path
-    member: str
+    archive: zipfile.ZipFile
+    member: zipfile.ZipInfo
     start: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -142,7 +144,7 @@ class _Array:
 
     def read(self) -> Any:
         """The elements, native and in row-major order."""
-        with _errors(), zipfile.ZipFile(self.file) as archive, archive.open(self.member) as stream:
+        with _errors(), self.archive.open(self.member) as stream:
             stream.seek(self.start)
             data = bytearray(self.nbytes)
             view = memoryview(data)
@@ -150,7 +152,9 @@ class _Array:
                 view[: len(part)] = part
                 view = view[len(part) :]
             if view or stream.read(1):  # at the end the checksum is compared
-                raise CheckpointError(f"`{self.member}` is shorter or longer than it declares")
+                raise CheckpointError(
+                    f"`{self.member.filename}` is shorter or longer than it declares"
+                )
         if not self.by_columns and self.dtype.isnative:
             return data
         elements = np.frombuffer(data, self.dtype)

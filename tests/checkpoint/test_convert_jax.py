@@ -420,6 +420,7 @@ def test_the_items_of_a_step_are_told_by_their_names(tmp_path, averages, convert
     averages(tmp_path / "run/7", key="ema", step=1)
 
 
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
 @pytest.mark.parametrize("writer", ["orbax", "msgpack"])
 def test_checkpoints_of_flax_training(tmp_path, averages, writer):
     with flax.config.temp_flip_flag("use_orbax_checkpointing", writer == "orbax"):
@@ -455,13 +456,15 @@ def test_float8_and_integers(tmp_path, converted):
 
 
 def test_a_damaged_orbax_folder_is_refused(tmp_path, converted):
-    source = orbax(tmp_path / "run", {"params": tree(RAW), "ema": tree(AVERAGE)})
+    """Its tensors, or its metadata."""
+    # of several arrays each would fail, some of them after Orbax has closed its event loop
+    source = orbax(tmp_path / "run", {"ema": {"w": jnp.ones(3)}})
     for file in sorted((source / "ocdbt.process_0/d").iterdir()) + sorted((source / "d").iterdir()):
         file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(CheckpointError, match="run: Orbax cannot read it: "):
+    with pytest.raises(CheckpointError, match=r"run: Orbax cannot read it: ValueError: "):
         converted(source, step=1)
     (source / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="run: Orbax cannot read it: "):
+    with pytest.raises(CheckpointError, match="run: Orbax cannot read it: JSONDecodeError: "):
         converted(source, step=1)
 
 
@@ -480,7 +483,7 @@ def test_each_array_of_the_average_is_restored_once(tmp_path, monkeypatch, batch
     monkeypatch.setattr(orbax_folders._Item, "_restore", recorded)
     state = optax.chain(optax.adam(0.1), params_ema(0.5)).init(tree(RAW))
     convert(orbax(tmp_path / "run", state), tmp_path / "ours", rename=rename)
-    assert len(restored) == len(set(restored)) == 2 + len(NAMES)  # and the counters
+    assert len(restored) == len(set(restored)) == 3 + len(NAMES)  # and the counters
     saved = save_params_ema(tmp_path / "saved", state)
     named = {(rename or {}).get(name, name): array for name, array in arrays(saved).items()}
     for name, array in arrays(tmp_path / "ours").items():
