@@ -21,6 +21,7 @@ from ema.converting.found import Found
 from ema.converting.msgpack_files import begins_like_msgpack, read_msgpack
 from ema.converting.npz_files import is_npz, read_npz
 from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing, warn
+from ema.extras import require
 from ema.schedules import Schedule, as_schedule
 
 __all__ = ["BUFFERS", "Conversion", "convert"]
@@ -72,8 +73,9 @@ def convert(
     Reads the state dicts of diffusers' ``EMAModel``, ema-pytorch, torch-ema, ``AveragedModel``, timm
     (``state_dict_ema``), Lightning's ``WeightAveraging`` and of this library, in a file of
     ``torch.save`` (``weights_only=True``, no object is made of it) or in memory; plain safetensors
-    files; folders of ``save_pretrained``; Orbax folders of an optimizer state with ``params_ema`` or
-    of an ``nnx.EMA``; an ``nnx.EMA`` itself.
+    files; folders of ``save_pretrained``; of JAX programs Orbax folders (a run, a step or an item), msgpack
+    files of Flax and archives of ``np.savez``, which hold an optimizer state with ``params_ema`` or a train
+    state with an average; an ``nnx.EMA`` itself.
 
     Args:
         source: a file, a folder, a state dict, or an ``nnx.EMA``.
@@ -86,8 +88,8 @@ def convert(
         name: which average of an Orbax folder or of our own state dict, where there are several.
         key: names the part of the source that is the average, with dots between the names.
         averaged: the weights are averages, though nothing in the source says so.
-        max_bytes: the tensors of a compressed archive may become that large; by default 1 GiB, or
-            100 times the archive.
+        max_bytes: the averages of an archive or of an Orbax folder, which are compressed, may become
+            that large; by default 1 GiB, or 100 times the source.
         step: steps so far, where the source does not tell, or in place of what it tells.
         count: updates so far, likewise; by default those that ``step`` and the next two give.
         decay: a number or a schedule, likewise.
@@ -164,9 +166,12 @@ def _read_path(
             if place.file is not None:
                 found = _read_path(place.file, name, key, averaged, max_bytes)
             else:
+                require("orbax.checkpoint", "jax")
                 from ema.converting import orbax_folders
 
-                found = orbax_folders.read_place(place, name=name, key=key, averaged=averaged)
+                found = orbax_folders.read_place(
+                    place, name=name, key=key, averaged=averaged, max_bytes=max_bytes
+                )
             return dataclasses.replace(found, notes=(*place.notes, *found.notes))
         found = plain_sources.read_folder(path)
         if found is None:

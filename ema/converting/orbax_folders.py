@@ -11,11 +11,10 @@ import jax
 import numpy as np
 
 from ema.converting.found import Found
-from ema.converting.leaves import DTYPES, Leaf, Unread
+from ema.converting.leaves import DTYPES, Bound, Leaf, Unread
 from ema.converting.orbax_places import Place
 from ema.converting.train_states import found_in
 from ema.errors import CheckpointError
-from ema.extras import require
 
 __all__ = ["read_place"]
 
@@ -23,17 +22,21 @@ _BATCH = 64 << 20
 """Bytes that are restored at once: each restore reads the metadata of the whole tree again."""
 
 
-def read_place(place: Place, *, name: str | None, key: str | None, averaged: bool) -> Found:
+def read_place(
+    place: Place, *, name: str | None, key: str | None, averaged: bool, max_bytes: int | None
+) -> Found:
     """The average of a train state, of an optimizer's state with ``params_ema``, or of an ``EMA``.
 
     Only the metadata and the counters are read here; the tensors when they are written.
 
     Raises:
         ArgumentError: there are several averages, and ``name`` is none of them.
-        CheckpointError: Orbax cannot read it, or it holds no average, or several.
+        CheckpointError: Orbax cannot read it, it would become larger than ``max_bytes``, or it holds no
+            average, or several.
     """
-    require("orbax.checkpoint", "jax")
-    items = {item: _Item(folder).tree() for item, folder in place.items.items()}
+    files = [file for folder in place.items.values() for file in folder.rglob("*")]
+    bound = Bound(sum(file.stat().st_size for file in files if file.is_file()), max_bytes)
+    items = {item: _Item(folder, bound).tree() for item, folder in place.items.items()}
     tree = items.get("", items)
     return found_in(tree, "Orbax", name=name, key=key, averaged=averaged)
 
@@ -41,11 +44,12 @@ def read_place(place: Place, *, name: str | None, key: str | None, averaged: boo
 class _Item:
     """The tree of one folder; tensors are restored in the order in which they will be written."""
 
-    def __init__(self, folder: Path) -> None:
-        from etils.epath import Path as OrbaxPath  # type: ignore[import-untyped]
+    def __init__(self, folder: Path, bound: Bound) -> None:
+        from etils.epath import Path as OrbaxPath
 
         self._folder = OrbaxPath(folder.absolute())
         self._metadata = _orbax(lambda handler: handler.metadata(self._folder).tree)
+        self._bound = bound
         self._sizes: list[int] = []
         self._counters: list[int] = []
         self._order: dict[int, tuple[int, str]] = {}
@@ -75,6 +79,7 @@ class _Item:
         )
 
     def _plan(self, index: int, order: tuple[int, str]) -> None:
+        self._bound.add(self._sizes[index], order)
         self._order[index] = order
 
     def _read(self, index: int) -> Any:

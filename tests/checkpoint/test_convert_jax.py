@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ from flax.training.train_state import TrainState
 
 from ema import ArgumentError, CheckpointError, EMAWarning
 from ema.checkpoint import read_state
-from ema.converting import convert, orbax_folders
+from ema.converting import convert, msgpack_files, orbax_folders
 from ema.jax_backend import params_ema, save_params_ema
 from ema.jax_backend.linen import EMATrainState
 from ema.jax_backend.nnx import EMA
@@ -650,6 +651,20 @@ def test_a_small_archive_of_large_arrays_is_bounded(tmp_path, converted):
     assert converted(file, step=1)[1]["w"].shape == (10_000_000,)
     with pytest.raises(CheckpointError, match="max_bytes="):
         converted(file, step=1, max_bytes=1000)
+
+
+def test_an_orbax_folder_of_zeros_is_bounded(tmp_path, converted):
+    """Like any compressed source."""
+    source = orbax(tmp_path / "run", {"ema": {"w": jnp.zeros(1_000_000)}})
+    with pytest.raises(CheckpointError, match=r"declare averages of 4000000 bytes .*max_bytes="):
+        converted(source, step=1, max_bytes=1_000_000)
+    assert converted(source, step=1)[1]["w"].shape == (1_000_000,)
+
+
+def test_files_that_begin_alike_are_not_taken_for_msgpack():
+    assert not msgpack_files.begins_like_msgpack(b"\x89HDF\r\n\x1a\n\0")
+    assert not msgpack_files.begins_like_msgpack(b"\x89PNG\r\n\x1a\n\0")
+    assert not msgpack_files.begins_like_msgpack(pickle.dumps({"a": 1})[:9])
 
 
 class Malicious:
