@@ -91,8 +91,9 @@ def convert(
             (``"state.ema_params"``), or what the names of a flat state dict begin with.
         averaged: the weights are averages, though nothing in the source says so.
         force: replace what is at ``target``.
-        max_bytes: that the tensors may take; by default four times as many as the source, and at
-            least 1 GiB: a small file can mean very large tensors.
+        max_bytes: that the tensors may take, since a small file can mean very large ones; by default
+            four times the bytes of a file of torch.save, a hundred times those of what is compressed
+            (``.npz``, Orbax), and 1 GiB in any case.
         names: for diffusers and torch-ema, which save a list: the names of the parameters in
             their order, or the model.
         exclude: patterns of names that are no averages.
@@ -136,8 +137,6 @@ def convert(
         }
         if not kept:
             raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
-        most = max_bytes if max_bytes is not None or not from_path else _most(path_of(source))
-        check_size(sum(bits_of(t.dtype, t.shape) // 8 for t in kept.values()), most)
         kept = widened(kept, tensors)
         new_names = renamed([*kept, *found.not_averaged], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
@@ -177,10 +176,9 @@ def _check_free(target: str | os.PathLike[str], force: bool) -> None:
             raise CheckpointError("there is a file already: force=True (--force) replaces it")
 
 
-def _most(source: Path) -> int:
-    """Bytes that tensors of a file or folder may take."""
-    files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
-    return max(1 << 30, 4 * sum(file.stat().st_size for file in files))
+def _most(file: Path) -> int:
+    """Bytes that tensors of a file of torch.save may take: those that are expanded take few there."""
+    return max(1 << 30, 4 * file.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +203,12 @@ def _read_path(path: Path, options: _Options) -> Found:
             if place.file is not None:
                 found = _read_path(place.file, options)
             else:
+                require("orbax.checkpoint", "jax")
                 from ema.converting import orbax_folders
 
-                found = orbax_folders.read_place(place, name=name, key=key, averaged=averaged)
+                found = orbax_folders.read_place(
+                    place, name=name, key=key, averaged=averaged, max_bytes=options.max_bytes
+                )
             return dataclasses.replace(found, notes=(*place.notes, *found.notes))
         found = plain_sources.read_folder(path, key=key, averaged=averaged)
         if found is None:
@@ -229,7 +230,10 @@ def _read_path(path: Path, options: _Options) -> Found:
     from ema.converting import torch_sources
 
     most = options.max_bytes or _most(path)
-    return torch_sources.read_pickle(path, name, key=key, averaged=averaged, most=most)
+    found = torch_sources.read_pickle(path, name, key=key, averaged=averaged, most=most)
+    tensors = found.tensors.values() if isinstance(found.tensors, dict) else found.tensors
+    check_size(sum(bits_of(tensor.dtype, tensor.shape) // 8 for tensor in tensors), most)
+    return found
 
 
 def _read_object(source: Any, options: _Options) -> Found:

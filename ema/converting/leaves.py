@@ -12,7 +12,7 @@ import numpy as np
 from ema.checkpoint import Source
 from ema.errors import CheckpointError, shortened
 
-__all__ = ["DTYPES", "Leaf", "Unread", "is_leaf"]
+__all__ = ["DTYPES", "Bound", "Leaf", "Unread", "is_leaf"]
 
 DTYPES = {
     "float64": "F64",
@@ -35,6 +35,10 @@ DTYPES = {
     "bool": "BOOL",
 }
 """NumPy's names of dtypes, and those of the container."""
+
+_SMALLEST_BOUND = 1 << 30
+_USUAL_RATIO = 100
+"""How much smaller than its averages a source may be without the user's word."""
 
 _COUNTERS = {"int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"}
 
@@ -108,3 +112,30 @@ class Unread:
 def is_leaf(node: Any) -> bool:
     """Whether the node is an array."""
     return isinstance(node, Leaf)
+
+
+class Bound:
+    """Bytes that the averages of a compressed source may take.
+
+    Args:
+        size: bytes of the source.
+        max_bytes: what the user allows; by default 1 GiB, or 100 times the source.
+    """
+
+    def __init__(self, size: int, max_bytes: int | None) -> None:
+        self._size = size
+        self._most = max(_SMALLEST_BOUND, _USUAL_RATIO * size) if max_bytes is None else max_bytes
+        self._total = 0
+
+    def add(self, nbytes: int, _order: tuple[int, str]) -> None:
+        """Count an average that will be read.
+
+        Raises:
+            CheckpointError: it is too much.
+        """
+        self._total += nbytes
+        if self._total > self._most:
+            raise CheckpointError(
+                f"its {self._size} bytes declare averages of {self._total} bytes and more, where"
+                f" {self._most} are allowed: max_bytes= (--max-bytes) allows more"
+            )

@@ -44,11 +44,11 @@ _FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 
 def begins_like_msgpack(first: bytes) -> bool:
-    """Whether a file may be a map of msgpack whose first key is a text or a small number."""
+    """Whether a file may be a map of msgpack whose first key is a text."""
     if not first or not (0x81 <= first[0] <= 0x8F or first[0] in {0xDE, 0xDF}):
         return False
     key = first[{0xDE: 3, 0xDF: 5}.get(first[0], 1) :][:1]
-    return bool(key) and (key[0] < 0x80 or 0xA0 <= key[0] <= 0xBF or key[0] in {0xD9, 0xDA, 0xDB})
+    return bool(key) and (0xA0 <= key[0] <= 0xBF or key[0] in {0xD9, 0xDA, 0xDB})
 
 
 def read_msgpack(file: Path, *, name: str | None, key: str | None, averaged: bool) -> Found:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from ema.converting.found import Found
-from ema.converting.leaves import DTYPES, Leaf, Unread
+from ema.converting.leaves import DTYPES, Bound, Leaf, Unread
 from ema.converting.train_states import found_in
 from ema.errors import CheckpointError, shortened
 
@@ -28,9 +28,6 @@ __all__ = ["is_npz", "read_npz"]
 
 _CHUNK = 8 << 20
 _LONGEST_HEADER = 10_000
-_SMALLEST_BOUND = 1 << 30
-_USUAL_RATIO = 100
-"""How much smaller than its arrays an archive may be without being asked about."""
 
 
 def is_npz(file: Path) -> bool:
@@ -61,7 +58,7 @@ def read_npz(
             several.
     """
     with _errors():
-        tree = _tree(_leaves(file, _Bound(file.stat().st_size, max_bytes)))
+        tree = _tree(_leaves(file, Bound(file.stat().st_size, max_bytes)))
     found = found_in(tree, "npz", name=name, key=key, averaged=averaged)
     unnamed = [f"arr_{i}" for i in range(len(tree))]  # by np.savez(*arrays)
     if isinstance(found.tensors, dict) and found.tensors.keys() == tree.keys() == {*unnamed}:
@@ -69,37 +66,21 @@ def read_npz(
     return found
 
 
-class _Bound:
-    """Bytes that the averages may take."""
-
-    def __init__(self, size: int, max_bytes: int | None) -> None:
-        self._size = size
-        self._most = max(_SMALLEST_BOUND, _USUAL_RATIO * size) if max_bytes is None else max_bytes
-        self._total = 0
-
-    def add(self, nbytes: int, _order: tuple[int, str]) -> None:
-        """Count an average that will be read."""
-        self._total += nbytes
-        if self._total > self._most:
-            raise CheckpointError(
-                f"its {self._size} bytes declare averages of {self._total} bytes and more, where"
-                f" {self._most} are allowed: max_bytes= (--max-bytes) allows more"
-            )
-
-
-def _leaves(file: Path, bound: _Bound) -> dict[str, Any]:
-    with zipfile.ZipFile(file) as archive:
-        found: dict[str, Any] = {}
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if name in found:
-                raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
-            with archive.open(member) as stream:
-                found[name] = _leaf(file, member.filename, stream, bound)
+def _leaves(file: Path, bound: Bound) -> dict[str, Any]:
+    archive = zipfile.ZipFile(file)  # closed with the last of its arrays
+    found: dict[str, Any] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in found:
+            raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
+        with archive.open(member) as stream:
+            found[name] = _leaf(archive, member, stream, bound)
     return found
 
 
-def _leaf(file: Path, member: str, stream: IO[bytes], bound: _Bound) -> Any:
+def _leaf(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, stream: IO[bytes], bound: Bound
+) -> Any:
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         return Unread(f"is an array of version {version} of NumPy's format, of fields perhaps")
@@ -114,7 +95,7 @@ def _leaf(file: Path, member: str, stream: IO[bytes], bound: _Bound) -> Any:
         )
     if name not in DTYPES:
         return Unread(f"is an array of dtype {name:.80}, which safetensors lacks")
-    array = _Array(file, member, stream.tell(), dtype, tuple(shape), by_columns)
+    array = _Array(archive, member, stream.tell(), dtype, tuple(shape), by_columns)
     return Leaf(name, array.shape, array.read, partial(bound.add, array.nbytes))
 
 
@@ -128,8 +109,8 @@ _HEADERS: dict[tuple[int, int], Callable[..., Any]] = {
 class _Array:
     """One array of an archive, and how its elements are stored."""
 
-    file: Path
-    member: str
+    archive: zipfile.ZipFile
+    member: zipfile.ZipInfo
     start: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -142,7 +123,7 @@ class _Array:
 
     def read(self) -> Any:
         """The elements, native and in row-major order."""
-        with _errors(), zipfile.ZipFile(self.file) as archive, archive.open(self.member) as stream:
+        with _errors(), self.archive.open(self.member) as stream:
             stream.seek(self.start)
             data = bytearray(self.nbytes)
             view = memoryview(data)
@@ -150,7 +131,9 @@ class _Array:
                 view[: len(part)] = part
                 view = view[len(part) :]
             if view or stream.read(1):  # at the end the checksum is compared
-                raise CheckpointError(f"`{self.member}` is shorter or longer than it declares")
+                raise CheckpointError(
+                    f"`{self.member.filename}` is shorter or longer than it declares"
+                )
         if not self.by_columns and self.dtype.isnative:
             return data
         elements = np.frombuffer(data, self.dtype)

@@ -11,11 +11,10 @@ import jax
 import numpy as np
 
 from ema.converting.found import Found
-from ema.converting.leaves import DTYPES, Leaf, Unread
+from ema.converting.leaves import DTYPES, Bound, Leaf, Unread
 from ema.converting.orbax_places import Place
 from ema.converting.train_states import found_in
 from ema.errors import CheckpointError
-from ema.extras import require
 
 __all__ = ["read_place"]
 
@@ -23,17 +22,21 @@ _BATCH = 64 << 20
 """Bytes that are restored at once: each restore reads the metadata of the whole tree again."""
 
 
-def read_place(place: Place, *, name: str | None, key: str | None, averaged: bool) -> Found:
+def read_place(
+    place: Place, *, name: str | None, key: str | None, averaged: bool, max_bytes: int | None
+) -> Found:
     """The average of a train state, of an optimizer's state with ``params_ema``, or of an ``EMA``.
 
     Only the metadata and the counters are read here; the tensors when they are written.
 
     Raises:
         ArgumentError: there are several averages, and ``name`` is none of them.
-        CheckpointError: Orbax cannot read it, or it holds no average, or several.
+        CheckpointError: Orbax cannot read it, it would become larger than ``max_bytes``, or it holds no
+            average, or several.
     """
-    require("orbax.checkpoint", "jax")
-    items = {item: _Item(folder).tree() for item, folder in place.items.items()}
+    files = [file for folder in place.items.values() for file in folder.rglob("*")]
+    bound = Bound(sum(file.stat().st_size for file in files if file.is_file()), max_bytes)
+    items = {item: _Item(folder, bound).tree() for item, folder in place.items.items()}
     tree = items.get("", items)
     return found_in(tree, "Orbax", name=name, key=key, averaged=averaged)
 
@@ -41,10 +44,14 @@ def read_place(place: Place, *, name: str | None, key: str | None, averaged: boo
 class _Item:
     """The tree of one folder; tensors are restored in the order in which they will be written."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
-        self._metadata = _orbax(lambda handler: handler.metadata(self._folder).item_metadata.tree)
+    def __init__(self, folder: Path, bound: Bound) -> None:
+        from etils.epath import Path as OrbaxPath
+
+        self._folder = OrbaxPath(folder.absolute())
+        self._metadata = _orbax(lambda handler: handler.metadata(self._folder).tree)
+        self._bound = bound
         self._sizes: list[int] = []
+        self._counters: list[int] = []
         self._order: dict[int, tuple[int, str]] = {}
         self._arrays: dict[int, Any] = {}
 
@@ -54,6 +61,11 @@ class _Item:
         entries, structure = jax.tree.flatten(self._metadata)
         leaves = [self._leaf(index, entry) for index, entry in enumerate(entries)]
         self._sizes = [leaf.nbytes if isinstance(leaf, Leaf) else 0 for leaf in leaves]
+        self._counters = [
+            index
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Leaf) and leaf.shape == () and not leaf.is_average
+        ]
         return structure.unflatten(leaves)
 
     def _leaf(self, index: int, entry: Any) -> Any:
@@ -67,19 +79,19 @@ class _Item:
         )
 
     def _plan(self, index: int, order: tuple[int, str]) -> None:
+        self._bound.add(self._sizes[index], order)
         self._order[index] = order
 
     def _read(self, index: int) -> Any:
-        """The elements of an array; those that are next are restored along with it."""
+        """The elements of an array; those that will be next are restored along with it."""
         if index not in self._arrays:
             self._arrays |= self._restore(self._batch(index))
         return np.ascontiguousarray(self._arrays.pop(index)).reshape(-1).view(np.uint8)
 
     def _batch(self, index: int) -> list[int]:
-        batch, size = [index], self._sizes[index]
-        first = self._order.pop(index, None)
-        if first is None:  # a counter
-            return batch
+        if index not in self._order:
+            return self._counters if index in self._counters else [index]
+        batch, size, first = [index], self._sizes[index], self._order.pop(index)
         later = [other for other, order in self._order.items() if order > first]
         for other in sorted(later, key=self._order.__getitem__):
             size += self._sizes[other]
@@ -111,8 +123,14 @@ class _Item:
 def _orbax(do: Callable[[Any], Any]) -> Any:
     import orbax.checkpoint as ocp
 
+    # a Checkpointer would look for metadata of a step, and keep to itself why it cannot read those of a tree
+    handler = ocp.PyTreeCheckpointHandler()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return do(checkpointer)
+        return do(handler)
     except Exception as error:  # what a damaged checkpoint raises is not said anywhere
-        raise CheckpointError(f"Orbax cannot read it: {error!r:.300}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"Orbax cannot read it: {type(error).__name__}: {reason:.300}"
+        ) from None
+    finally:
+        handler.close()

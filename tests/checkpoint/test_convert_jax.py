@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ from flax.training.train_state import TrainState
 
 from ema import ArgumentError, CheckpointError, EMAWarning
 from ema.checkpoint import read_state
-from ema.converting import convert, orbax_folders
+from ema.converting import convert, msgpack_files, orbax_folders
 from ema.jax_backend import params_ema, save_params_ema
 from ema.jax_backend.linen import EMATrainState
 from ema.jax_backend.nnx import EMA
@@ -457,13 +458,15 @@ def test_float8_and_integers(tmp_path, converted):
 
 
 def test_a_damaged_orbax_folder_is_refused(tmp_path, converted):
-    source = orbax(tmp_path / "run", {"params": tree(RAW), "ema": tree(AVERAGE)})
+    """Its tensors, or its metadata."""
+    # of several arrays each would fail, some of them after Orbax has closed its event loop
+    source = orbax(tmp_path / "run", {"ema": {"w": jnp.ones(3)}})
     for file in sorted((source / "ocdbt.process_0/d").iterdir()) + sorted((source / "d").iterdir()):
         file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(CheckpointError, match="run: Orbax cannot read it: "):
+    with pytest.raises(CheckpointError, match=r"run: Orbax cannot read it: ValueError: "):
         converted(source, step=1)
     (source / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="run: Orbax cannot read it: "):
+    with pytest.raises(CheckpointError, match="run: Orbax cannot read it: JSONDecodeError: "):
         converted(source, step=1)
 
 
@@ -482,7 +485,7 @@ def test_each_array_of_the_average_is_restored_once(tmp_path, monkeypatch, batch
     monkeypatch.setattr(orbax_folders._Item, "_restore", recorded)
     state = optax.chain(optax.adam(0.1), params_ema(0.5)).init(tree(RAW))
     convert(orbax(tmp_path / "run", state), tmp_path / "ours", rename=rename)
-    assert len(restored) == len(set(restored)) == 2 + len(NAMES)  # and the counters
+    assert len(restored) == len(set(restored)) == 3 + len(NAMES)  # and the counters
     saved = save_params_ema(tmp_path / "saved", state)
     named = {(rename or {}).get(name, name): array for name, array in arrays(saved).items()}
     for name, array in arrays(tmp_path / "ours").items():
@@ -649,6 +652,20 @@ def test_a_small_archive_of_large_arrays_is_bounded(tmp_path, converted):
     assert converted(file, step=1)[1]["w"].shape == (10_000_000,)
     with pytest.raises(CheckpointError, match="max_bytes="):
         converted(file, step=1, max_bytes=1000)
+
+
+def test_an_orbax_folder_of_zeros_is_bounded(tmp_path, converted):
+    """Like any compressed source."""
+    source = orbax(tmp_path / "run", {"ema": {"w": jnp.zeros(1_000_000)}})
+    with pytest.raises(CheckpointError, match=r"declare averages of 4000000 bytes .*max_bytes="):
+        converted(source, step=1, max_bytes=1_000_000)
+    assert converted(source, step=1)[1]["w"].shape == (1_000_000,)
+
+
+def test_files_that_begin_alike_are_not_taken_for_msgpack():
+    assert not msgpack_files.begins_like_msgpack(b"\x89HDF\r\n\x1a\n\0")
+    assert not msgpack_files.begins_like_msgpack(b"\x89PNG\r\n\x1a\n\0")
+    assert not msgpack_files.begins_like_msgpack(pickle.dumps({"a": 1})[:9])
 
 
 class Malicious:
