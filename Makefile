@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast machine lint format bench clean
+.PHONY: help demo test fast machine newest lint format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,11 @@ fast: .venv/.dev ## the tests that take a moment each
 machine: .venv/.dev ## long random sequences of calls, new ones each time (minutes)
 	EMA_MACHINE_EXAMPLES=$${EMA_MACHINE_EXAMPLES:-2000} EMA_MACHINE_STEPS=$${EMA_MACHINE_STEPS:-30} \
 		$(BIN)/python -m pytest -n 2 --dist worksteal -rP tests/torch_backend/test_machine.py
+
+newest: ## the bits under the newest JAX: make newest PYTHON=python3.13
+	$(PYTHON) -m venv .newest
+	.newest/bin/python -m pip install --quiet --upgrade jax optax numpy xxhash
+	PYTHONPATH=. .newest/bin/python tests/jax_backend/newest.py
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -52,4 +57,4 @@ bench: .venv/.dev ## ours, the peers and the limit of this machine, in turn in o
 	@touch $@
 
 clean: ## remove .venv and caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .newest .mypy_cache .ruff_cache .pytest_cache .hypothesis

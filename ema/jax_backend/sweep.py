@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ema.jax_backend.guard import all_finite
 from ema.jax_backend.selection import widen
@@ -18,6 +19,9 @@ from ema.jax_backend.settings import NARROW
 from ema.jax_backend.update import lerp, lerp_compensated, lerp_narrow
 
 __all__ = ["Kept", "keep", "real_dtype", "sweep"]
+
+_SMALL = 256
+"""Elements of the largest array that was seen to lose it, and many more."""
 
 Weights = list[dict[str, jax.Array]]
 Keys = list[jax.Array | None]
@@ -59,11 +63,12 @@ def sweep(
     if anyway is not None:
         stored = [jnp.result_type(leaf) == w.dtype for leaf, w in zip(params, wide, strict=True)]
         made = anyway | all_finite(wide, stored)
+    updates = [_flat if _is_small(leaf) else _one for leaf in params]
     averages, remainders = [], []
     for before, lost, weight in zip(kept.averages, kept.remainders, weights, strict=True):
         after = [
-            _one(a, c, leaf, weight[real_dtype(a)], key)
-            for a, c, leaf, key in zip(before, lost, wide, keys, strict=True)
+            update(a, c, leaf, weight[real_dtype(a)], key)
+            for a, c, leaf, key, update in zip(before, lost, wide, keys, updates, strict=True)
         ]
         averages.append([a for a, _ in after])
         remainders.append([c for _, c in after])
@@ -79,6 +84,32 @@ def keep(
     """The other branch: nothing is due."""
     del params, weights, keys
     return kept, None if anyway is None else jnp.array(True)
+
+
+def _is_small(params: Any) -> bool:
+    """Whether XLA would lose the fused multiply-add of a leaf, see :func:`_flat`."""
+    return (
+        jax.__version_info__ >= (0, 12)
+        and jnp.ndim(params) > 1
+        and jnp.size(params) <= _SMALL
+        and jnp.result_type(params).itemsize < 4
+        and not any(jax.typeof(params).sharding.spec)  # what is split by name has no other shape
+    )
+
+
+def _flat(
+    average: Any, remainder: Any, params: jax.Array, weight: jax.Array, key: jax.Array | None
+) -> tuple[Any, Any]:
+    """The same as one row, behind a barrier.
+
+    In the steps that JAX 0.12 compiles for a CPU, small bfloat16 and float16 arrays of several axes lose
+    the fused multiply-add, and the last bit with it.
+    """
+    shape = params.shape
+    row = lax.optimization_barrier(params.reshape(-1))  # type: ignore[no-untyped-call]
+    lost = None if remainder is None else remainder.reshape(-1)
+    moved, lost = _one(average.reshape(-1), lost, row, weight, key)
+    return moved.reshape(shape), None if lost is None else lost.reshape(shape)
 
 
 def _one(
