@@ -28,11 +28,15 @@ _MOST_OPEN = 64
 few."""
 
 
+_FEW = 1 << 20
+"""Bytes that are given back at once: small tensors share pages, and each advice is a call."""
+
+
 class MappedFile:
     """A safetensors file in memory: its header checked, its tensors not yet looked at.
 
     Memory is lent by the system, and given back as far as :meth:`bytes_of` goes on to the next
-    tensor: no more than one is held. Nobody may shorten the file meanwhile (``ema`` never does: it
+    tensor: no more than one is held, or small ones of one MiB together. Nobody may shorten the file meanwhile (``ema`` never does: it
     puts another in its place).
 
     Args:
@@ -91,18 +95,23 @@ class MappedFile:
         opened = self._again()
         if opened.size() < len(opened):  # reading what is gone would end the process
             raise CheckpointError("the file was shortened while it was being read")
-        self.release()
-        self._lent = (start, length)
+        if self._lent is not None and self._lent[0] <= start <= self._lent[1] and length < _FEW:
+            self._lent = (self._lent[0], max(self._lent[1], start + length))
+            if self._lent[1] - self._lent[0] >= _FEW:
+                self.release()
+        else:
+            self.release()
+            self._lent = (start, start + length)
         return memoryview(opened)[start : start + length]
 
     def release(self) -> None:
         """Give the memory of the latest tensor back; it is read again if it is looked at again."""
         opened = self._opened.get(self._place)
         if opened is not None and self._lent is not None and hasattr(opened, "madvise"):
-            start, length = self._lent
+            start, end = self._lent
             page = start - start % mmap.PAGESIZE
             with contextlib.suppress(OSError):  # advice is not needed
-                opened.madvise(mmap.MADV_DONTNEED, page, start + length - page)
+                opened.madvise(mmap.MADV_DONTNEED, page, end - page)
         self._lent = None
 
 
@@ -140,9 +149,7 @@ class StoredTensor:
 
     def intact(self) -> bool:
         """Whether the bytes are those that were written."""
-        found = digest(self.bytes())
-        self.file.release()
-        return found == self.digest
+        return digest(self.bytes()) == self.digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +179,8 @@ class StoredState:
 
     def _verify(self) -> None:
         damaged = [name for name, tensor in self.tensors.items() if not tensor.intact()]
+        for file in {id(tensor.file): tensor.file for tensor in self.tensors.values()}.values():
+            file.release()
         if damaged:
             text = difference((), (), [f"`{name:.80}` is not what was written" for name in damaged])
             raise CheckpointError(f"the data is damaged: {text}")
