@@ -155,7 +155,7 @@ class TreeSpec:
         if self.leaf is not None:
             if isinstance(tree, meta.Partitioned):
                 tree = tree.value
-            return [None if tree == {} and self.leaf.kind == "nothing" else tree]
+            return [None if self.leaf.kind == "nothing" and tree == {} else tree]
         if isinstance(tree, optax.MaskedNode):  # a mask may stand for a whole subtree
             return [tree] * len(self.leaves())
         kinds = {"dict": dict, "list": list, "tuple": tuple, "pair": Pair}
