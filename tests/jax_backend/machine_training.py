@@ -114,7 +114,8 @@ class Training(Base):
             tree = jax.tree.map(lambda g: g * scale.astype(g.dtype), tree)
             params, state = self.step(params, state, tree)
             leaves = [leaf for leaf in jax.tree.leaves(state) if is_real(leaf)]
-            return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves), (params, state)
+            sums = [jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves]
+            return sum(sums, jnp.float32(0)), (params, state)
 
         differentiated = jax.jit(jax.value_and_grad(total, has_aux=True))
 
