@@ -13,7 +13,6 @@ from hypothesis.stateful import precondition, rule
 
 import ema
 from tests.jax_backend.machine_base import Base, picks, seeds
-from tests.jax_backend.machine_wrappers import Course
 
 __all__ = ["Training"]
 

@@ -121,9 +121,11 @@ class Wrapper:
             arrays = [leaves[i] for i in group if leaves[i].array]
             if arrays and not any(leaf.averaged for leaf in arrays):
                 return False
+        if self.inner == "alone":
+            return self.outer == "none"
         if self.outer == "MultiSteps":  # which accumulates everything in real floating point
             return all(leaf.dtype.kind in "fV" for leaf in leaves if leaf.array)
-        return self.outer == "none" or self.inner != "alone"
+        return True
 
 
 @st.composite
@@ -153,7 +155,7 @@ class Course:
         self.params = list(params)
         self.options = options
         self.begin()
-        self.waiting: Values = [None] * len(params)
+        self.waiting = [p if p is None else np.zeros_like(p) for p in params]
         self.waited = 0
         self.errors = 0
 
@@ -185,29 +187,35 @@ class Course:
         return self._apply(grads)
 
     def _accumulate(self, grads: Values) -> bool:
+        """The mean of two; what is not due is multiplied with 0, which leaves NaN as it is."""
+        self.waited += 1
         with np.errstate(all="ignore"):
-            total = [
-                g if self.waited == 0 or g is None else w + (g - w) / np.asarray(2, g.dtype)
+            mean = [
+                g if g is None else w + (g - w) / np.asarray(self.waited, g.dtype)
                 for g, w in zip(grads, self.waiting, strict=True)
             ]
-        self.waited = (self.waited + 1) % 2
-        self.waiting = total
-        return True if self.waited else self._apply(total)
+            zeros = [g if g is None else g * np.zeros((), g.dtype) for g in mean]
+        if self.waited == 1:
+            self.waiting, self.params = mean, self._moved(zeros)
+            return True
+        self.waiting, self.waited = zeros, 0
+        return self._apply(mean)
 
     def _apply(self, grads: Values) -> bool:
-        new = []
-        with np.errstate(all="ignore"):
-            for number, (leaf, p, g) in enumerate(
-                zip(self.leaves, self.params, grads, strict=True)
-            ):
-                if not leaf.averaged:
-                    new.append(p)
-                    continue
-                rate = np.asarray(self.wrapper.rate(number), leaf.dtype)
-                new.append(np.asarray((p + rate * g).astype(leaf.dtype)))
+        new = self._moved(grads)
         if any(group.raises(new) for group in self.groups):
             return False
         self.params = new
         for group in self.groups:
             group.update(new)
         return True
+
+    def _moved(self, grads: Values) -> Values:
+        """The params after a step of the optimizer."""
+        with np.errstate(all="ignore"):
+            return [
+                np.asarray((p + np.asarray(self.wrapper.rate(i), p.dtype) * grads[i]).astype(p.dtype))
+                if leaf.averaged
+                else p
+                for i, (leaf, p) in enumerate(zip(self.leaves, self.params, strict=True))
+            ]
