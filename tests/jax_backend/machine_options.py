@@ -40,8 +40,7 @@ _FORMULAS: dict[str, Callable[[Any, int, int], float]] = {
     "PowerFunction": lambda s, n, k: (1 - 1 / n) ** (s.gamma + 1),
     "CosineDecay": lambda s, n, k: (
         s.end
-        - (s.end - s.start)
-        * math.sin(math.pi / 2 * (1 - min((n * k - k) / s.total_steps, 1))) ** 2
+        - (s.end - s.start) * math.sin(math.pi / 2 * (1 - min((n * k - k) / s.total_steps, 1))) ** 2
     ),
     "UniformAverage": lambda s, n, k: 1 - 1 / n,
 }

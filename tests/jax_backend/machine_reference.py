@@ -95,9 +95,7 @@ class Track:
         dtype = accumulator_of(leaf, options.get("accumulator_dtype"))
         nothing = np.zeros(0)
         compensated = options.get("compensated", False)
-        track = cls(
-            name, leaf.shape, dtype, compensated, nothing, nothing, nothing, nothing
-        )
+        track = cls(name, leaf.shape, dtype, compensated, nothing, nothing, nothing, nothing)
         track.copy(params)
         track.settle()
         return track
@@ -105,7 +103,9 @@ class Track:
     @property
     def unit(self) -> Any:
         """Half of the distance from 1 to the next number, of the arithmetic."""
-        return EXACT(2.0**-53 if self.dtype.itemsize >= 8 and self.dtype != np.complex64 else 2.0**-24)
+        return EXACT(
+            2.0**-53 if self.dtype.itemsize >= 8 and self.dtype != np.complex64 else 2.0**-24
+        )
 
     def live(self, params: Array) -> Array:
         """The params in the dtype of the average."""

@@ -128,16 +128,7 @@ class TreeSpec:
 
     def _build(self, values: Any, *, python: bool) -> Any:
         if self.leaf is not None:
-            value = next(values)
-            if self.leaf.kind == "none":
-                return None
-            if self.leaf.kind == "nothing":
-                return {}
-            if python and self.leaf.kind.startswith("python"):
-                return value.item()
-            if isinstance(value, np.ndarray):
-                value = jnp.array(value)
-            return self._boxed(value)
+            return self._content(next(values), python=python)
         children = [child._build(values, python=python) for child in self.children]
         if self.kind == "dict":
             return dict(zip("abcd", children, strict=False))
@@ -145,7 +136,13 @@ class TreeSpec:
             return Pair(*children)
         return children if self.kind == "list" else tuple(children)
 
-    def _boxed(self, value: Any) -> Any:
+    def _content(self, value: Any, *, python: bool) -> Any:
+        if not self.leaf.array:
+            return None if self.leaf.kind == "none" else {}
+        if python and self.leaf.kind.startswith("python"):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            value = jnp.array(value)
         if not self.leaf.boxed:
             return value
         return meta.Partitioned(value, names=(None,) * len(self.leaf.shape))
@@ -197,5 +194,3 @@ def specs(floats: tuple[str, ...] = FLOATS) -> st.SearchStrategy[TreeSpec]:
         max_leaves=5,
     )
     return trees.filter(lambda tree: any(leaf.averaged for leaf in tree.leaves()))
-
-

@@ -214,7 +214,9 @@ class Course:
         """The params after a step of the optimizer."""
         with np.errstate(all="ignore"):
             return [
-                np.asarray((p + np.asarray(self.wrapper.rate(i), p.dtype) * grads[i]).astype(p.dtype))
+                np.asarray(
+                    (p + np.asarray(self.wrapper.rate(i), p.dtype) * grads[i]).astype(p.dtype)
+                )
                 if leaf.averaged
                 else p
                 for i, (leaf, p) in enumerate(zip(self.leaves, self.params, strict=True))
