@@ -19,7 +19,8 @@ fast: .venv/.dev ## the tests that take a moment each
 
 machine: .venv/.dev ## long random sequences of calls, new ones each time (minutes)
 	EMA_MACHINE_EXAMPLES=$${EMA_MACHINE_EXAMPLES:-2000} EMA_MACHINE_STEPS=$${EMA_MACHINE_STEPS:-30} \
-		$(BIN)/python -m pytest -n 2 --dist worksteal -rP tests/torch_backend/test_machine.py
+		$(BIN)/python -m pytest -n 2 --dist worksteal -rP \
+		tests/torch_backend/test_machine.py tests/jax_backend/test_machine.py
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .
