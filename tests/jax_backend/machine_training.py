@@ -134,8 +134,20 @@ class Training(Base):
         many = [self.grads(seed + 7 * k) for k in range(steps)]
         for k, grads in enumerate(many):
             if bad >> k & 1:
-                spoil(grads, np.nan if bad >> k & 2 else np.inf, seed)
+                self.spoil(grads, np.nan if bad >> k & 2 else np.inf, seed)
         return many
+
+    def spoil(self, grads: list[Any], value: float, seed: int) -> None:
+        """One number of the gradients of the averaged leaves becomes ``value``."""
+        places = [i for i, leaf in enumerate(self.leaves) if leaf.averaged and grads[i].size]
+        if not places:
+            return
+        place = places[seed % len(places)]
+        grad = np.array(grads[place])
+        grad.reshape(-1)[seed % grad.size] = (
+            complex(value, value) if grad.dtype.kind == "c" else value
+        )
+        grads[place] = grad
 
     @rule(seed=seeds, steps=st.integers(1, 4))
     def train_eagerly(self, seed: int, steps: int) -> None:
@@ -177,15 +189,3 @@ def stacked(trees: list[Any]) -> Any:
 
 def flipped(gradient: Any) -> Any:
     return gradient if gradient is None else np.asarray(-gradient)
-
-
-def spoil(grads: list[Any], value: float, seed: int) -> None:
-    """One number of the gradients is not finite."""
-    places = [i for i, g in enumerate(grads) if g is not None and g.size and g.dtype != np.float32]
-    places = places or [i for i, g in enumerate(grads) if g is not None and g.size]
-    if not places:
-        return
-    place = places[seed % len(places)]
-    grad = np.array(grads[place])
-    grad.reshape(-1)[seed % grad.size] = complex(value, value) if grad.dtype.kind == "c" else value
-    grads[place] = grad
