@@ -17,9 +17,10 @@ test: .venv/.dev ## the whole test suite
 fast: .venv/.dev ## the tests that take a moment each
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-machine: .venv/.dev ## long random sequences of calls, new ones each time (minutes)
+machine: .venv/.dev ## long random sequences of calls, new ones each time (up to an hour)
 	EMA_MACHINE_EXAMPLES=$${EMA_MACHINE_EXAMPLES:-2000} EMA_MACHINE_STEPS=$${EMA_MACHINE_STEPS:-30} \
-		$(BIN)/python -m pytest -n 2 --dist worksteal -rP tests/torch_backend/test_machine.py
+		$(BIN)/python -m pytest -n 2 --dist worksteal -rP \
+		tests/torch_backend/test_machine.py tests/jax_backend/test_machine.py
 
 newest: ## the bits under the newest JAX: make newest PYTHON=python3.13
 	$(PYTHON) -m venv .newest
