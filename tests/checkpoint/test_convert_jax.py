@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -391,7 +392,7 @@ def run(tmp_path):
 
 def test_a_run_a_step_and_an_item(run, averages):
     """Of a run the latest step, and that is said."""
-    (run / "30.orbax-checkpoint-tmp").mkdir()
+    shutil.copytree(run / "7", run / "30.orbax-checkpoint-tmp-123456")
     result, told = averages(run)
     assert result.record.step == 20
     assert "`20` is taken, the latest step; name the folder of another one" in told
