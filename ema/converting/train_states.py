@@ -7,6 +7,7 @@ lost, and keys may have become strings. An nnx Variable and a boxed linen param 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,8 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
             return found
     if chosen is None:
         chosen = choose(_pruned(tree), is_leaf, averaged=averaged)
+        if (found := _our_ema(subtree(tree, chosen.path), source, averaged=True)) is not None:
+            return dataclasses.replace(found, notes=chosen.notes)
     return _from_part(tree, chosen, source)
 
 
@@ -88,6 +91,10 @@ def _from_part(tree: Any, chosen: Chosen, source: str) -> Found:
     part = subtree(tree, chosen.path)
     if chosen.names is not None:
         part = {new: part[old] for new, old in chosen.names.items()}
+    elif part.keys() == {"params"} and not is_leaf(
+        part["params"]
+    ):  # linen variables, or an nnx.EMA
+        part = part["params"]
     tensors, others = _tensors(part)
     step = chosen.beside.get("step")
     return Found(
