@@ -91,9 +91,8 @@ def _from_part(tree: Any, chosen: Chosen, source: str) -> Found:
     part = subtree(tree, chosen.path)
     if chosen.names is not None:
         part = {new: part[old] for new, old in chosen.names.items()}
-    elif part.keys() == {"params"} and not is_leaf(
-        part["params"]
-    ):  # linen variables, or an nnx.EMA
+    elif isinstance(part, Mapping) and part.keys() == {"params"} and not is_leaf(part["params"]):
+        # the variables of a linen module, or an nnx.EMA
         part = part["params"]
     tensors, others = _tensors(part)
     step = chosen.beside.get("step")
