@@ -717,6 +717,27 @@ def test_an_archive_runs_nothing(tmp_path, converted, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+def test_other_archives_of_arrays_are_refused(tmp_path, converted):
+    file = tmp_path / "x.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2) as archive:
+        with archive.open("ema/w.npy", "w") as stream:
+            np.lib.format.write_array(stream, np.ones(3))
+    with pytest.raises(CheckpointError, match="`ema/w` is compressed as np.savez does not"):
+        converted(file, step=1)
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for value in (1.0, 9.0):
+            with archive.open("ema/w.npy", "w") as stream:
+                np.lib.format.write_array(stream, np.full(3, value))
+    with pytest.raises(CheckpointError, match="holds two arrays that are called `ema/w`"):
+        converted(file, step=1)
+    np.savez(file, **{"ema/w": np.ones(3, ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(
+        CheckpointError, match="`w` is an array of 1 raw bytes an element: np.savez"
+    ):
+        converted(file, step=1)
+
+
 def test_a_damaged_archive_is_refused(tmp_path, converted):
     """Cut anywhere, or with any byte changed: one error, or other values of the same arrays."""
     file = tmp_path / "x.npz"
