@@ -13,7 +13,7 @@ from typing import Any
 
 from ema.checkpoint import Source
 from ema.converting.found import Found
-from ema.converting.leaves import Leaf, Unread, is_leaf
+from ema.converting.leaves import Leaf, Unread, is_array, is_leaf
 from ema.converting.recognize import Chosen, choose, subtree
 from ema.errors import ArgumentError, CheckpointError, listing, shortened
 
@@ -48,7 +48,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
     if is_leaf(tree):
         raise CheckpointError("it holds one array that has no name: save it in a dict")
     tree = dict(_children(tree)) if isinstance(tree, list) else tree
-    chosen = None if key is None else choose(tree, is_leaf, key=key)
+    chosen = None if key is None else choose(tree, is_array, key=key)
     start = () if chosen is None else chosen.path
     part = subtree(tree, start)
     if chosen is None or chosen.names is None:
@@ -59,7 +59,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
         if (found := _our_ema(part, source, averaged=averaged or chosen is not None)) is not None:
             return found
     if chosen is None:
-        chosen = choose(_pruned(tree), is_leaf, averaged=averaged)
+        chosen = choose(_pruned(tree), is_array, averaged=averaged)
         if (found := _our_ema(subtree(tree, chosen.path), source, averaged=True)) is not None:
             return dataclasses.replace(found, notes=chosen.notes)
     return _from_part(tree, chosen, source)
@@ -124,7 +124,7 @@ def _states(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 def _refuse_others(tree: Any, states: list[tuple[Path, Mapping[str, Any]]]) -> None:
     """Refuse a tree that holds another average beside those of ``params_ema``."""
     try:
-        other = choose(_pruned(tree), is_leaf)
+        other = choose(_pruned(tree), is_array)
     except CheckpointError:
         return
     labels = listing([other.kind.strip("`"), *(".".join(path) for path, _ in states)])

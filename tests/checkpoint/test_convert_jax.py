@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 import subprocess
@@ -719,10 +720,11 @@ def test_an_archive_runs_nothing(tmp_path, converted, capsys):
 
 def test_other_archives_of_arrays_are_refused(tmp_path, converted):
     file = tmp_path / "x.npz"
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
     with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2) as archive:
-        with archive.open("ema/w.npy", "w") as stream:
-            np.lib.format.write_array(stream, np.ones(3))
-    with pytest.raises(CheckpointError, match="`ema/w` is compressed as np.savez does not"):
+        archive.writestr("ema/w.npy", array.getvalue())
+    with pytest.raises(CheckpointError, match=r"`ema/w` is compressed as np\.savez does not"):
         converted(file, step=1)
     with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that is there twice
@@ -733,7 +735,7 @@ def test_other_archives_of_arrays_are_refused(tmp_path, converted):
         converted(file, step=1)
     np.savez(file, **{"ema/w": np.ones(3, ml_dtypes.float8_e4m3fn)})
     with pytest.raises(
-        CheckpointError, match="`w` is an array of 1 raw bytes an element: np.savez"
+        CheckpointError, match=r"`w` is an array of 1 raw bytes an element: np\.savez"
     ):
         converted(file, step=1)
 
