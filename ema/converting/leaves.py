@@ -12,7 +12,7 @@ import numpy as np
 from ema.checkpoint import Source
 from ema.errors import CheckpointError, shortened
 
-__all__ = ["DTYPES", "Bound", "Leaf", "Unread", "is_leaf"]
+__all__ = ["DTYPES", "Bound", "Leaf", "Unread", "is_array", "is_leaf"]
 
 DTYPES = {
     "float64": "F64",
@@ -110,8 +110,13 @@ class Unread:
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether the node is an array."""
+    """Whether the node is an array that can be read."""
     return isinstance(node, Leaf)
+
+
+def is_array(node: Any) -> bool:
+    """Whether the node is an array, also one that cannot be read."""
+    return isinstance(node, Leaf | Unread)
 
 
 class Bound:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import lzma
 import math
 import zipfile
 import zlib
@@ -73,6 +72,8 @@ def _leaves(file: Path, bound: Bound) -> dict[str, Any]:
         name = member.filename.removesuffix(".npy")
         if name in found:
             raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
+        if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise CheckpointError(f"`{shortened(name)}` is compressed as np.savez does not do it")
         with archive.open(member) as stream:
             found[name] = _leaf(archive, member, stream, bound)
     return found
@@ -166,9 +167,8 @@ def _errors() -> Iterator[None]:
     except (
         zipfile.BadZipFile,
         zlib.error,
-        lzma.LZMAError,
         EOFError,
-        NotImplementedError,  # a compression that Python lacks
+        NotImplementedError,
         RuntimeError,  # an archive with a password
         ValueError,
     ) as error:

@@ -7,12 +7,13 @@ lost, and keys may have become strings. An nnx Variable and a boxed linen param 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ema.checkpoint import Source
 from ema.converting.found import Found
-from ema.converting.leaves import Leaf, Unread, is_leaf
+from ema.converting.leaves import Leaf, Unread, is_array, is_leaf
 from ema.converting.recognize import Chosen, choose, subtree
 from ema.errors import ArgumentError, CheckpointError, listing, shortened
 
@@ -47,7 +48,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
     if is_leaf(tree):
         raise CheckpointError("it holds one array that has no name: save it in a dict")
     tree = dict(_children(tree)) if isinstance(tree, list) else tree
-    chosen = None if key is None else choose(tree, is_leaf, key=key)
+    chosen = None if key is None else choose(tree, is_array, key=key)
     start = () if chosen is None else chosen.path
     part = subtree(tree, start)
     if chosen is None or chosen.names is None:
@@ -58,7 +59,9 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
         if (found := _our_ema(part, source, averaged=averaged or chosen is not None)) is not None:
             return found
     if chosen is None:
-        chosen = choose(_pruned(tree), is_leaf, averaged=averaged)
+        chosen = choose(_pruned(tree), is_array, averaged=averaged)
+        if (found := _our_ema(subtree(tree, chosen.path), source, averaged=True)) is not None:
+            return dataclasses.replace(found, notes=chosen.notes)
     return _from_part(tree, chosen, source)
 
 
@@ -88,6 +91,9 @@ def _from_part(tree: Any, chosen: Chosen, source: str) -> Found:
     part = subtree(tree, chosen.path)
     if chosen.names is not None:
         part = {new: part[old] for new, old in chosen.names.items()}
+    elif isinstance(part, Mapping) and part.keys() == {"params"} and not is_leaf(part["params"]):
+        # the variables of a linen module, or an nnx.EMA
+        part = part["params"]
     tensors, others = _tensors(part)
     step = chosen.beside.get("step")
     return Found(
@@ -118,7 +124,7 @@ def _states(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 def _refuse_others(tree: Any, states: list[tuple[Path, Mapping[str, Any]]]) -> None:
     """Refuse a tree that holds another average beside those of ``params_ema``."""
     try:
-        other = choose(_pruned(tree), is_leaf)
+        other = choose(_pruned(tree), is_array)
     except CheckpointError:
         return
     labels = listing([other.kind.strip("`"), *(".".join(path) for path, _ in states)])

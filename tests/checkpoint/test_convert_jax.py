@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -74,7 +76,7 @@ def averages(converted):
 
     def run(source, **options):
         result, found, told = converted(source, **options)
-        assert {name.rpartition("params.")[2] for name in found} == NAMES
+        assert found.keys() == NAMES
         for array in found.values():
             np.testing.assert_array_equal(array.astype(np.float32), AVERAGE)
         return result, told
@@ -182,6 +184,21 @@ def test_bare_params_are_taken_at_the_users_word(tmp_path, averages, place):
     _, told = averages(source, averaged=True, step=1)
     assert "taken at your word" in told
     averages(source, key="params", step=1)
+
+
+@with_each_writer
+def test_variables_of_linen_have_the_names_of_their_params(tmp_path, averages, place):
+    state = {"params": {"params": tree(RAW)}, "ema_params": {"params": tree(AVERAGE)}}
+    averages(WRITERS[place](tmp_path / place, state), step=1)
+
+
+@pytest.mark.parametrize("place", ["folder", "file.msgpack"])
+def test_params_in_lists_are_called_by_their_positions(tmp_path, converted, place):
+    layers = [(jnp.full((2, 3), float(k)), jnp.full(3, float(k))) for k in range(11)]
+    source = WRITERS[place](tmp_path / place, {"params": layers, "ema": layers})
+    _, found, _ = converted(source, step=1)
+    assert found.keys() == {f"{k}.{i}" for k in range(11) for i in range(2)}
+    np.testing.assert_array_equal(found["10.1"], 10.0)
 
 
 @with_each_writer
@@ -376,6 +393,25 @@ def test_nnx_averages_without_marks_need_the_users_word(tmp_path, converted, pur
         assert (found.keys(), result.record.step) == ({"bias", "kernel"}, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"compensated": True, "on_nonfinite": "skip"}], ids=str)
+def test_an_average_of_nnx_beside_its_model(tmp_path, converted, options):
+    """Under a name that says so, or that ``key`` names; ours with its counters and remainder."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    theirs, ours = nnx.EMA(model, decay=0.9), EMA(model, 0.9, **options)
+    model.kernel[...] = model.kernel[...] * jnp.bfloat16(1.7)
+    for average in (theirs, ours):
+        average.update(model)
+    saved = save_params_ema(tmp_path / "saved", ours.state())
+    for name, key in (("ema", None), ("mine", "mine")):
+        state = {"model": nnx.state(model), name: nnx.state(ours)}
+        result, _, _ = converted(orbax(tmp_path / f"ours-{name}", state), key=key)
+        assert result.place.read_bytes() == saved.read_bytes()
+        state = {"model": nnx.state(model), name: nnx.state(theirs)}
+        _, found, _ = converted(orbax(tmp_path / f"theirs-{name}", state), step=1, key=key)
+        np.testing.assert_array_equal(found["kernel"], theirs.params["kernel"][...])
+        assert found.keys() == {"kernel", "bias"}
+
+
 # --- folders of Orbax and Flax --------------------------------------------------------------------
 
 
@@ -392,7 +428,7 @@ def run(tmp_path):
 
 def test_a_run_a_step_and_an_item(run, averages):
     """Of a run the latest step, and that is said."""
-    (run / "30.orbax-checkpoint-tmp").mkdir()
+    shutil.copytree(run / "7", run / "30.orbax-checkpoint-tmp-123456")
     result, told = averages(run)
     assert result.record.step == 20
     assert "`20` is taken, the latest step; name the folder of another one" in told
@@ -681,6 +717,28 @@ def test_an_archive_runs_nothing(tmp_path, converted, capsys):
     with pytest.raises(CheckpointError, match="`o` is an array of objects, which would have to be"):
         converted(tmp_path / "x.npz", step=1)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_other_archives_of_arrays_are_refused(tmp_path, converted):
+    file = tmp_path / "x.npz"
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("ema/w.npy", array.getvalue())
+    with pytest.raises(CheckpointError, match=r"`ema/w` is compressed as np\.savez does not"):
+        converted(file, step=1)
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for value in (1.0, 9.0):
+            with archive.open("ema/w.npy", "w") as stream:
+                np.lib.format.write_array(stream, np.full(3, value))
+    with pytest.raises(CheckpointError, match="holds two arrays that are called `ema/w`"):
+        converted(file, step=1)
+    np.savez(file, **{"ema/w": np.ones(3, ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(
+        CheckpointError, match=r"`w` is an array of 1 raw bytes an element: np\.savez"
+    ):
+        converted(file, step=1)
 
 
 def test_a_damaged_archive_is_refused(tmp_path, converted):
