@@ -31,7 +31,7 @@ __all__ = ["MANY_IN_A_FILE", "Figures", "figures", "measure_many"]
 MANY_IN_A_FILE = "many-in-a-file"
 TENSORS = {"full": 200_000, "quick": 50_000, "tiny": 64}
 ELEMENTS = 64
-ROUNDS = 5
+ROUNDS = 3
 COLUMNS = ["tensors", "save, s", "µs a tensor", "load, s", "µs a tensor", "peak, MiB", "÷ tensors"]
 
 

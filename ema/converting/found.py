@@ -16,6 +16,9 @@ from ema.schedules import ConstantDecay, InverseGammaWarmup, RampWarmup, Schedul
 __all__ = ["Found", "check_size", "counters", "diffusers_fields", "stripped", "whole"]
 
 
+_COUNTING = ("I", "U", "BOOL")  # such as the counter that AveragedModel has beside its module
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
     """An average of another library, in our terms; None is what it does not tell.
@@ -64,12 +67,15 @@ def stripped(found: Found) -> Found:
     """
     if not isinstance(found.tensors, dict):
         return found
-    names, prefix = without_shared_prefixes(found.tensors)
+    weights = [
+        name for name, tensor in found.tensors.items() if not tensor.dtype.startswith(_COUNTING)
+    ]
+    _, prefix = without_shared_prefixes(weights)
     if not prefix:
         return found
     return dataclasses.replace(
         found,
-        tensors={new: found.tensors[old] for new, old in names.items()},
+        tensors={name.removeprefix(prefix): tensor for name, tensor in found.tensors.items()},
         notes=(*found.notes, f"all names began with `{prefix}`, which was left out"),
     )
 

@@ -144,8 +144,8 @@ def _known(state: Mapping[Any, Any], name: str | None) -> Found | None:
     if state.keys() >= {"format_version", "averages"}:
         return _ours(state, name)
     for keys, read in _READERS:
-        if keys <= state.keys():
-            return stripped(read(state))
+        if keys <= state.keys() and (found := read(state)) is not None:
+            return stripped(found)
     return None
 
 
@@ -238,6 +238,24 @@ def _lightning(state: Mapping[str, Any]) -> Found:
     return Found(kind="Lightning WeightAveraging", tensors=_named(tensors), step=step, count=step)
 
 
+def _mmengine(state: Mapping[str, Any]) -> Found | None:
+    """OpenMMLab's ``EMAHook`` saves the averages as ``state_dict``, and raw weights as those of the EMA."""
+    shadow, tensors = state["ema_state_dict"], state["state_dict"]
+    if not isinstance(shadow, Mapping) or "steps" not in shadow or not isinstance(tensors, Mapping):
+        return None
+    names = [name.removeprefix("module.") for name in shadow if name.startswith("module.")]
+    if absent := [name for name in names if name not in tensors]:
+        raise CheckpointError(f"`state_dict` lacks {listing(absent)}, which `ema_state_dict` has")
+    step = whole("steps", shadow["steps"])
+    return Found(
+        kind="mmengine EMAHook",
+        tensors=_named({name: tensors[name] for name in names}),
+        step=step,
+        count=step,
+        left_out=tuple(name for name in tensors if name not in set(names)),
+    )
+
+
 def _timm(state: Mapping[str, Any]) -> Found:
     tensors = state["state_dict_ema"]
     if not isinstance(tensors, Mapping):
@@ -245,12 +263,13 @@ def _timm(state: Mapping[str, Any]) -> Found:
     return Found(kind="timm state_dict_ema", tensors=_named(tensors))
 
 
-_READERS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], Found]], ...] = (
+_READERS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], Found | None]], ...] = (
     ({"shadow_params", "optimization_step"}, _diffusers),
     ({"shadow_params", "num_updates"}, _torch_ema),
     ({"initted", "step"}, _ema_pytorch),
     ({"n_averaged"}, _averaged_model),
     ({"averaging_state", "state_dict"}, _lightning),
+    ({"state_dict", "ema_state_dict"}, _mmengine),
     ({"state_dict_ema"}, _timm),
 )
 

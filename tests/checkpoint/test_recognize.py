@@ -133,6 +133,31 @@ def test_what_says_nothing_is_refused_and_nothing_is_written(tmp_path, state):
     assert not (tmp_path / "ours").exists()
 
 
+def test_what_openmmlab_calls_the_state_of_the_ema_are_raw_weights(tmp_path):
+    """Its hook exchanges them before a save, so that ``state_dict`` can be deployed."""
+    state = {
+        "state_dict": AVERAGES | {"extra": torch.ones(1)},
+        "ema_state_dict": weights(RAW, "module.") | {"steps": torch.tensor(30)},
+        "meta": {},
+        "optimizer": ADAM,
+    }
+    result = convert(save(state, tmp_path / "x.pth"), tmp_path / "ours")
+    assert_averages(result)
+    assert (result.record.step, result.left_out) == (30, ("extra",))
+
+
+def test_an_averaged_model_inside_a_checkpoint_of_torchvision(tmp_path):
+    average = {"n_averaged": torch.tensor(30), **weights(AVERAGE, "module.module.")}
+    result = convert({"model": RAWS, "model_ema": average, "epoch": 2}, tmp_path / "ours")
+    assert_averages(result)
+    assert (result.kind, result.record.count) == ("AveragedModel in `model_ema`", 30)
+
+
+def test_a_counter_without_the_prefix_does_not_keep_it(tmp_path):
+    state = {"ema": {"steps": torch.tensor(3), **weights(AVERAGE, "module.")}}
+    assert_averages(convert(state, tmp_path / "ours", step=3))
+
+
 @pytest.mark.parametrize(
     ("state", "step", "count"),
     [
