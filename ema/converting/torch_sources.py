@@ -112,7 +112,8 @@ def read_state(
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"it holds a {type(state).__name__}, no state")
-    if key is None and (found := _known(state, name)) is not None:
+    exchanged = key == "ema_state_dict" and _is_exchanged(state)  # raw weights, whoever names them
+    if (key is None or exchanged) and (found := _known(state, name)) is not None:
         return found
     chosen = choose(state, _is_tensor, key=key, averaged=averaged)
     part = subtree(state, chosen.path)
@@ -144,8 +145,8 @@ def _known(state: Mapping[Any, Any], name: str | None) -> Found | None:
     if state.keys() >= {"format_version", "averages"}:
         return _ours(state, name)
     for keys, read in _READERS:
-        if keys <= state.keys() and (found := read(state)) is not None:
-            return stripped(found)
+        if keys <= state.keys() and (read is not _mmengine or _is_exchanged(state)):
+            return stripped(read(state))
     return None
 
 
@@ -238,11 +239,15 @@ def _lightning(state: Mapping[str, Any]) -> Found:
     return Found(kind="Lightning WeightAveraging", tensors=_named(tensors), step=step, count=step)
 
 
-def _mmengine(state: Mapping[str, Any]) -> Found | None:
-    """OpenMMLab's ``EMAHook`` saves the averages as ``state_dict``, and raw weights as those of the EMA."""
+def _is_exchanged(state: Mapping[str, Any]) -> bool:
+    """Whether OpenMMLab's ``EMAHook`` wrote it, which exchanges averages and raw weights in a save."""
+    shadow, tensors = state.get("ema_state_dict"), state.get("state_dict")
+    return isinstance(shadow, Mapping) and isinstance(tensors, Mapping) and "steps" in shadow
+
+
+def _mmengine(state: Mapping[str, Any]) -> Found:
+    """It saves the averages as ``state_dict``, and the raw weights as those of the average."""
     shadow, tensors = state["ema_state_dict"], state["state_dict"]
-    if not isinstance(shadow, Mapping) or "steps" not in shadow or not isinstance(tensors, Mapping):
-        return None
     names = [name.removeprefix("module.") for name in shadow if name.startswith("module.")]
     if absent := [name for name in names if name not in tensors]:
         raise CheckpointError(f"`state_dict` lacks {listing(absent)}, which `ema_state_dict` has")
@@ -263,7 +268,7 @@ def _timm(state: Mapping[str, Any]) -> Found:
     return Found(kind="timm state_dict_ema", tensors=_named(tensors))
 
 
-_READERS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], Found | None]], ...] = (
+_READERS: tuple[tuple[set[str], Callable[[Mapping[str, Any]], Found]], ...] = (
     ({"shadow_params", "optimization_step"}, _diffusers),
     ({"shadow_params", "num_updates"}, _torch_ema),
     ({"initted", "step"}, _ema_pytorch),

@@ -141,9 +141,10 @@ def test_what_openmmlab_calls_the_state_of_the_ema_are_raw_weights(tmp_path):
         "meta": {},
         "optimizer": ADAM,
     }
-    result = convert(save(state, tmp_path / "x.pth"), tmp_path / "ours")
-    assert_averages(result)
-    assert (result.record.step, result.left_out) == (30, ("extra",))
+    for key in (None, "ema_state_dict"):
+        result = convert(save(state, tmp_path / "x.pth"), tmp_path / "ours", key=key, force=True)
+        assert_averages(result)
+        assert (result.record.step, result.left_out) == (30, ("extra",))
 
 
 def test_an_averaged_model_inside_a_checkpoint_of_torchvision(tmp_path):
