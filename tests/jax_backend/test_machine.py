@@ -13,7 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.jax_backend.machine import FAMILIES, machine_of
 
 EXAMPLES = os.environ.get("EMA_MACHINE_EXAMPLES")
-STEPS = int(os.environ.get("EMA_MACHINE_STEPS", "8"))
+STEPS = int(os.environ.get("EMA_MACHINE_STEPS", "12"))
 
 
 def budget() -> settings:
