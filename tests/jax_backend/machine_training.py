@@ -18,7 +18,7 @@ __all__ = ["Training"]
 
 COMPILED = ("jit", "donated", "scan", "vmap", "grad", "shard_map")
 MEMBERS = 2
-bad_steps = st.integers(0, 15)
+bad_steps = st.sampled_from((1, 2, 0, 3, 5, 6, 12))
 
 
 class Training(Base):
