@@ -142,9 +142,14 @@ class Training(Base):
         if not finite and seed % 4:
             self.live_values_change(seed=seed, pick=0)
         for k, grads in enumerate(many):
-            if self.family == "guarded" and bad >> k & 1:
+            if self.may_spoil and bad >> k & 1:
                 self.spoil(grads, np.nan if bad >> k & 2 else np.inf, seed)
         return many
+
+    @property
+    def may_spoil(self) -> bool:
+        """Inside MultiSteps, XLA decides whether NaN times 0 is 0."""
+        return self.family == "guarded" and self.wrapper.outer != "MultiSteps"
 
     def spoil(self, grads: list[Any], value: float, seed: int) -> None:
         """One number of the gradients of the averaged leaves becomes ``value``."""
