@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis.stateful import precondition, rule
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
 
 import ema
 from ema.jax_backend import get_params_ema, load_params_ema
@@ -17,23 +20,27 @@ __all__ = ["Changes"]
 class Changes(Training):
     """Params, names and files that are not those of the state."""
 
-    @rule(seed=seeds)
-    def update_without_params(self, seed: int) -> None:
-        tree = self.spec.build(self.grads(seed))
-        if self.wrapper.inner == "alone" or self.wrapper.outer != "none":
-            return  # wrappers trace, and say it in their own way
-        with pytest.raises(ema.ArgumentError, match="`params` must be given to average them"):
-            self.tx.update(tree, self.state)
+    @rule(seed=seeds, pick=picks, what=st.sampled_from(("no params", "params", "name", "file")))
+    def something_is_refused(self, seed: int, pick: int, what: str) -> None:
+        places = [i for group in self.course.groups for i in group.averaged]
+        if what == "name":
+            with pytest.raises(ema.ArgumentError, match="`name` must be one of"):
+                get_params_ema(self.state, self.params, "no such name")
+        elif what == "file" and self.files and places:
+            self.load_into(self.other_params(choose(places, pick)), seed)
+        elif what == "params" and self.wrapper.outer == "none" and places:
+            self.update_with(self.other_params(choose(places, pick)), seed)
+        elif what == "no params" and self.wrapper.outer == "none" and self.wrapper.inner != "alone":
+            with pytest.raises(ema.ArgumentError, match="`params` must be given to average them"):
+                self.tx.update(self.spec.build(self.grads(seed)), self.state)
 
-    @rule(seed=seeds, pick=picks)
-    def update_with_other_params(self, seed: int, pick: int) -> None:
-        """A leaf of another shape."""
-        mine = [i for group in self.course.groups for i in group.averaged]
-        if not mine or self.wrapper.outer != "none":
-            return
-        values, place = list(self.course.params), choose(mine, pick)
+    def other_params(self, place: int) -> Any:
+        """Params of which one leaf has another shape."""
+        values = list(self.course.params)
         values[place] = np.zeros((*values[place].shape, 2), values[place].dtype)
-        other = self.spec.build(values)
+        return self.spec.build(values)
+
+    def update_with(self, other: Any, seed: int) -> None:
         grads = self.spec.build(self.grads(seed))
         match = "not those of the average"
         with pytest.raises(ema.ModelError, match=match):
@@ -41,22 +48,8 @@ class Changes(Training):
         with pytest.raises(ema.ModelError, match=match):
             get_params_ema(self.state, other, self.course.groups[0].labels[0])
 
-    @rule()
-    def read_by_a_name_that_nothing_has(self) -> None:
-        with pytest.raises(ema.ArgumentError, match="`name` must be one of"):
-            get_params_ema(self.state, self.params, "no such name")
-
-    @precondition(lambda self: bool(self.files))
-    @rule(pick=picks, seed=seeds)
-    def load_into_other_params(self, pick: int, seed: int) -> None:
-        """One leaf has another shape."""
-        paths, course = choose(self.files, pick)
-        mine = [i for group in course.groups for i in group.averaged]
-        if not mine:
-            return
-        values, place = list(self.course.params), choose(mine, seed)
-        values[place] = np.zeros((*values[place].shape, 2), values[place].dtype)
-        state = self.tx.init(self.spec.build(values))
+    def load_into(self, other: Any, seed: int) -> None:
+        paths, _ = choose(self.files, seed)
         label = self.course.groups[0].labels[0]
         with pytest.raises(ema.CheckpointError, match="belongs to other params"):
-            load_params_ema(paths[label], state, label)
+            load_params_ema(paths[label], self.tx.init(other), label)

@@ -81,5 +81,6 @@ def options_of(draw: Any, family: str) -> dict[str, Any]:
         options["compensated"] = True
     if family == "guarded":
         options["on_nonfinite"] = draw(st.sampled_from(("skip", "skip", "raise", "propagate")))
+        options["update_after_step"] = draw(st.sampled_from((0, 0, 1)))
         options["compensated"] = draw(st.booleans())
     return options

@@ -139,7 +139,7 @@ class Track:
             self.leave()
         elif not inexact and weight == 1:
             self.copy(params)
-        elif np.float32(weight) == 1:
+        elif weight.astype(np.float32 if self.dtype == BF16 else self._real) == 1:
             self.copy(params)
             if self.dtype != BF16:
                 self.allowed, self.slack = None, self.slack + 8 * self.unit * np.abs(self.exact)
@@ -208,7 +208,8 @@ class Track:
         assert fits.all(), f"{what} is {value!r}, expected one of {self.allowed!r}"
 
     def _check_exact(self, what: str, value: Array, remainder: Array) -> None:
-        found = value.astype(EXACT) + remainder.astype(EXACT)
+        with np.errstate(all="ignore"):
+            found = value.astype(EXACT) + remainder.astype(EXACT)
         finite = np.isfinite(self.exact)
         assert np.array_equal(np.isfinite(found), finite), f"{what} is {value!r}, {self.exact!r}"
         off = np.abs(found[finite] - self.exact[finite])
@@ -337,8 +338,9 @@ class Group:
         for label, decay in self.decays.items():
             beta = decay_at(decay, self.count, every)
             inexact = not isinstance(decay, float)
-            for i, track in self.tracks[label].items():
-                track.move(params[i], beta, self._chance(track.name), inexact=inexact)
+            with np.errstate(all="ignore"):  # NaN and Inf
+                for i, track in self.tracks[label].items():
+                    track.move(params[i], beta, self._chance(track.name), inexact=inexact)
 
     def _chance(self, name: str) -> int | None:
         if not self.options.get("stochastic_rounding", True):

