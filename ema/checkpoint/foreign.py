@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ema.checkpoint import atomic
 
-__all__ = ["is_orbax", "seems"]
+__all__ = ["begins_like_msgpack", "seems"]
 
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 _READ_BY_CONVERT = "`ema convert` (ema.convert) reads averages out of it"
@@ -38,14 +38,22 @@ def seems(path: Path) -> str | None:
             f"a pickle, as older versions of torch.save wrote it; {_READ_BY_CONVERT}",
         ),
         (
-            first[:1] in (b"\xde", b"\xdf") or b"\x81" <= first[:1] <= b"\x8f",
+            begins_like_msgpack(first),
             f"a msgpack file, as flax.serialization writes it; {_READ_BY_CONVERT}",
         ),
     )
     return next((text for matches, text in known if matches), None)
 
 
-def is_orbax(folder: Path) -> bool:
+def begins_like_msgpack(first: bytes) -> bool:
+    """Whether a file may be a map of msgpack whose first key is a text."""
+    if not first or not (0x81 <= first[0] <= 0x8F or first[0] in {0xDE, 0xDF}):
+        return False
+    key = first[{0xDE: 3, 0xDF: 5}.get(first[0], 1) :][:1]
+    return bool(key) and (0xA0 <= key[0] <= 0xBF or key[0] in {0xD9, 0xDA, 0xDB})
+
+
+def _is_orbax(folder: Path) -> bool:
     """Whether Orbax wrote it: a checkpoint, a step of a ``CheckpointManager``, or all of its steps."""
     if any((folder / name).exists() for name in _ORBAX):
         return True
@@ -54,7 +62,7 @@ def is_orbax(folder: Path) -> bool:
 
 
 def _folder(folder: Path) -> str | None:
-    if is_orbax(folder):
+    if _is_orbax(folder):
         return f"a checkpoint of Orbax; {_READ_BY_CONVERT}"
     if (folder / ".metadata").is_file():
         return (

@@ -14,13 +14,14 @@ from typing import Any
 from ema import validate
 from ema.checkpoint import Record, Source, atomic, write_state
 from ema.checkpoint.container import bits_of
+from ema.checkpoint.foreign import begins_like_msgpack
 from ema.checkpoint.parts import joined
 from ema.checkpoint.places import FILE_NAME, errors_of, exists, index_of, path_of, place_of
 from ema.checkpoint.renaming import Rename, renamed
 from ema.converting import orbax_places
 from ema.converting.float8 import FLOAT8, widened
 from ema.converting.found import Found, check_size
-from ema.converting.msgpack_files import begins_like_msgpack, read_msgpack
+from ema.converting.msgpack_files import read_msgpack
 from ema.converting.npz_files import is_npz, read_npz
 from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing, warn
 from ema.extras import require

@@ -20,7 +20,7 @@ from ema.converting.leaves import DTYPES, Leaf, Unread
 from ema.converting.train_states import found_in
 from ema.errors import CheckpointError
 
-__all__ = ["begins_like_msgpack", "read_msgpack"]
+__all__ = ["read_msgpack"]
 
 _ARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
@@ -41,14 +41,6 @@ _LENGTHS = {
 }  # fmt: skip
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 _FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-
-
-def begins_like_msgpack(first: bytes) -> bool:
-    """Whether a file may be a map of msgpack whose first key is a text."""
-    if not first or not (0x81 <= first[0] <= 0x8F or first[0] in {0xDE, 0xDF}):
-        return False
-    key = first[{0xDE: 3, 0xDF: 5}.get(first[0], 1) :][:1]
-    return bool(key) and (0xA0 <= key[0] <= 0xBF or key[0] in {0xD9, 0xDA, 0xDB})
 
 
 def read_msgpack(file: Path, *, name: str | None, key: str | None, averaged: bool) -> Found:
