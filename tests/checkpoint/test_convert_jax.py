@@ -24,8 +24,8 @@ from flax.training import checkpoints
 from flax.training.train_state import TrainState
 
 from ema import ArgumentError, CheckpointError, EMAWarning
-from ema.checkpoint import read_state
-from ema.converting import convert, msgpack_files, orbax_folders
+from ema.checkpoint import foreign, read_state
+from ema.converting import convert, orbax_folders
 from ema.jax_backend import params_ema, save_params_ema
 from ema.jax_backend.linen import EMATrainState
 from ema.jax_backend.nnx import EMA
@@ -699,9 +699,9 @@ def test_an_orbax_folder_of_zeros_is_bounded(tmp_path, converted):
 
 
 def test_files_that_begin_alike_are_not_taken_for_msgpack():
-    assert not msgpack_files.begins_like_msgpack(b"\x89HDF\r\n\x1a\n\0")
-    assert not msgpack_files.begins_like_msgpack(b"\x89PNG\r\n\x1a\n\0")
-    assert not msgpack_files.begins_like_msgpack(pickle.dumps({"a": 1})[:9])
+    assert not foreign.begins_like_msgpack(b"\x89HDF\r\n\x1a\n\0")
+    assert not foreign.begins_like_msgpack(b"\x89PNG\r\n\x1a\n\0")
+    assert not foreign.begins_like_msgpack(pickle.dumps({"a": 1})[:9])
 
 
 class Malicious:
