@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable
 from typing import Literal, get_args
 
 from ema import validate
-from ema.errors import ArgumentError, EMAWarning
+from ema.errors import ArgumentError, warn
 from ema.schedules import Schedule
 from ema.weights import weight_of
 
@@ -70,9 +69,7 @@ class Precision:
             except Exception:  # noqa: S112 — a schedule of the user's own may end earlier
                 continue
             if 0.0 < weight < _RESOLUTION:
-                warnings.warn(
+                warn(
                     f"a bfloat16 average does not move at decay {1 - weight:.6g}:"
-                    " `stochastic_rounding` is False and 1 − decay is below its resolution, 2⁻⁸",
-                    EMAWarning,
-                    stacklevel=4,
+                    " `stochastic_rounding` is False and 1 − decay is below its resolution, 2⁻⁸"
                 )

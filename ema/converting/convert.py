@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +22,7 @@ from ema.converting.float8 import FLOAT8, widened
 from ema.converting.found import Found, check_size
 from ema.converting.msgpack_files import read_msgpack
 from ema.converting.npz_files import is_npz, read_npz
-from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, listing, warn
+from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, listing, warn
 from ema.extras import require
 from ema.schedules import Schedule, as_schedule
 
@@ -294,11 +293,7 @@ def _record(
         validate.integer("step", step, minimum=0)
         told = (None, None)
     if step is None:
-        warnings.warn(
-            f"{found.kind} does not tell how many steps there were: the file says 0; pass step=",
-            EMAWarning,
-            stacklevel=4,
-        )
+        warn(f"{found.kind} does not tell how many steps there were: the file says 0; pass step=")
         step = 0
     if count is None:
         count = told[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from ema.checkpoint import (
 from ema.checkpoint.parts import joined, separated
 from ema.checkpoint.places import errors_of
 from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed, transformed
-from ema.errors import ArgumentError, CheckpointError, EMAWarning, difference, listing
+from ema.errors import ArgumentError, CheckpointError, difference, listing, warn
 from ema.jax_backend.access import choose_states
 from ema.jax_backend.gather import Whole, is_everywhere, is_here, on_first_process
 from ema.jax_backend.selection import is_hole, named_leaves, plain
@@ -189,11 +188,9 @@ def load_params_ema(
     with errors_of(stored.place, "read"):
         _check(tensors, remainders, leaves, transform)
     if dropped := [key for key in remainders if key not in kept]:
-        warnings.warn(
+        warn(
             f"{stored.place}: the file has the remainder of a compensated average, which this one"
-            f" is not: that of {listing(dropped)} is lost",
-            EMAWarning,
-            stacklevel=2,
+            f" is not: that of {listing(dropped)} is lost"
         )
 
     def fill(tree: Any, tensors: Mapping[str, StoredTensor]) -> Any:

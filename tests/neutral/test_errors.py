@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +75,14 @@ def test_a_warning_points_at_the_first_line_outside_of_the_package():
         with pytest.warns(ema.EMAWarning, match="odd") as seen:
             call()
         assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_no_module_counts_the_frames_of_a_warning_by_hand():
+    """A call more in between would point it into the library."""
+    package = Path(ema.__file__).parent
+    files = [file for file in package.rglob("*.py") if file.name != "errors.py"]
+    assert len(files) > 100
+    counting = [
+        file for file in files if re.search(r"stacklevel|warnings\.warn\(", file.read_text())
+    ]
+    assert counting == []

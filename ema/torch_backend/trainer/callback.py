@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SaveStrategy
 
 from ema.checkpoint import open_state
-from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, StateError
+from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, StateError, warn
 from ema.info import describe_ema
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
@@ -363,12 +362,10 @@ class EMACallback(TrainerCallback):
         self._evaluation.end()
         self._complete(args, state, control)
         if state.global_step >= state.max_steps:  # the Trainer looks at that after a step only
-            warnings.warn(
+            warn(
                 f"training goes on from step {state.global_step}, and max_steps={state.max_steps}:"
                 " the Trainer takes one step more, which the average follows; attach(trainer)"
-                " ends training instead",
-                EMAWarning,
-                stacklevel=2,
+                " ends training instead"
             )
 
     def on_pre_optimizer_step(
@@ -469,12 +466,10 @@ class EMACallback(TrainerCallback):
         self._complete(args, state, control)
         average = self.ema_model
         if average.step > 0 and average.count == 0:
-            warnings.warn(
+            warn(
                 f"no update was made in {average.step} steps with update_after_step="
                 f"{self._run.settings.update_after_step} and update_every="
-                f"{self._run.settings.update_every}: the average is no average",
-                EMAWarning,
-                stacklevel=2,
+                f"{self._run.settings.update_every}: the average is no average"
             )
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and self.eval_with_ema and best is not None:
@@ -518,12 +513,10 @@ class EMACallback(TrainerCallback):
         if self.eval_with_ema and self._run.exists and surroundings().training:
             average = self.ema_model
             if average.count > 0 and not any_swapped():
-                warnings.warn(
+                warn(
                     "this evaluation saw live weights in spite of `eval_with_ema`: it was run by a"
                     " callback, or it did not call `model.eval()`; attach(trainer) gives the"
-                    " averaged weights to every evaluation",
-                    EMAWarning,
-                    stacklevel=3,
+                    " averaged weights to every evaluation"
                 )
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -561,7 +554,7 @@ class EMACallback(TrainerCallback):
     def _miss(self, message: str) -> None:
         if self._missing_is_error:
             raise CheckpointError(message)
-        warnings.warn(message, EMAWarning, stacklevel=4)
+        warn(message)
 
     def _warn_if_too_slow(self, max_steps: int) -> None:
         settings = self._run.settings
@@ -571,18 +564,14 @@ class EMACallback(TrainerCallback):
         try:
             about = describe_ema(settings.schedule, steps, update_every=settings.update_every)
         except Exception as error:  # training may end before the update in question
-            warnings.warn(
+            warn(
                 f"{settings.schedule} does not give a weight for every update of {max_steps} steps:"
-                f" {error!r}",
-                EMAWarning,
-                stacklevel=2,
+                f" {error!r}"
             )
             return
         if about.initial_share > _TOO_MUCH_LEFT:
-            warnings.warn(
+            warn(
                 f"after {max_steps} steps {about.initial_share:.0%} of the average will still be"
                 f" the initial weights: {settings.schedule} is slow for so short a run,"
-                f" decay={about.recommended_decay:.4g} suits it",
-                EMAWarning,
-                stacklevel=2,
+                f" decay={about.recommended_decay:.4g} suits it"
             )

@@ -8,7 +8,6 @@ without another one: before this step's update or after it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ema.errors import EMAWarning
+from ema.errors import warn
 from ema.torch_backend.trainer.evaluation import live_weights
 from ema.torch_backend.trainer.run_average import RunAverage
 from ema.torch_backend.trainer.run_folder import checkpoint_folder, discard, file_name, list_files
@@ -153,12 +152,10 @@ class Checkpoints:
     def _warn_if_unannounced(self, state: TrainerState) -> None:
         if self._unannounced.any(state) and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"a checkpoint of step {state.global_step} was saved without an event: in several"
                 " processes its average is only written by a callback that is attached,"
-                " attach(trainer)",
-                EMAWarning,
-                stacklevel=2,
+                " attach(trainer)"
             )
 
 

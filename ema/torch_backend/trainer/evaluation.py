@@ -12,7 +12,6 @@ something outside of an evaluation asks the model for its weights, loads others 
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from ema.errors import EMAWarning
+from ema.errors import warn
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.names import unwrap
 from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, rewriting_live_weights
@@ -135,12 +134,10 @@ class EvaluationSwap:
         if not place.evaluation_of_training:
             self._is_over()
         elif place.saving:
-            warnings.warn(
+            warn(
                 "a checkpoint that a callback writes during an evaluation holds the live weights,"
                 " and the model has them from now on: callbacks that come later do not see the"
-                " averages that this evaluation was of; attach(trainer) shows them the averages",
-                EMAWarning,
-                stacklevel=2,
+                " averages that this evaluation was of; attach(trainer) shows them the averages"
             )
             self._is_over()
         return original(*args, **kwargs)
