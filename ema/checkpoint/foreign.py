@@ -10,6 +10,7 @@ from ema.checkpoint import atomic
 __all__ = ["begins_like_msgpack", "seems"]
 
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+_PRETRAINED = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _READ_BY_CONVERT = "`ema convert` (ema.convert) reads averages out of it"
 
 
@@ -69,7 +70,9 @@ def _folder(folder: Path) -> str | None:
             "a folder of torch.distributed.checkpoint, which is not read: make one file of it with"
             " torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
-    if any(folder.glob("*.safetensors")):
+    if any(
+        (folder / f"{name}{end}").exists() for name in _PRETRAINED for end in ("", ".index.json")
+    ):
         return f"a folder of save_pretrained; {_READ_BY_CONVERT}"
     return None
 

@@ -226,9 +226,10 @@ def load_params_ema(
 
 def _number(counter: Any) -> int:
     """A counter, or that of all members of an optimizer that was vmapped."""
-    if isinstance(counter, jax.core.Tracer):
+    if isinstance(counter, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise ArgumentError(
-            f"`opt_state` must hold numbers, got {counter!r:.80}: it is saved outside of jax.jit"
+            "`opt_state` must hold a number for each of its counters, got"
+            f" {counter!r:.80}: it is saved outside of jax.jit"
         )
     counters = np.unique(np.asarray(counter))
     if counters.size != 1:

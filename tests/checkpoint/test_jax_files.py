@@ -235,15 +235,12 @@ def test_groups_at_different_steps_are_refused(tmp_path):
         save_params_ema(tmp_path, {**states, "y": behind})
 
 
-@pytest.mark.parametrize("kind", ["abstract", "traced", "replicated"])
+@pytest.mark.parametrize("kind", ["abstract", "traced"])
 def test_a_state_without_one_step_is_refused(tmp_path, params, kind):
     state = params_ema(0.9).init(params)
     save = {
         "abstract": lambda: save_params_ema(tmp_path, jax.eval_shape(lambda: state)),
         "traced": lambda: jax.jit(lambda s: save_params_ema(tmp_path, s) and None)(state),
-        "replicated": lambda: save_params_ema(
-            tmp_path, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
-        ),
     }[kind]
     with pytest.raises(ArgumentError, match="must hold a number for each of its counters"):
         save()

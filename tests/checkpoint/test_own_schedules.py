@@ -44,7 +44,10 @@ def inspected(path):
         (UNDESCRIBED["function"], "not known"),
         (ema.ExponentialRamp(decay=0.9, tau=20), "ExponentialRamp(decay=0.9, tau=20.0)"),
         (Noted("a\x1b[31m\nb"), r"Noted(note='a\x1b[31m\nb')"),
-        (Noted("n" * 1000), "Noted(note='" + "n" * 288 + "…"),
+        (
+            Noted("n" * 1000),
+            "Noted(note='" + "n" * 138 + "…" + "n" * 148 + "') (1,014 characters)",
+        ),
     ],
 )
 def test_inspect_shows_class_and_fields_on_one_line(tmp_path, schedule, shown):
@@ -83,16 +86,17 @@ def test_our_own_state_dict_is_converted_with_its_description(tmp_path, name):
     average = EMAModel(nn.Linear(1, 1), {"a": ALL[name], "b": 0.5})
     torch.save(average.state_dict(), tmp_path / "ema.pt")
     for source in (tmp_path / "ema.pt", average.state_dict()):
-        converted = ema.convert(source, tmp_path / "ours", name="a")
+        converted = ema.convert(source, tmp_path / "ours", name="a", force=True)
         assert converted.record.schedule == described
         assert read_state(converted.place).record.schedule == described
-        again = ema.convert(source, tmp_path / "ours", name="b")
+        again = ema.convert(source, tmp_path / "ours", name="b", force=True)
         assert again.record.schedule == ema.ConstantDecay(decay=0.5)
 
 
 def test_a_schedule_of_the_users_own_can_be_told_to_convert(tmp_path):
     average = EMAModel(nn.Linear(1, 1), 0.5)
     for mine in (Constant(decay=0.5), UNDESCRIBED["array"]):
-        place = ema.convert(average.state_dict(), tmp_path / "ours", decay=mine).place
+        state = average.state_dict()
+        place = ema.convert(state, tmp_path / "ours", decay=mine, force=True).place
         described = None if mine is UNDESCRIBED["array"] else mine.to_dict()
         assert read_state(place).record.schedule == described
