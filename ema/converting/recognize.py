@@ -2,13 +2,15 @@
 
 A checkpoint is a tree of mappings and lists whose leaves are tensors, or descriptions of tensors that
 nobody has read yet, and other values. Frameworks differ in the tensors only, so one set of rules
-serves them all:
+serves them all. A part is taken for an average without the user's word if
 
-- A part whose name says so is an average: ``ema``, ``params_ema``, ``model_ema``, ``state_dict_ema``,
-  ``g_ema``, ``swa_model``, … A ``teacher`` or a ``target`` is one where another part, such as the
-  ``student``, has tensors of the same names: another teacher may be any trained model.
-- In a flat state dict the first word of each name says so: ``model_ema.…``, ``teacher.…``.
-- Of several, ``key`` chooses. Where there is none, nothing is taken without the user's word for it.
+- its name says so (``ema``, ``params_ema``, ``model_ema``, ``state_dict_ema``, ``g_ema``, ``swa_model``, …)
+  and nothing else but of what: ``swa_attn`` may be a layer, ``ema_sq_grad`` is no weight;
+- and the weights that it is of are there, with the same names and shapes; or no other weights are.
+
+In a flat state dict the first word of each name is looked at in the same way: ``model_ema.…`` beside
+``model.…``. What may be an average and may be anything else, a ``teacher`` or a ``target``, is proposed
+and not taken. Of several, ``key`` chooses.
 """
 
 from __future__ import annotations
@@ -27,17 +29,55 @@ IsTensor = Callable[[Any], bool]
 _Named = tuple[str, tuple[int, ...]]
 
 _SURE = {"ema", "swa", "polyak", "averaged", "shadow"}
-_TWINS = {"teacher", "target", "average", "avg", "momentum"}
-"""An average where something else has the same names, and anything otherwise."""
+_MAYBE = {"teacher", "target", "average", "avg", "momentum"}
+"""An average, a hard copy of raw weights, or another model."""
 
+_OF_ALL = {
+    *("model", "models", "net", "network", "module", "weights", "weight", "variables"),
+    *("state", "dict", "params", "param", "parameters"),
+}
+"""Words that say nothing of what an average is of."""
+
+_LIVE = {"student", "online", "live", "raw", "current"}
+"""Words of weights that an average may be of, beside those that say nothing."""
+
+_NO_WEIGHTS = {
+    *(
+        "grad",
+        "grads",
+        "gradient",
+        "gradients",
+        "sq",
+        "square",
+        "fisher",
+        "hessian",
+        "moment",
+        "moments",
+    ),
+    *(
+        "metric",
+        "metrics",
+        "loss",
+        "losses",
+        "stats",
+        "statistics",
+        "buffer",
+        "norm",
+        "var",
+        "variance",
+    ),
+}
 _OPTIMIZERS = {"opt", "optim", "optimizer", "optimizers", "scheduler", "scaler"}
 """What is in these are moments of gradients, and averages of them."""
 
-_WRAPPERS = ("module", "state_dict", "model", "model_state_dict", "ema", "ema_model", "average")
-_WRAPPED = ("module.", "_orig_mod.")
 _WEIGHTS = {"params", "model", "module", "state_dict", "model_state_dict", "weights", "variables"}
+"""A part inside one of these is a layer, whatever it is called."""
+
+_WRAPPERS = {"module", "model", "net", "state", "dict", "average"}
+_WRAPPED = ("module.", "_orig_mod.")
 _MOST_PARTS = 10_000
 _DEEPEST = 8
+_TOO_DEEP = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,27 +120,32 @@ def choose(
     """
     if key is not None:
         return _by_key(tree, is_tensor, key)
-    found = _candidates(tree, is_tensor)
-    if len(found) > 1:
-        names = listing(candidate.label for candidate in found)
+    found = _Search(tree, is_tensor)
+    if len(found.candidates) > 1:
+        names = listing(label for label, _ in found.candidates)
         raise CheckpointError(
             f"it holds several averages, {names}: key= (--key) names the one that is meant"
         )
-    if found:
-        return found[0].chosen
+    if found.candidates:
+        return found.candidates[0][1]
     if averaged:
         return _at_users_word(tree, is_tensor)
+    proposed = (
+        f" ({listing(found.proposed)} may be one, or another model, or a copy of raw weights)"
+        if found.proposed
+        else ""
+    )
     raise CheckpointError(
-        f"nothing in it says that it holds averages: it holds {contents(tree, is_tensor)}; key="
-        " (--key) names the part that is the average, and averaged=True (--averaged) says that the"
-        " weights are averages"
+        f"nothing in it says that it holds averages{proposed}: it holds {contents(tree, is_tensor)};"
+        " key= (--key) names the part that is the average, and averaged=True (--averaged) says that"
+        " the weights are averages"
     )
 
 
 def subtree(tree: Any, path: Path) -> Any:
     """What lies at the end of a path."""
     for step in path:
-        tree = tree[int(step)] if isinstance(tree, list | tuple) else tree[step]
+        tree = dict(_children(tree))[step]
     return tree
 
 
@@ -127,6 +172,8 @@ def flattened(tree: Any, is_tensor: IsTensor, path: Path = ()) -> Iterator[tuple
     if is_tensor(tree):
         yield path, tree
         return
+    if len(path) > _TOO_DEEP:
+        raise CheckpointError(f"it is nested deeper than {_TOO_DEEP} levels, or holds itself")
     for name, child in _children(tree):
         yield from flattened(child, is_tensor, (*path, name))
 
@@ -162,101 +209,143 @@ def _words(name: str) -> set[str]:
 # --- by the names of the parts --------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    label: str  # what key= takes
-    chosen: Chosen
+class _Search:
+    """What the names of a tree say.
 
+    Attributes:
+        candidates: averages, each with what ``key`` takes.
+        proposed: what may be one.
+    """
 
-def _candidates(tree: Mapping[str, Any], is_tensor: IsTensor) -> list[_Candidate]:
-    found: list[_Candidate] = []
-    _collect(tree, is_tensor, (), found)
-    return found
+    def __init__(self, tree: Any, is_tensor: IsTensor) -> None:
+        self._tree, self._is_tensor = tree, is_tensor
+        self._weights = list(_weights(tree, is_tensor))
+        self.candidates: list[tuple[str, Chosen]] = []
+        self.proposed: list[str] = []
+        self._look(tree, ())
 
+    def _look(self, tree: Any, path: Path) -> None:
+        """Averages among the parts of ``tree``, else among the parts of those."""
+        before = len(self.candidates)
+        parts = {
+            name: part
+            for name, part in _parts(tree, self._is_tensor).items()
+            if not _words(name) & _NO_WEIGHTS
+        }
+        for name in sorted(parts):
+            words = _words(name)
+            if not words & (_SURE | _MAYBE):
+                continue
+            label = ".".join((*path, name))
+            inside = self._inside(parts[name], name) if words & _SURE else None
+            if inside is None or any(step in _WEIGHTS for step in path):
+                self.proposed.append(label)
+                continue
+            whole = (*path, name, *inside)
+            beside = _beside(tree, name, inside, self._is_tensor)
+            label = ".".join(whole)
+            self.candidates.append((label, Chosen(path=whole, kind=f"`{label}`", beside=beside)))
+        if isinstance(tree, Mapping):
+            for label, chosen in _prefixed(tree, self._is_tensor, path, self.proposed):
+                self.candidates.append((label, chosen))
+        if len(self.candidates) == before and len(path) < _DEEPEST:
+            for name in sorted(parts):
+                self._look(parts[name], (*path, name))
 
-def _collect(tree: Any, is_tensor: IsTensor, path: Path, found: list[_Candidate]) -> None:
-    """Averages among the parts of ``tree``, else among the parts of those."""
-    children = _children(tree)[:_MOST_PARTS]
-    parts = {
-        name: child
-        for name, child in children
-        if not is_tensor(child) and next(flattened(child, is_tensor), None) is not None
-    }
-    others = {name for name in parts if not _words(name) & _OPTIMIZERS}
-    in_weights = any(name in _WEIGHTS for name in path)  # a layer may be called ema, too
-    before = len(found)
-    for name in sorted(others):
+    def _inside(self, part: Any, name: str) -> Path | None:
+        """The way from a part to its tensors; None if it is not seen to be an average of weights."""
         words = _words(name)
-        if (words & _SURE and not in_weights) or (
-            words & (_SURE | _TWINS) and _has_twin(parts, name, others, is_tensor)
-        ):
-            found.append(_candidate(tree, name, path, is_tensor))
-    if isinstance(tree, Mapping):
-        found += _prefixed(tree, [name for name, child in children if is_tensor(child)], path)
-    if len(found) == before and len(path) < _DEEPEST:
-        for name in sorted(others):
-            _collect(parts[name], is_tensor, (*path, name), found)
+        others = [each for label, each in self._weights if _may_be_of(words, _words(label))]
+        if others:
+            return _matching(part, others, self._is_tensor)
+        if self._weights or words - _SURE - _OF_ALL:
+            return None
+        return _only(part, self._is_tensor)
 
 
-def _candidate(tree: Any, name: str, path: Path, is_tensor: IsTensor) -> _Candidate:
-    inside = _inside(subtree(tree, (name,)), is_tensor)
-    path = (*path, name, *inside)
-    label = ".".join(path)
-    around = tree if isinstance(tree, Mapping) else {}
-    return _Candidate(
-        label=label,
-        chosen=Chosen(
-            path=path, kind=f"`{label}`", beside=_beside(around, name, inside, is_tensor)
-        ),
-    )
+def _may_be_of(average: set[str], weights: set[str]) -> bool:
+    """Whether a name may be that of the average of the other: ``g_ema`` of ``g`` and of ``model``."""
+    of, called = average - _SURE - _OF_ALL, weights - _OF_ALL
+    return average <= _SURE or called == of or called <= _LIVE
 
 
-def _inside(tree: Any, is_tensor: IsTensor) -> Path:
-    """Where the tensors of a part are, if it wraps one mapping and counters: ``{"module": …}``."""
-    if isinstance(tree, Mapping) and not any(is_tensor(child) for child in tree.values()):
-        parts = [
-            str(name)
-            for name, child in tree.items()
-            if next(flattened(child, is_tensor), None) is not None
-        ]
-        if len(parts) == 1 and (parts[0] in _WRAPPERS or _words(parts[0]) & _SURE):
-            return (parts[0], *_inside(tree[parts[0]], is_tensor))
-    return ()
+def _weights(tree: Any, is_tensor: IsTensor, path: Path = ()) -> Iterator[tuple[str, set[_Named]]]:
+    """The name and the tensors of every part that has weights and is not called an average."""
+    for name, part in _parts(tree, is_tensor).items():
+        if not _words(name) & (_SURE | _MAYBE):
+            yield name, _named(part, is_tensor)
+            if len(path) < _DEEPEST and not any(is_tensor(child) for _, child in _children(part)):
+                yield from _weights(part, is_tensor, (*path, name))
 
 
-def _beside(
-    around: Mapping[str, Any], name: str, inside: Path, is_tensor: IsTensor
-) -> dict[str, Any]:
-    """Counters of the average: those in what wraps it, before those beside it."""
+def _parts(tree: Any, is_tensor: IsTensor) -> dict[str, Any]:
+    """The parts that hold tensors and are no optimizer's."""
+    return {
+        name: child
+        for name, child in _children(tree)[:_MOST_PARTS]
+        if not is_tensor(child)
+        and not _words(name) & _OPTIMIZERS
+        and next(flattened(child, is_tensor), None) is not None
+    }
+
+
+def _matching(part: Any, others: Sequence[set[_Named]], is_tensor: IsTensor) -> Path | None:
+    """The way to what has the names and shapes of one of the others: the part, or one in it."""
+    if (wrapped := _wrapped(part, is_tensor)) is not None:  # with its counters beside it
+        way = _matching(dict(_children(part))[wrapped], others, is_tensor)
+        if way is not None:
+            return (wrapped, *way)
+    if any(_mostly(_named(part, is_tensor), other) for other in others):
+        return ()
+    ways = {
+        name: way
+        for name, child in _parts(part, is_tensor).items()
+        if (way := _matching(child, others, is_tensor)) is not None
+    }
+    if len(ways) > 1:  # the live weights may be kept beside the average
+        ways = {name: way for name, way in ways.items() if _words(name) & _SURE}
+    return (next(iter(ways)), *next(iter(ways.values()))) if len(ways) == 1 else None
+
+
+def _wrapped(part: Any, is_tensor: IsTensor) -> str | None:
+    """The only part with weights, if its name says nothing: ``{"module": …, "updates": 5}``."""
+    parts = list(_parts(part, is_tensor))
+    direct = any(is_tensor(child) and _shape(child) for _, child in _children(part))
+    one = len(parts) == 1 and not direct and bool(_words(parts[0]) & (_SURE | _WRAPPERS))
+    return parts[0] if one else None
+
+
+def _only(part: Any, is_tensor: IsTensor) -> Path | None:
+    """The way to the one mapping with tensors."""
+    if any(is_tensor(child) for _, child in _children(part)):
+        return ()
+    parts = _parts(part, is_tensor)
+    if len(parts) != 1:
+        return () if not any(_words(name) & (_SURE | _MAYBE | _OF_ALL) for name in parts) else None
+    wrapped = _wrapped(part, is_tensor)
+    inside = None if wrapped is None else _only(parts[wrapped], is_tensor)
+    return () if wrapped is None or inside is None else (wrapped, *inside)
+
+
+def _beside(around: Any, name: str, inside: Path, is_tensor: IsTensor) -> dict[str, Any]:
+    """Counters of the average: those beside it, and before those the ones in what wraps it."""
     values: dict[str, Any] = {}
-    levels = [around]
     for step in (name, *inside):
-        levels.append(levels[-1][step])
-    for level in levels[:-1] if inside else levels[:1]:
+        level = dict(_children(around))
         values |= {
-            str(key): value
+            key: value
             for key, value in level.items()
             if isinstance(value, int | float) or is_tensor(value)
         }
+        around = level[step]
     return values
 
 
-def _has_twin(
-    parts: Mapping[str, Any], name: str, others: Iterable[str], is_tensor: IsTensor
-) -> bool:
-    """Whether another part that is no average has nearly all names and shapes of this one."""
-
-    def names(part: str) -> set[tuple[str, Any]]:
-        inside = subtree(parts[part], _inside(parts[part], is_tensor))
-        shapes = {".".join(path): _shape(leaf) for path, leaf in flattened(inside, is_tensor)}
-        return {(new, shapes[old]) for new, old in without_shared_prefixes(shapes)[0].items()}
-
-    own = names(name)
-    return any(
-        _mostly(own, names(other))
-        for other in others
-        if other != name and not _words(other) & (_SURE | _TWINS)
-    )
+def _named(part: Any, is_tensor: IsTensor) -> set[_Named]:
+    """Names and shapes of the tensors of a part, without the prefixes that all names share."""
+    shapes = {".".join(path): _shape(leaf) for path, leaf in flattened(part, is_tensor)}
+    large = {name: shape for name, shape in shapes.items() if shape} or shapes  # without counters
+    return {(new, large[old]) for new, old in without_shared_prefixes(large)[0].items()}
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -270,62 +359,72 @@ def _mostly(own: set[_Named], others: set[_Named]) -> bool:
 # --- by the first word of the names of a flat state dict ------------------------------------------
 
 
-def _prefixed(tree: Any, names: Sequence[str], path: Path) -> list[_Candidate]:
-    """``model_ema.…`` beside ``model.…``, ``teacher.…`` beside ``student.…``."""
-    plain, shared = without_shared_prefixes(names)
+def _prefixed(
+    tree: Any, is_tensor: IsTensor, path: Path, proposed: list[str]
+) -> Iterator[tuple[str, Chosen]]:
+    """``model_ema.…`` beside ``model.…``, ``ema.…`` beside the rest."""
+    shapes = {name: _shape(child) for name, child in _children(tree) if is_tensor(child)}
+    plain, shared = without_shared_prefixes(shapes)
     groups: dict[str, dict[str, str]] = {}
     for name, old in plain.items():
         first, separator, rest = name.partition("." if "." in name else "/")
         if separator and rest:
             groups.setdefault(first, {})[rest] = old
-    averages = {prefix for prefix in groups if _words(prefix) & (_SURE | _TWINS)}
-    shapes = {old: _shape(tree[old]) for old in names}
-    raw = [
-        {(rest, shapes[old]) for rest, old in group.items()}
-        for prefix, group in groups.items()
-        if prefix not in averages
-    ]
-    raw.append(
-        {(new, shapes[old]) for new, old in plain.items() if new.partition(".")[0] not in averages}
-    )
-    found = []
-    for prefix in sorted(averages):
+    called = {prefix for prefix in groups if _words(prefix) & (_SURE | _MAYBE)}
+    live = {new: old for new, old in plain.items() if new.partition(".")[0] not in called}
+    for prefix in sorted(called):
         words, own = _words(prefix), groups[prefix]
         label = ".".join((*path, shared + prefix))
-        has_twin = any(_mostly({(rest, shapes[old]) for rest, old in own.items()}, r) for r in raw)
-        if has_twin and (words & _SURE or 2 * len(own) >= len(raw[-1])):
-            chosen = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
-        elif dotless := _with_dots(own, plain, words, groups):
-            chosen = dotless
-        elif words & _SURE and not raw[-1]:
-            chosen = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
-        else:
+        others = [
+            group
+            for name, group in groups.items()
+            if name not in called and _may_be_of(words, _words(name))
+        ]
+        if words <= _SURE:
+            others.append(live)
+        chosen = None
+        if words & _SURE and not words & _NO_WEIGHTS:
+            alone = not live and len(called) == 1
+            chosen = _names_of(own, others, shapes, plain, groups, alone=alone)
+        if chosen is None:
+            proposed.append(label)
             continue
-        beside = {rest: tree[old] for rest, old in own.items() if old not in chosen.values()}
-        found.append(
-            _Candidate(
-                label=label,
-                chosen=Chosen(
-                    path=path, kind=f"`{label}.…` of a state dict", names=chosen, beside=beside
-                ),
-            )
-        )
-    return found
+        used = set(chosen.values())
+        beside = {short: tree[old] for short, old in own.items() if old not in used}
+        kind = f"`{label}.…` of a state dict"
+        yield label, Chosen(path=path, kind=kind, names=chosen, beside=beside)
+
+
+def _names_of(
+    own: Mapping[str, str],
+    others: Sequence[Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    plain: Mapping[str, str],
+    groups: Mapping[str, Mapping[str, str]],
+    *,
+    alone: bool,
+) -> dict[str, str] | None:
+    """New names of the averages to those in the state dict; None where it is not seen that they are."""
+    stripped = without_shared_prefixes(own)[0]
+    names = {new: own[short] for new, short in stripped.items()}
+    mine = {(new, shapes[old]) for new, old in names.items() if shapes[old]}
+    raw = [{(short, shapes[old]) for short, old in group.items()} for group in others]
+    if mine and any(_mostly(mine, other) for other in raw):
+        return names
+    if dotless := _with_dots(own, plain, groups):
+        return dotless
+    return names if alone and not own.keys() >= {"decay", "num_updates"} else None
 
 
 def _with_dots(
-    own: Mapping[str, str],
-    plain: Mapping[str, str],
-    words: set[str],
-    groups: Mapping[str, Mapping[str, str]],
+    own: Mapping[str, str], plain: Mapping[str, str], groups: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
     """Names of latent diffusion's ``LitEma``, which have lost their dots, by those of the raw weights.
 
     ``model_ema.diffusion_modelinweight`` is the average of ``model.diffusion_model.in.weight``.
     """
-    if not words & _SURE:
-        return {}
     best: dict[str, str] = {}
+    new_of = {old: new for new, old in plain.items()}
     for group in groups.values():
         if group is own:
             continue
@@ -339,8 +438,7 @@ def _with_dots(
                 " cannot be told"
             )
         if len(found) > len(best):
-            old_to_new = {old: new for new, old in plain.items()}
-            best = {old_to_new[names[0]]: own[rest] for rest, names in found.items()}
+            best = {new_of[names[0]]: own[rest] for rest, names in found.items()}
     unmatched = len(own) - len(best)
     return best if best and unmatched <= len(_COUNTERS) else {}
 
@@ -366,13 +464,17 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
             f"key= (--key) names {key!r:.80}, which holds no tensors: it holds"
             f" {contents(tree, is_tensor)}"
         )
-    inside = _inside(part, is_tensor)
+    inside = _Search(part, is_tensor).candidates
+    if len(inside) > 1:
+        names = listing(f"{key}.{label}" for label, _ in inside)
+        raise CheckpointError(f"`{key}` holds several averages: key= (--key) names one of {names}")
+    if inside:  # beside the weights that it is of
+        chosen = inside[0][1]
+        return dataclasses.replace(chosen, path=(*path, *chosen.path), kind=f"`{key}`")
+    way = _only(part, is_tensor) or ()
     around = subtree(tree, path[:-1])
-    return Chosen(
-        path=(*path, *inside),
-        kind=f"`{key}`",
-        beside=_beside(around, path[-1], inside, is_tensor) if isinstance(around, Mapping) else {},
-    )
+    beside = _beside(around, path[-1], way, is_tensor)
+    return Chosen(path=(*path, *way), kind=f"`{key}`", beside=beside)
 
 
 def _path_of(tree: Any, key: str, is_tensor: IsTensor) -> Path | None:
@@ -400,10 +502,9 @@ def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: Path = ()) -> Cho
         if is_tensor(child) and name.startswith((f"{key}.", f"{key}/"))
     }
     if own:
-        flat = {name for name, child in children.items() if is_tensor(child)}
-        candidates = [each for each in _prefixed(tree, sorted(flat), ()) if each.label == key]
+        candidates = [each for label, each in _prefixed(tree, is_tensor, (), []) if label == key]
         if candidates:  # its counters are told from its tensors, and lost dots put back
-            return dataclasses.replace(candidates[0].chosen, path=path)
+            return dataclasses.replace(candidates[0], path=path)
         names = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
         label = ".".join((*path, key))
         return Chosen(path=path, kind=f"`{label}.…` of a state dict", names=names)
@@ -426,7 +527,7 @@ def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
             if not _words(name) & _OPTIMIZERS
             and next(flattened(child, is_tensor), None) is not None
         ]
-        if len(parts) != 1 or (path and parts[0] not in _WRAPPERS):
+        if len(parts) != 1 or (path and not _words(parts[0]) & (_SURE | _OF_ALL)):
             break
         path, node = (*path, parts[0]), subtree(node, (parts[0],))
     if not path:

@@ -50,6 +50,32 @@ MEANT = {
     "DeiT": {"model": RAWS, "model_ema": AVERAGES, "optimizer": ADAM, "epoch": 3, "scaler": {}},
     "RT-DETR": {"model": RAWS, "ema": {"module": AVERAGES, "updates": 100}, "optimizer": ADAM},
     "YOLOX of DDP": {"model": RAWS, "ema": {"module": weights(AVERAGE, "module."), "updates": 100}},
+    "Hydra": {"state_dict": RAWS, "ema_state_dict": AVERAGES, "global_step": 100},
+    "timm of DDP": {"state_dict": RAWS, "state_dict_ema": weights(AVERAGE, "module.")},
+    "StyleGAN2": {"g": RAWS, "d": weights(RAW), "g_ema": AVERAGES, "g_optim": ADAM},
+    "BasicSR": {"params": RAWS, "params_ema": AVERAGES},
+    "compiled": {"model": RAWS, "ema": weights(AVERAGE, "_orig_mod.module.")},
+    "shadow and backup": {"model": RAWS, "ema": {"decay": 0.9, "shadow": AVERAGES, "backup": RAWS}},
+    "both inside": {"net": RAWS, "ema": {"model": RAWS, "ema": AVERAGES, "step": 3}},
+    "an optimizer inside": {"net": RAWS, "ema": {"net": AVERAGES, "optimizer": ADAM}},
+    "by number": {"models": {0: {"model": RAWS, "ema": AVERAGES}}},
+    "averages in lists": {"models": [{"raw": RAWS, "swa": AVERAGES}]},
+    "counters as tensors": {
+        "model": RAWS,
+        "ema": AVERAGES,
+        **{name: torch.tensor(3.0) for name in ("step", "lr", "loss", "best", "seen")},
+    },
+    "deeper": {"state": {"params": RAWS, "ema_params": AVERAGES}, "config": {"ema": 0.9}},
+    "in a callback": {
+        "state_dict": RAWS,
+        "callbacks": {"EMACallback": {"ema_state_dict": AVERAGES, "updates": 100}},
+        "optimizer_states": [ADAM],
+    },
+    "flat of DDP": {**weights(RAW, "module.net."), **weights(AVERAGE, "module.net_ema.")},
+    "flat and alone": weights(AVERAGE, "ema_model."),
+    "flat inside": {"state_dict": {**weights(RAW, "m."), **weights(AVERAGE, "ema.m.")}},
+}
+PROPOSED = {
     "student and teacher": {"student": RAWS, "teacher": AVERAGES, "epoch": 3},
     "DINO": {
         "student": weights(RAW, "module.backbone."),
@@ -57,30 +83,18 @@ MEANT = {
         "optimizer": ADAM,
         "dino_loss": {"center": torch.ones(1, 4)},
     },
-    "Hydra": {"state_dict": RAWS, "ema_state_dict": AVERAGES, "global_step": 100},
-    "timm of DDP": {"state_dict": RAWS, "state_dict_ema": weights(AVERAGE, "module.")},
-    "StyleGAN2": {"g": RAWS, "d": weights(RAW), "g_ema": AVERAGES, "g_optim": ADAM},
-    "BasicSR": {"params": RAWS, "params_ema": AVERAGES},
     "momentum encoder": {"model": RAWS, "momentum_model": AVERAGES},
-    "compiled": {"model": RAWS, "ema": weights(AVERAGE, "_orig_mod.module.")},
-    "averages in lists": {"models": [{"raw": RAWS, "swa": AVERAGES}]},
-    "counters as tensors": {
-        "model": RAWS,
-        "ema": AVERAGES,
-        **{name: torch.tensor(3.0) for name in ("step", "lr", "loss", "best", "seen")},
-    },
     "critics": {"params": {"critic": RAWS, "target_critic": AVERAGES, "actor": weights(RAW, "a.")}},
-    "deeper": {"state": {"params": RAWS, "ema_params": AVERAGES}, "config": {"ema": 0.9}},
-    "in a callback": {
-        "state_dict": RAWS,
-        "callbacks": {"EMACallback": {"ema_state_dict": AVERAGES, "updates": 100}},
-        "optimizer_states": [ADAM],
-    },
     "flat": {**weights(RAW, "student."), **weights(AVERAGE, "teacher.")},
-    "flat of DDP": {**weights(RAW, "module.net."), **weights(AVERAGE, "module.net_ema.")},
-    "flat and alone": weights(AVERAGE, "ema_model."),
     "flat encoders": {**weights(RAW, "encoder."), **weights(AVERAGE, "target_encoder.")},
-    "flat inside": {"state_dict": {**weights(RAW, "m."), **weights(AVERAGE, "ema.m.")}},
+}
+KEYS = {
+    "student and teacher": "teacher",
+    "DINO": "teacher",
+    "momentum encoder": "momentum_model",
+    "critics": "params.target_critic",
+    "flat": "teacher",
+    "flat encoders": "target_encoder",
 }
 REFUSED = {
     "weights": RAWS,
@@ -93,6 +107,24 @@ REFUSED = {
     "a part called target": {**RAWS, "target_head.weight": torch.ones(3)},
     "a codebook": {**weights(RAW, "vq."), "vq.ema_w": torch.ones(3), "vq.ema_size": torch.ones(3)},
     "a codebook of Flax": {"params": {"vq": {"ema": weights(RAW)}, "dense": {"kernel": RAWS}}},
+    "a layer of Flax": {"params": {"ema": RAWS, "Dense_1": RAWS, "target_proj": RAWS}},
+    "layers": {**weights(RAW, "swa_attn."), **weights(RAW, "full_attn.")},
+    "layers of a part": {"model": {"swa_block": RAWS, "full_block": RAWS}},
+    "models": {"shadow_model": RAWS, "attack_model": RAWS},
+    "another attention": {"backbone": RAWS, "ema": {"conv.weight": torch.ones(3)}, "head": RAWS},
+    "a collection": {"params": RAWS, "ema": {"vq": {"codebook": torch.ones(3)}}},
+    "no weights": {"model": RAWS, "ema_sq_grad": RAWS, "grad_ema": RAWS, "fisher_ema": RAWS},
+    "momentum": {"model": RAWS, "momentum_buffer": RAWS},
+    "gradients": {"training": {"grad": {"ema": RAWS}}},
+    "metrics": {"metrics": {"ema": {"loss": torch.ones(()), "acc": torch.ones(())}}, "net": RAWS},
+    "imagen": {
+        "model": weights(RAW, "unets.0."),
+        "ema": {**weights(RAW, "0.online_model."), **weights(AVERAGE, "0.ema_model.")},
+    },
+    "emas": {"ema": {"stds": [0.05, 0.1], "emas": [AVERAGES, AVERAGES]}, "net": RAWS},
+    "pruned": {"state_dict": {k: v for k, v in DIFFUSION.items() if k.startswith("model_ema.")}},
+    "domains": {**weights(RAW, "source_encoder."), **weights(RAW, "target_encoder.")},
+    "towers": {"query_tower": RAWS, "target_tower": RAWS},
     "two": {"model": RAWS, "ema_short": AVERAGES, "ema_long": AVERAGES},
     "nothing": {"epoch": 3},
     "a list": [RAWS, AVERAGES],
@@ -120,8 +152,18 @@ def assert_averages(result, names=NAMES):
 def test_the_part_that_says_so_is_the_average(tmp_path, state, memory):
     source = state if memory else save(state, tmp_path / "theirs.pt")
     result = convert(source, tmp_path / "ours", step=200)
-    inside = {"DINO": "backbone.", "flat inside": "m."}
-    prefix = next((p for name, p in inside.items() if state is MEANT[name]), "")
+    prefix = "m." if state is MEANT["flat inside"] else ""
+    assert_averages(result, [prefix + name for name in NAMES])
+
+
+@pytest.mark.parametrize("case", PROPOSED)
+def test_what_may_be_an_average_or_anything_else_is_proposed(tmp_path, case):
+    """A teacher may be any model, a target a hard copy of raw weights."""
+    key = KEYS[case]
+    with pytest.raises(CheckpointError, match=rf"\(.*`{key}`.* may be one, or another model, or a"):
+        convert(PROPOSED[case], tmp_path / "ours", step=200)
+    result = convert(PROPOSED[case], tmp_path / "ours", key=key, step=200)
+    prefix = "backbone." if case == "DINO" else ""
     assert_averages(result, [prefix + name for name in NAMES])
 
 
