@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ema.checkpoint import atomic
 from ema.errors import CheckpointError, EMAWarning, listing
 from ema.schedules import Schedule
 
@@ -145,7 +146,8 @@ def _table(file: Path) -> dict[str, str | None]:
 def _lines(file: Path) -> list[str]:
     """What stands on each line; a name may hold spaces."""
     try:
-        text = file.read_text("utf-8")
+        with atomic.open_file(file) as stream:  # no device, which has no end
+            text = stream.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"it is no text in UTF-8: byte {error.start}") from None
     return [line for line in map(str.strip, text.split("\n")) if line]

@@ -81,8 +81,9 @@ def convert(
     ``torch.save`` (``weights_only=True``, no object is made of it) or in memory; safetensors files;
     folders of ``save_pretrained``; Orbax folders; Flax's msgpack files; ``.npz``; an ``nnx.EMA``
     itself. In a checkpoint of a program's own the average is the part whose name says so, such as
-    ``ema``, ``ema_params``, ``model_ema`` or ``teacher``. Raw weights are never taken for averages:
-    where nothing says which part is the average, it is refused.
+    ``ema``, ``ema_params`` or ``model_ema``, and whose names and shapes are those of the weights beside
+    it. Raw weights are never taken for averages: where nothing says which part is the average, it is
+    refused, and a ``teacher`` or a ``target`` is proposed.
 
     Args:
         source: a file, a folder, a state dict, or an ``nnx.EMA``.
@@ -140,6 +141,8 @@ def convert(
         kept = widened(kept, tensors)
         new_names = renamed([*kept, *found.not_averaged], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
+        if not written:
+            raise CheckpointError(f"`rename` leaves none of its {len(kept)} averages")
         remainders = {
             new: found.remainders[new_names[new]]
             for new in written
@@ -174,6 +177,12 @@ def _check_free(target: str | os.PathLike[str], force: bool) -> None:
         place = place_of(target)
         if not force and (exists(place) or exists(index_of(place))):
             raise CheckpointError("there is a file already: force=True (--force) replaces it")
+
+
+def _bytes_of(tensor: Source) -> int:
+    pairs = 2 if tensor.dtype == "C128" else 1
+    dtype = "F64" if tensor.dtype == "C128" else tensor.dtype
+    return pairs * bits_of(dtype, tensor.shape) // 8
 
 
 def _most(file: Path) -> int:
@@ -232,7 +241,7 @@ def _read_path(path: Path, options: _Options) -> Found:
     most = options.max_bytes or _most(path)
     found = torch_sources.read_pickle(path, name, key=key, averaged=averaged, most=most)
     tensors = found.tensors.values() if isinstance(found.tensors, dict) else found.tensors
-    check_size(sum(bits_of(tensor.dtype, tensor.shape) // 8 for tensor in tensors), most)
+    check_size(sum(map(_bytes_of, tensors)), most)
     return found
 
 

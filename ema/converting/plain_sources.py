@@ -14,7 +14,7 @@ import numpy as np
 from ema.checkpoint import Source
 from ema.checkpoint.container import MAX_HEADER, load_json
 from ema.checkpoint.reader import MappedFile
-from ema.checkpoint.record import OWN_KEYS
+from ema.checkpoint.record import FORMAT, OWN_KEYS
 from ema.converting.found import (
     Found,
     counters,
@@ -40,6 +40,8 @@ def read_safetensors(file: Path, *, key: str | None = None, averaged: bool = Fal
         CheckpointError: it is damaged, or nothing says which of its tensors are averages.
     """
     mapped = MappedFile(file)
+    if mapped.header.metadata.get("format") == FORMAT:
+        raise CheckpointError("it is a file of `ema`, which needs no conversion")
     notes = {name: text for name, text in mapped.header.metadata.items() if name not in OWN_KEYS}
     found = _chosen(_sources(mapped), "safetensors", key, averaged)
     return dataclasses.replace(found, metadata=notes)
@@ -62,18 +64,29 @@ def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False)
         break
     else:
         return None
-    if (folder / "config.json").is_file() and key is None:
+    try:
+        found = _chosen(tensors, "save_pretrained", key, averaged)
+    except CheckpointError as error:
+        if _told_beside(folder):
+            raise CheckpointError(
+                "its notes are those of averages, but they stay in a folder when other weights are"
+                f" saved there, or saved from there: {error}"
+            ) from None
+        raise
+    return dataclasses.replace(found, **_told_beside(folder)) if found.at_users_word else found
+
+
+def _told_beside(folder: Path) -> dict[str, Any]:
+    """Steps and schedule of the averages that were saved, in the files beside them."""
+    if (folder / "config.json").is_file():
         config = _load(folder / "config.json")
         if "optimization_step" in config:  # put there by diffusers' EMAModel.save_pretrained
-            return Found(kind="save_pretrained", tensors=tensors, **diffusers_fields(config))
-    if (folder / _OUR_NOTE).is_file() and key is None:
+            return diffusers_fields(config)
+    if (folder / _OUR_NOTE).is_file():
         note = _load(folder / _OUR_NOTE)
         if note.get("weights") == "ema":  # put there by our export from a Trainer
-            counts: dict[str, Any] = {
-                name: whole(name, note[name]) for name in ("step", "count") if name in note
-            }
-            return Found(kind="save_pretrained", tensors=tensors, **counts)
-    return _chosen(tensors, "save_pretrained", key, averaged)
+            return {name: whole(name, note[name]) for name in ("step", "count") if name in note}
+    return {}
 
 
 def _chosen(tensors: dict[str, Source], kind: str, key: str | None, averaged: bool) -> Found:

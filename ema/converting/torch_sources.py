@@ -77,6 +77,11 @@ def _refused(error: pickle.UnpicklingError) -> str:
     objects = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
         r"find class ([\w.]+)", str(error)
     )
+    if "Unsupported operand" in str(error):
+        return (
+            "its pickle has what is not read as plain values: a pickle_protocol of 4 or later, for"
+            " one; torch.save takes 2 by default"
+        )
     if objects is None:
         return "it is no file of torch.save, or damaged: its pickle cannot be read as plain values"
     return (
@@ -120,13 +125,19 @@ def read_state(
     values = {each: _number(value) for each, value in chosen.beside.items()}
     if chosen.names is not None:
         tensors = {new: part[old] for new, old in chosen.names.items()}
+        if (found := _known(tensors, name)) is not None:
+            return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
         fields = {**counters(values), **lit_ema_fields(values)}
         used = set(chosen.names.values())
         left_out = tuple(str(each) for each in part if each not in used)
     else:
         if isinstance(part, Mapping) and (found := _known(part, name)) is not None:
             return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
-        tensors = {".".join(path): tensor for path, tensor in flattened(part, _is_tensor)}
+        tensors = {}
+        for path, tensor in flattened(part, _is_tensor):
+            if (joined := ".".join(path)) in tensors:
+                raise CheckpointError(f"it has two tensors that are called {joined!r:.200}")
+            tensors[joined] = tensor
         fields, left_out = counters(values), ()
     return stripped(
         Found(

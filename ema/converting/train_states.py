@@ -59,10 +59,21 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
         if (found := _our_ema(part, source, averaged=averaged or chosen is not None)) is not None:
             return found
     if chosen is None:
+        ours = [found for node in _nodes(tree) if (found := _our_ema(node, source, averaged=False))]
+        if len(ours) == 1:
+            return ours[0]
         chosen = choose(_pruned(tree), is_array, averaged=averaged)
-        if (found := _our_ema(subtree(tree, chosen.path), source, averaged=True)) is not None:
+        whole = chosen.path[:-1] if chosen.path[-1:] == ("params",) else chosen.path
+        if (found := _our_ema(subtree(tree, whole), source, averaged=True)) is not None:
             return dataclasses.replace(found, notes=chosen.notes)
     return _from_part(tree, chosen, source)
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    """Every mapping and list, from the top."""
+    yield node
+    for _, child in _children(node):
+        yield from _nodes(child)
 
 
 def _unboxed(node: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from ema.errors import ArgumentError, ModelError, StateError, difference
+from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError, difference
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
 from ema.jax_backend.selection import is_hole, is_inexact, require_match
@@ -314,6 +314,7 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
 
     Raises:
         ArgumentError: there is no such average, or there are several.
+        ArgumentTypeError: ``source`` is neither.
         ModelError: the average is not one of this model; nothing has changed.
         StateError: on leaving, when the block has donated the average.
 
@@ -337,6 +338,10 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
         live = nnx.as_pure(source._select(model))  # noqa: SLF001  # of this very file
         average = source._shown()  # noqa: SLF001
     else:
+        if not isinstance(source, nnx.Optimizer):
+            raise ArgumentTypeError(
+                f"`source` must be an nnx.Optimizer or an EMA, got {type(source).__name__}"
+            )
         live = nnx.as_pure(nnx.state(model, source.wrt))
         average = get_params_ema(source, live, name)
     try:

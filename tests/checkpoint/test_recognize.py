@@ -351,14 +351,51 @@ def test_what_the_index_names_must_be_there(tmp_path):
         convert(folder, tmp_path / "ours", averaged=True, step=1)
 
 
-def test_an_export_of_ours_says_that_it_holds_averages(tmp_path):
+def test_an_export_of_ours_tells_how_far_its_averages_are(tmp_path):
     folder = tmp_path / "export"
     folder.mkdir()
     save(AVERAGES, folder / "model.safetensors")
     (folder / "ema.json").write_text(json.dumps({"weights": "ema", "step": 8, "count": 4}))
-    result = convert(folder, tmp_path / "ours")
+    with pytest.raises(CheckpointError, match="its notes are those of averages, but they stay in"):
+        convert(folder, tmp_path / "ours")  # a model that is trained from it may be saved there
+    result = convert(folder, tmp_path / "ours", averaged=True)
     assert_averages(result)
     assert (result.record.step, result.record.count) == (8, 4)
+
+
+def test_a_file_of_ours_needs_no_conversion(tmp_path):
+    file = EMAModel(nn.Linear(2, 2)).save(tmp_path)
+    with pytest.raises(CheckpointError, match="it is a file of `ema`, which needs no conversion"):
+        convert(file, tmp_path / "ours")
+
+
+def test_odd_trees_are_read_or_refused_in_one_line(tmp_path):
+    cyclic = {"w": torch.ones(2)}
+    cyclic["self"] = cyclic
+    with pytest.raises(CheckpointError, match="nested deeper than 100 levels, or holds itself"):
+        convert({"ema": cyclic}, tmp_path / "ours", step=1)
+    twice = {"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}}
+    with pytest.raises(CheckpointError, match=r"two tensors that are called 'a\.b'"):
+        convert({"ema": twice}, tmp_path / "ours", step=1)
+    complex_file = save({"ema": {"c": torch.ones(2, dtype=torch.complex128)}}, tmp_path / "c.pt")
+    result = convert(complex_file, tmp_path / "complex", step=1)
+    assert read_state(result.place).tensors["c"].dtype == "C128"
+    with pytest.raises(CheckpointError, match="`rename` leaves none of its 3 averages"):
+        convert({"ema": AVERAGES}, tmp_path / "ours", step=1, rename=lambda _: None)
+
+
+def test_inside_of_a_key_averages_are_told_from_raw_weights(tmp_path):
+    state = {"gen": {"params": RAWS, "ema_params": AVERAGES}, "disc": {"params": RAWS}}
+    assert_averages(convert(state, tmp_path / "a", key="gen", step=1))
+    wrapped = {
+        **weights(RAW, "ema.online_model."),
+        **weights(AVERAGE, "ema.ema_model."),
+        "ema.initted": torch.tensor(True),
+        "ema.step": torch.tensor(5),
+    }
+    result = convert(wrapped, tmp_path / "b", key="ema")
+    assert_averages(result)
+    assert result.record.step == 5
 
 
 # --- float8, sizes, targets -----------------------------------------------------------------------
