@@ -133,6 +133,9 @@ def read_state(
     else:
         if isinstance(part, Mapping) and (found := _known(part, name)) is not None:
             return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
+        if isinstance(part, list | tuple) and all(map(_is_tensor, part)):  # names must be given
+            kind, listed = f"{chosen.kind} of torch.save", _listed(chosen.kind, part)
+            return Found(kind=kind, tensors=listed, **counters(values))
         tensors = {}
         for path, tensor in flattened(part, _is_tensor):
             if (joined := ".".join(path)) in tensors:
@@ -205,13 +208,13 @@ def _labels(averages: Any) -> list[str]:
 
 
 def _diffusers(state: Mapping[str, Any]) -> Found:
-    tensors = _listed(state["shadow_params"])
+    tensors = _listed("`shadow_params`", state["shadow_params"])
     return Found(kind="diffusers EMAModel", tensors=tensors, **diffusers_fields(state))
 
 
 def _torch_ema(state: Mapping[str, Any]) -> Found:
     """Without ``use_num_updates`` the decay is constant, and steps are not counted."""
-    tensors = _listed(state["shadow_params"])
+    tensors = _listed("`shadow_params`", state["shadow_params"])
     schedule: RampWarmup | ConstantDecay
     if "decay" not in state:
         raise CheckpointError("a state of torch-ema needs `decay`, which this one lacks")
@@ -315,7 +318,7 @@ def _named(tensors: Mapping[str, Any]) -> dict[str, Source]:
     return sources
 
 
-def _listed(tensors: Any) -> list[Source]:
-    if not isinstance(tensors, list | tuple) or not all(isinstance(t, Tensor) for t in tensors):
-        raise CheckpointError("`shadow_params` must be a list of tensors")
-    return [source_of(f"shadow_params[{i}]", tensor) for i, tensor in enumerate(tensors)]
+def _listed(name: str, tensors: Any) -> list[Source]:
+    if not isinstance(tensors, list | tuple) or not all(map(_is_tensor, tensors)):
+        raise CheckpointError(f"{name} must be a list of tensors")
+    return [source_of(f"{name.strip('`')}[{i}]", tensor) for i, tensor in enumerate(tensors)]

@@ -384,6 +384,15 @@ def test_odd_trees_are_read_or_refused_in_one_line(tmp_path):
         convert({"ema": AVERAGES}, tmp_path / "ours", step=1, rename=lambda _: None)
 
 
+def test_a_list_of_averages_needs_names(tmp_path):
+    state = {"model": RAWS, "ema": list(AVERAGES.values())}
+    with pytest.raises(
+        ema.ArgumentError, match=r"`names` must be given: `ema` of torch\.save saves a l"
+    ):
+        convert(state, tmp_path / "ours", key="ema", step=1)
+    assert_averages(convert(state, tmp_path / "ours", key="ema", step=1, names=list(AVERAGES)))
+
+
 def test_inside_of_a_key_averages_are_told_from_raw_weights(tmp_path):
     state = {"gen": {"params": RAWS, "ema_params": AVERAGES}, "disc": {"params": RAWS}}
     assert_averages(convert(state, tmp_path / "a", key="gen", step=1))
