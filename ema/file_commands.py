@@ -80,7 +80,7 @@ def add_convert(
         ] = None,
         exclude: Annotated[
             list[str] | None,
-            typer.Option(help="Pattern of names that are no averages; may be given often."),
+            typer.Option(help="Pattern of names to leave out; may be given often."),
         ] = None,
         force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
         max_bytes: Annotated[
@@ -146,8 +146,8 @@ def _table(file: Path) -> dict[str, str | None]:
 def _lines(file: Path) -> list[str]:
     """What stands on each line; a name may hold spaces."""
     try:
-        with atomic.open_file(file) as stream:  # no device, which has no end
+        with atomic.open_file(file) as stream:  # refuses a device, which never ends
             text = stream.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"it is no text in UTF-8: byte {error.start}") from None
+        raise CheckpointError(f"it must be text in UTF-8: byte {error.start} is not") from None
     return [line for line in map(str.strip, text.split("\n")) if line]

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment_with(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """That of this process with this checkout in its path, and ``changes``; None removes a name."""
+    """The environment of this process, with this checkout in its path and ``changes``.
+
+    None removes a name.
+    """
     names = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

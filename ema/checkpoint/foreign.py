@@ -1,4 +1,4 @@
-"""What a file or folder that is none of ours seems to be, told by its first bytes and its names."""
+"""Guess which program wrote a file or folder, by its first bytes and its names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ema.checkpoint import atomic
 
-__all__ = ["begins_like_msgpack", "seems"]
+__all__ = ["begins_like_msgpack", "seems", "zip_entries"]
 
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 _PRETRAINED = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -77,12 +77,24 @@ def _folder(folder: Path) -> str | None:
     return None
 
 
-def _zip(path: Path) -> str:
+def zip_entries(file: Path) -> list[zipfile.ZipInfo] | None:
+    """The entries of a zip archive; None for any other file, and for a damaged archive.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # all that zipfile raises
+        return None
+
+
+def _zip(path: Path) -> str:
+    entries = zip_entries(path)
+    if entries is None:
         return "a zip archive, and damaged"
+    names = [entry.filename for entry in entries]
     if any(name.endswith("data.pkl") for name in names):
         return f"a file of torch.save; {_READ_BY_CONVERT}"
     if any(name.endswith(".npy") for name in names):

@@ -35,9 +35,9 @@ _FEW = 1 << 20
 class MappedFile:
     """A safetensors file in memory: its header checked, its tensors not yet looked at.
 
-    Memory is lent by the system, and given back as far as :meth:`bytes_of` goes on to the next
-    tensor: no more than one is held, or small ones of one MiB together. Nobody may shorten the file meanwhile (``ema`` never does: it
-    puts another in its place).
+    The system lends the memory. :meth:`bytes_of` gives the memory of the last tensor back when it goes on
+    to the next, and that of small tensors when they are one MiB together. A program must not shorten the
+    file meanwhile; ``ema`` never does, since it puts another file in its place.
 
     Args:
         place: the file.
@@ -243,7 +243,7 @@ def _open_whole(place: Path) -> StoredState:
         file = MappedFile(place)
     except CheckpointError:
         if kind := seems(place):
-            raise CheckpointError(f"it is no file of `ema`, but seems to be {kind}") from None
+            raise CheckpointError(f"`ema` did not write it: it seems to be {kind}") from None
         raise
     metadata, entries = file.header.metadata, file.header.entries
     return _state(place, metadata, entries, dict.fromkeys(entries, file), (place.name,))

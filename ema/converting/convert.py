@@ -43,8 +43,8 @@ class Conversion:
         kind: what the source turned out to be.
         record: what the file says now.
         names: of the averages.
-        left_out: tensors of the source that are no averages: integers, what was excluded, and what
-            is beside the averages.
+        left_out: tensors of the source that were not written: integers, excluded ones, and those
+            beside the averages.
         notes: what the user should know of how it was read.
     """
 
@@ -142,7 +142,7 @@ def convert(
         new_names = renamed([*kept, *found.not_averaged], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
         if not written:
-            raise CheckpointError(f"`rename` leaves none of its {len(kept)} averages")
+            raise CheckpointError(f"`rename` leaves out all of its {len(kept)} averages")
         remainders = {
             new: found.remainders[new_names[new]]
             for new in written

@@ -57,7 +57,7 @@ def _values(dtype: str) -> Any:
     """What each of the 256 codes means: ``(−1)^s · 2^(e − bias) · 1.m``, IEEE 754 in small.
 
     E4M3 has no infinities, and NaN only where all other bits are 1 (OCP, "8-bit floating point
-    specification"); E5M2 has both, as float16 of which it is the upper half.
+    specification"); E5M2 has both: it is the upper half of a float16.
     """
     codes = np.arange(256, dtype=np.uint16)
     if dtype == "F8_E5M2":

@@ -132,7 +132,7 @@ def lit_ema_fields(beside: Mapping[str, Any]) -> dict[str, Any]:
         step = whole("num_updates", updates)
         return {"step": step, "count": step, "schedule": RampWarmup(decay=decay)}
     except EMAError as error:
-        raise CheckpointError(f"this is no state of LitEma: {error}") from None
+        raise CheckpointError(f"the state of LitEma is wrong: {error}") from None
 
 
 def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint that nobody has read yet: dtype, shape, and how to read them."""
+"""Arrays of a checkpoint before they are read: their dtype, their shape, and how to read them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Leaf:
             CheckpointError: it holds something else, or several.
         """
         if self.shape not in {(), (1,)} or self.dtype not in _COUNTERS:
-            several = ": jax.vmap and jax.pmap make several, of which one is to be saved alone"
+            several = ": jax.vmap and jax.pmap make several of them; save one member alone"
             raise CheckpointError(
                 f"`{shortened(name)}` must be a count, got {self.dtype}{list(self.shape)}"
                 + (several if self.shape not in {(), (1,)} else "")

@@ -1,16 +1,14 @@
-"""Files of ``flax.serialization.to_bytes``: read in place, without Flax, and nothing is executed.
+"""Msgpack files of Flax: ``flax.serialization.to_bytes`` and ``flax.training.checkpoints``.
 
-The format is msgpack (https://github.com/msgpack/msgpack/blob/master/spec.md): maps of maps. An array is
-an extension of type 1, in it an array ``[shape, dtype, bytes]``; type 3 is likewise a NumPy scalar, type 2
-a complex number. An array beyond 1 GiB is a map ``{"__msgpack_chunked_array__": true, "shape": {"0": …},
-"chunks": {"0": …}}``. Lengths are checked against the file before anything is read.
+They are maps of maps. An array is an extension of type 1, which holds ``[shape, dtype, bytes]``; a NumPy
+scalar is one of type 3. An array beyond 1 GiB is a map ``{"__msgpack_chunked_array__": true, "shape":
+{"0": …}, "chunks": {"0": …}}``. They are read without Flax and JAX, and execute nothing.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import struct
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from ema.converting.found import Found
 from ema.converting.leaves import DTYPES, Leaf, Unread
 from ema.converting.train_states import found_in
 from ema.errors import CheckpointError
+from ema.extras import require
 
 __all__ = ["read_msgpack"]
 
@@ -27,139 +26,67 @@ _CHUNKED = "__msgpack_chunked_array__"
 _ELSEWHERE = "//GDAPlaceholder:"
 """How Flax begins what it writes in the place of an array of several processes."""
 _DEEPEST = 64
-_UNSIGNED = {1: ">B", 2: ">H", 4: ">I", 8: ">Q"}
-_NUMBERS = {
-    0xCA: ">f", 0xCB: ">d",
-    0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
-    0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
-}  # fmt: skip
-_LENGTHS = {
-    0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4),
-    0xC7: ("extension", 1), 0xC8: ("extension", 2), 0xC9: ("extension", 4),
-    0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4),
-    0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
-}  # fmt: skip
-_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-_FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 
 def read_msgpack(file: Path, *, name: str | None, key: str | None, averaged: bool) -> Found:
     """The average of a train state or of an optimizer's state with ``params_ema``.
 
     Raises:
-        ArgumentError: there are several averages, and ``name`` is none of them.
-        CheckpointError: it is damaged, or holds no average, or several.
+        ArgumentError: the file has several averages, and ``name`` names another one.
+        CheckpointError: the file is damaged, or does not hold exactly one average.
+        MissingExtraError: msgpack is not installed.
     """
+    unpack = require("msgpack", "jax").unpackb
     with file.open("rb") as stream:
-        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        tree = _Reader(data).only_value()
-    except CheckpointError as error:
+        tree = unpack(
+            data,
+            ext_hook=partial(_extension, unpack),
+            object_pairs_hook=_mapping,
+            strict_map_key=False,
+        )
+        _check_depth(tree)
+    except (ValueError, CheckpointError) as error:  # what msgpack raises is a ValueError
         raise CheckpointError(
-            f"it begins like a msgpack file, which flax.serialization writes, and is damaged: {error}"
+            "it begins like a msgpack file, which flax.serialization writes, and is damaged:"
+            f" {str(error) or type(error).__name__:.200}"
         ) from None
     return found_in(tree, "msgpack", name=name, key=key, averaged=averaged)
 
 
-class _Reader:
-    """Values one after the other; arrays stay in the file."""
+def _check_depth(tree: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise CheckpointError(f"it is nested more than {_DEEPEST} levels deep")
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for child in children:
+        _check_depth(child, depth + 1)
 
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._place = 0
 
-    def only_value(self) -> Any:
-        """The value after which nothing follows."""
-        value = self.value()
-        if self._place != len(self._data):
-            raise CheckpointError(f"{len(self._data) - self._place} bytes follow its end")
-        return value
-
-    def value(self, depth: int = 0) -> Any:  # noqa: PLR0911 — one for each kind
-        """The next value, a ``Leaf`` where it is an array."""
-        if depth > _DEEPEST:
-            raise CheckpointError(f"it is nested more than {_DEEPEST} levels deep")
-        first = self._number(1)
-        if first <= 0x7F or first >= 0xE0:
-            return first if first <= 0x7F else first - 0x100
-        if first in _CONSTANTS:
-            return _CONSTANTS[first]
-        if first in _NUMBERS:
-            layout = _NUMBERS[first]
-            return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
-        kind, length = self._kind(first)
-        if kind == "text":
-            return _text(self._take(length))
-        if kind == "bytes":
-            return self._take(length)
-        if kind == "array":
-            return [self.value(depth + 1) for _ in range(length)]
-        if kind == "map":
-            return self._map(length, depth)
-        code = self._number(1)
-        return _extension(code, self._take(length))
-
-    def _kind(self, first: int) -> tuple[str, int]:
-        if first <= 0x8F:
-            return "map", first & 0x0F
-        if first <= 0x9F:
-            return "array", first & 0x0F
-        if first <= 0xBF:
-            return "text", first & 0x1F
-        if first in _FIXED_EXTENSIONS:
-            return "extension", _FIXED_EXTENSIONS[first]
-        if first not in _LENGTHS:
-            raise CheckpointError(f"msgpack has no type {first:#x}")
-        kind, size = _LENGTHS[first]
-        return kind, self._number(size)
-
-    def _map(self, length: int, depth: int) -> Any:
-        found: dict[str, Any] = {}
-        for _ in range(length):
-            key = self.value(depth + 1)
-            if not isinstance(key, str | int) or isinstance(key, bool) or str(key) in found:
-                raise CheckpointError(f"a key must be a text of its own, got {key!r:.80}")
-            value = self.value(depth + 1)
-            if isinstance(value, str) and value.startswith(_ELSEWHERE):
-                value = Unread(
-                    "is an array of several processes, which Flax has saved in a folder beside the"
-                    " file: restore it with flax.training.checkpoints"
-                )
-            found[str(key)] = value
-        if _CHUNKED in found:
-            return _joined(found)
-        return found or None  # a state without fields, such as optax.MaskedNode
-
-    def _number(self, size: int) -> int:
-        (number,) = struct.unpack(_UNSIGNED[size], self._take(size))
-        return int(number)
-
-    def _take(self, length: int) -> memoryview:
-        """The next bytes, where they are."""
-        if length > len(self._data) - self._place:
-            raise CheckpointError(
-                f"it ends where {length} bytes are due: {len(self._data) - self._place} are left"
+def _mapping(pairs: list[tuple[Any, Any]]) -> Any:
+    """A map with texts as keys; None for an empty one, such as ``optax.MaskedNode``."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str | int) or isinstance(key, bool) or str(key) in found:
+            raise CheckpointError(f"a key must be a text of its own, got {key!r:.80}")
+        if isinstance(value, str) and value.startswith(_ELSEWHERE):
+            found[str(key)] = Unread(
+                "is an array of several processes, which Flax has saved in a folder beside the"
+                " file: restore it with flax.training.checkpoints"
             )
-        self._place += length
-        return self._data[self._place - length : self._place]
+        else:
+            found[str(key)] = value
+    return _joined(found) if _CHUNKED in found else found or None
 
 
-def _text(data: memoryview) -> str:
-    try:
-        text = str(data, "utf-8")
-    except UnicodeDecodeError:
-        raise CheckpointError("a text is not UTF-8") from None
-    return text
-
-
-def _extension(code: int, data: memoryview) -> Any:
+def _extension(unpack: Any, code: int, data: bytes) -> Any:
     if code not in {_ARRAY, _SCALAR}:
         return f"an extension of type {code}"
-    fields = _Reader(data).only_value()
+    fields = unpack(data)
     if not isinstance(fields, list) or len(fields) != 3:
         raise CheckpointError("an array must have a shape, a dtype and bytes")
     shape, dtype, elements = fields
-    if not isinstance(dtype, str) or not isinstance(elements, memoryview):
+    if not isinstance(dtype, str) or not isinstance(elements, bytes):
         raise CheckpointError("an array must have a shape, a dtype and bytes")
     if dtype not in DTYPES:
         return Unread(f"is an array of dtype {dtype:.80}, which safetensors lacks")
@@ -197,9 +124,9 @@ def _listed(fields: Any) -> list[Any]:
 
 def _shape(sizes: Any) -> tuple[int, ...]:
     if not isinstance(sizes, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in sizes):
-        raise CheckpointError(f"{sizes!s:.80} is no shape")
+        raise CheckpointError(f"a shape must be a list of sizes, got {sizes!s:.80}")
     return tuple(sizes)
 
 
-def _same(elements: memoryview) -> memoryview:
+def _same(elements: bytes) -> bytes:
     return elements

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ema.checkpoint.foreign import zip_entries
 from ema.converting.found import Found
 from ema.converting.leaves import DTYPES, Bound, Leaf, Unread
 from ema.converting.train_states import found_in
@@ -30,13 +31,9 @@ _LONGEST_HEADER = 10_000
 
 
 def is_npz(file: Path) -> bool:
-    """Whether it is an archive of nothing but NumPy's arrays."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
+    """Whether it is an archive that holds only NumPy's arrays."""
+    entries = zip_entries(file)
+    return bool(entries) and all(entry.filename.endswith(".npy") for entry in entries or ())
 
 
 def read_npz(
@@ -52,8 +49,8 @@ def read_npz(
         max_bytes: the averages may become that large; by default 1 GiB, or 100 times the archive.
 
     Raises:
-        ArgumentError: there are several averages of ``params_ema``, and ``name`` is none of them.
-        CheckpointError: it is damaged, would become larger than ``max_bytes``, or holds no average, or
+        ArgumentError: there are several averages of ``params_ema``, and ``name`` names another one.
+        CheckpointError: it is damaged, would become larger than ``max_bytes``, or does not hold an average, or
             several.
     """
     with _errors():
@@ -168,8 +165,7 @@ def _errors() -> Iterator[None]:
         zipfile.BadZipFile,
         zlib.error,
         EOFError,
-        NotImplementedError,
-        RuntimeError,  # an archive with a password
+        RuntimeError,  # an archive with a password, or of a kind that zipfile lacks
         ValueError,
     ) as error:
         if isinstance(error, CheckpointError):

@@ -30,7 +30,7 @@ def read_place(
     Only the metadata and the counters are read here; the tensors when they are written.
 
     Raises:
-        ArgumentError: there are several averages, and ``name`` is none of them.
+        ArgumentError: there are several averages, and ``name`` names another one.
         CheckpointError: Orbax cannot read it, it would become larger than ``max_bytes``, or it holds no
             average, or several.
     """

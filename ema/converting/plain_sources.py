@@ -48,7 +48,7 @@ def read_safetensors(file: Path, *, key: str | None = None, averaged: bool = Fal
 
 
 def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False) -> Found | None:
-    """A folder that ``save_pretrained`` wrote, in one file or several; None where it is none.
+    """A folder that ``save_pretrained`` wrote, in one file or several; None for any other folder.
 
     Raises:
         CheckpointError: it is damaged, or nothing says that it holds averages.

@@ -1,16 +1,18 @@
-"""Where in a checkpoint the average lies, told by the names of its parts; raw weights are none.
+"""Find the average in a checkpoint by the names of its parts, and never take raw weights for it.
 
-A checkpoint is a tree of mappings and lists whose leaves are tensors, or descriptions of tensors that
-nobody has read yet, and other values. Frameworks differ in the tensors only, so one set of rules
-serves them all. A part is taken for an average without the user's word if
+A checkpoint is a tree of mappings and lists. Its leaves are tensors, or descriptions of tensors that are
+still in the file, and other values. Frameworks differ only in their tensors, so that one set of rules
+serves all of them. The rules take a part for an average if two things hold:
 
-- its name says so (``ema``, ``params_ema``, ``model_ema``, ``state_dict_ema``, ``g_ema``, ``swa_model``, …)
-  and nothing else but of what: ``swa_attn`` may be a layer, ``ema_sq_grad`` is no weight;
-- and the weights that it is of are there, with the same names and shapes; or no other weights are.
+- Its name says so: ``ema``, ``params_ema``, ``model_ema``, ``state_dict_ema``, ``g_ema``, ``swa_model``. Other
+  words in the name may only tell which weights it averages. ``swa_attn`` may be a layer, and
+  ``ema_sq_grad`` holds gradients.
+- The tree holds these weights too, under the same names and with the same shapes; or it holds no other
+  weights at all.
 
-In a flat state dict the first word of each name is looked at in the same way: ``model_ema.…`` beside
-``model.…``. What may be an average and may be anything else, a ``teacher`` or a ``target``, is proposed
-and not taken. Of several, ``key`` chooses.
+In a flat state dict the rules look at the first word of each name: ``model_ema.…`` beside ``model.…``. A
+``teacher`` or a ``target`` may be an average or another model; the error proposes it. If there are several
+averages, ``key`` chooses.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ def choose(
         averaged: the weights are averages, whatever they are called.
 
     Raises:
-        CheckpointError: there is none, or there are several, or ``key`` is not there; with what there
-            is.
+        CheckpointError: the tree does not hold exactly one average, or lacks ``key``. The message lists
+            the parts of the tree.
     """
     if key is not None:
         return _by_key(tree, is_tensor, key)
@@ -279,7 +281,7 @@ def _weights(tree: Any, is_tensor: IsTensor, path: Path = ()) -> Iterator[tuple[
 
 
 def _parts(tree: Any, is_tensor: IsTensor) -> dict[str, Any]:
-    """The parts that hold tensors and are no optimizer's."""
+    """The parts that hold tensors, without those of optimizers."""
     return {
         name: child
         for name, child in _children(tree)[:_MOST_PARTS]
@@ -461,7 +463,7 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
     part = subtree(tree, path)
     if next(flattened(part, is_tensor), None) is None:
         raise CheckpointError(
-            f"key= (--key) names {key!r:.80}, which holds no tensors: it holds"
+            f"key= (--key) names {key!r:.80}, a part without tensors: it holds"
             f" {contents(tree, is_tensor)}"
         )
     inside = _Search(part, is_tensor).candidates

@@ -7,7 +7,6 @@ import dataclasses
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ema.checkpoint import Source
+from ema.checkpoint.foreign import zip_entries
 from ema.converting.found import (
     Found,
     check_size,
@@ -68,7 +68,9 @@ def read_pickle(
     except OSError:
         raise
     except Exception as error:  # what a damaged archive raises is not said anywhere
-        raise CheckpointError(f"it is no file of torch.save, or damaged: {error!r:.200}") from None
+        raise CheckpointError(
+            f"torch.save did not write it, or it is damaged: {error!r:.200}"
+        ) from None
     return read_state(state, name, key=key, averaged=averaged)
 
 
@@ -83,7 +85,7 @@ def _refused(error: pickle.UnpicklingError) -> str:
             " one; torch.save takes 2 by default"
         )
     if objects is None:
-        return "it is no file of torch.save, or damaged: its pickle cannot be read as plain values"
+        return "torch.save did not write it, or it is damaged: its pickle cannot be read as plain values"
     return (
         f"it holds an object of {objects[1]:.100}, and only tensors and plain values are read, since"
         " an object could run anything: save its state_dict()"
@@ -92,12 +94,8 @@ def _refused(error: pickle.UnpicklingError) -> str:
 
 def _check_archive(file: Path, most: int) -> None:
     """A compressed archive may unfold to a thousand times its size."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # an older form, or damaged
-        return
-    check_size(size, most)
+    entries = zip_entries(file) or ()  # older forms of torch.save are not archives
+    check_size(sum(entry.file_size for entry in entries), most)
 
 
 def read_state(
@@ -117,7 +115,9 @@ def read_state(
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"it holds a {type(state).__name__}, no state")
-    exchanged = key == "ema_state_dict" and _is_exchanged(state)  # raw weights, whoever names them
+    exchanged = key == "ema_state_dict" and _is_exchanged(
+        state
+    )  # raw weights, even if the user names them
     if (key is None or exchanged) and (found := _known(state, name)) is not None:
         return found
     chosen = choose(state, _is_tensor, key=key, averaged=averaged)

@@ -41,12 +41,12 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
         averaged: the weights are averages, though nothing says so.
 
     Raises:
-        ArgumentError: there are several averages of ``params_ema``, and ``name`` is none of them.
-        CheckpointError: it holds no average, or several.
+        ArgumentError: there are several averages of ``params_ema``, and ``name`` names another one.
+        CheckpointError: it does not hold an average, or it holds several.
     """
     tree = _unboxed(tree)
     if is_leaf(tree):
-        raise CheckpointError("it holds one array that has no name: save it in a dict")
+        raise CheckpointError("it holds one array without a name: save it in a dict")
     tree = dict(_children(tree)) if isinstance(tree, list) else tree
     chosen = None if key is None else choose(tree, is_array, key=key)
     start = () if chosen is None else chosen.path
@@ -295,7 +295,7 @@ def _our_ema(tree: Any, source: str, *, averaged: bool) -> Found | None:
     if not averaged and not any(map(is_leaf, own)):
         return None
     tensors, others = _tensors(tree["params"])
-    finer = _tensors(tree.get("finer"))[0]  # of which the model has rounded copies
+    finer = _tensors(tree.get("finer"))[0]  # the model has rounded copies of these
     skipped = tree.get("skipped")
     return Found(
         kind=f"EMA in {source}",
@@ -320,7 +320,7 @@ def _children(node: Any) -> list[tuple[str, Any]]:
 
 
 def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Arrays, None, and whatever else is no container."""
+    """Everything in a tree that is neither a mapping nor a list, with its path."""
     if isinstance(node, Mapping | list):
         for key, child in _children(node):
             yield from _leaves(child, (*path, key))
@@ -329,7 +329,7 @@ def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _tensors(tree: Any) -> tuple[dict[str, Source], list[str]]:
-    """The averages of a tree by name, and the names of what is none."""
+    """The averages of a tree by name, and the names of its other leaves."""
     found: dict[str, Source] = {}
     others = []
     for path, leaf in _leaves(tree):

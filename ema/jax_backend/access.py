@@ -44,7 +44,7 @@ def get_params_ema(
             ``params`` were not given.
         ModelError: ``params`` are not those of the average.
         StateError: the average is inside ``schedule_free``, ``mechanize`` or ``lookahead``, or behind
-            ``sam``, where it is none of the parameters.
+            ``sam``, and so does not average the parameters.
 
     Warns:
         EMAWarning: an optimizer follows the average in its chain.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import jax
 import jax.numpy as jnp
@@ -264,14 +264,6 @@ class EMA(nnx.Pytree):
             }
         )
 
-    def _shown(self) -> Any:
-        """The averages as plain arrays in the dtypes of the model, as :meth:`apply_to` has them."""
-        shown = dict(nnx.to_flat_state(self.params))
-        averages = nnx.to_flat_state(self.averaged_parameters())
-        return nnx.from_flat_state(
-            {path: average.astype(_value(shown[path]).dtype) for path, average in averages}
-        )
-
     def _transform(self) -> optax.GradientTransformation:
         return transform_of(
             named_schedules(self.decay, None),
@@ -336,7 +328,7 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
             )
         source.apply_to(model)  # refuses another model
         live = nnx.as_pure(source._select(model))  # noqa: SLF001  # of this very file
-        average = source._shown()  # noqa: SLF001
+        average = _shown(source)
     else:
         if not isinstance(source, nnx.Optimizer):
             raise ArgumentTypeError(
@@ -363,10 +355,19 @@ def _put(variable: Any, value: jax.Array) -> None:
     nnx.update(variable, value)
 
 
+def _shown(average: EMA) -> Any:
+    """The averages as plain arrays in the dtypes of the model, as :meth:`EMA.apply_to` has them."""
+    shown = dict(nnx.to_flat_state(average.params))
+    averages = nnx.to_flat_state(average.averaged_parameters())
+    return nnx.from_flat_state(
+        {path: each.astype(_value(shown[path]).dtype) for path, each in averages}
+    )
+
+
 def _beside(variable: Any, value: jax.Array) -> EMAVariable:
     """A Variable for the average's own, with the metadata (such as the sharding) of the model's."""
     metadata = {**variable.get_metadata(), "ref": False, "hijax": False}
-    return EMAVariable.from_metadata(value, metadata)  # type: ignore[return-value]
+    return cast("EMAVariable", EMAVariable.from_metadata(value, metadata))
 
 
 def _is_param(variable: Any) -> bool:

@@ -25,7 +25,7 @@ _INSIDE: Mapping[type, tuple[str, str]] = {
     contrib.ScheduleFreeState: (
         "base_optimizer_state",
         (
-            "params_ema inside schedule_free averages what is no sequence of parameters: schedule_free"
+            "params_ema inside schedule_free averages another sequence than the parameters: schedule_free"
             " has an average of its own (schedule_free_eval_params); to average its training parameters"
             " chain params_ema after it"
         ),
@@ -52,7 +52,7 @@ _INSIDE: Mapping[type, tuple[str, str]] = {
         ),
     ),
 }
-"""For the state of each wrapper the field of what it wraps, and why no average belongs there."""
+"""State of a wrapper to the field of the wrapped optimizer, and why an average is wrong in it."""
 
 
 def check_placement(opt_state: Any) -> None:

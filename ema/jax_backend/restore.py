@@ -134,7 +134,7 @@ def _take_averages(
     places = sorted(range(len(fresh)), key=lambda index: _split(fresh[index][0]))
     nodes = [node for _, node in sorted(old, key=lambda pair: _split(pair[0]))]
     ours = [tuple(fresh[place][1].name) for place in places]
-    # an nnx.State has lost the names, which hold no arrays
+    # an nnx.State keeps only what holds arrays, and so loses the names
     unknown = ours if len(nodes) == len(ours) else [()] * len(nodes)
     states = [
         node if isinstance(node, ParamsEMAState) else _state(node, labels)

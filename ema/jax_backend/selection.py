@@ -238,7 +238,7 @@ def require_match(average: Any, params: Any, chosen: np.dtype[Any] | None) -> No
 
 
 def _kind(leaf: Any) -> str:
-    """Its dtype, or the class of what is no number."""
+    """The dtype of a number, or the class of anything else."""
     number = hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
     return str(jnp.result_type(leaf)) if number else type(leaf).__name__
 

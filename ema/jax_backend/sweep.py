@@ -93,7 +93,9 @@ def _is_small(params: Any) -> bool:
         and jnp.ndim(params) > 1
         and jnp.size(params) <= _SMALL
         and jnp.result_type(params).itemsize < 4
-        and not any(jax.typeof(params).sharding.spec)  # what is split by name has no other shape
+        and not any(
+            jax.typeof(params).sharding.spec
+        )  # a leaf that is split over named axes cannot be reshaped
     )
 
 

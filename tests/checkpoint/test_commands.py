@@ -116,4 +116,4 @@ def test_convert_takes_a_name_a_line(tmp_path):
     (tmp_path / "names.txt").write_bytes("ä.bias".encode("latin-1"))
     result = run(*arguments, tmp_path / "names.txt")
     assert result.exit_code == 2
-    assert result.output.endswith("names.txt: it is no text in UTF-8: byte 0\n")
+    assert result.output.endswith("names.txt: it must be text in UTF-8: byte 0 is not\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -29,6 +28,7 @@ from ema.converting import convert, orbax_folders
 from ema.jax_backend import params_ema, save_params_ema
 from ema.jax_backend.linen import EMATrainState
 from ema.jax_backend.nnx import EMA
+from tests import processes
 
 RAW, AVERAGE = 1.0, 9.0
 DTYPES = {
@@ -435,7 +435,7 @@ def run(tmp_path):
 
 
 def test_a_run_a_step_and_an_item(run, averages):
-    """Of a run the latest step, and that is said."""
+    """The converter takes the latest step of a run, and says so."""
     shutil.copytree(run / "7", run / "30.orbax-checkpoint-tmp-123456")
     result, told = averages(run)
     assert result.record.step == 20
@@ -557,7 +557,7 @@ def test_only_the_average_is_read_from_disk(tmp_path):
     state = optax.chain(optax.adam(0.1), params_ema(0.5)).init(params)
     orbax(tmp_path / "run", {"params": params, "more": params, "opt_state": state})
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "run"), str(tmp_path / "ours")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = processes.run(command)
     assert int(done.stdout) << 10 <= 1.5 * 80_000_000 + (100 << 20)
     np.testing.assert_array_equal(arrays(tmp_path / "ours")["w7"], params["w7"])
 
@@ -601,12 +601,13 @@ def test_a_damaged_msgpack_file_is_refused(tmp_path, converted):
 
 def test_msgpack_that_is_deep_or_says_to_be_large_is_refused(tmp_path, converted):
     for text, reason in {
-        b"\x81\xa1a" * 5000 + b"\xc0": "nested more than 64 levels deep",
-        b"\xdf\xff\xff\xff\xff\xa1a\xc0": "ends where 1 bytes are due",
-        b"\x81\xa3ema\xc9\xff\xff\xff\xff\x01abc": "ends where 4294967295 bytes are due",
+        b"\x81\xa1a" * 70 + b"\xc0": "nested more than 64 levels deep",
+        b"\x81\xa1a" * 5000 + b"\xc0": "StackError",
+        b"\xdf\xff\xff\xff\xff\xa1a\xc0": "4294967295 exceeds max_map_len",
+        b"\x81\xa3ema\xc9\xff\xff\xff\xff\x01abc": "exceeds max_ext_len",
         b"\x82\xa1a\xc0\xa1a\xc0": "a key must be a text of its own",
-        b"\x81\xa1a\xc0\xc0": "1 bytes follow its end",
-        b"\x81\xa1a\xc1": "msgpack has no type 0xc1",
+        b"\x81\xa1a\xc0\xc0": "extra data",
+        b"\x81\xa1a\xc1": "FormatError",
     }.items():
         (tmp_path / "x.msgpack").write_bytes(text)
         with pytest.raises(CheckpointError, match=f"begins like a msgpack file.*{reason}"):
@@ -620,7 +621,7 @@ def test_flax_is_not_needed_for_msgpack(tmp_path):
         "assert not {'jax', 'flax', 'torch', 'ml_dtypes'} & sys.modules.keys()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "x.msgpack"), str(tmp_path / "ours")]
-    subprocess.run(command, check=True, timeout=300)
+    processes.run(command)
     assert arrays(tmp_path / "ours").keys() == NAMES
 
 
@@ -673,7 +674,7 @@ def test_arrays_without_names_get_those_that_are_given(tmp_path, converted):
 
 
 def test_a_small_archive_of_large_arrays_is_bounded(tmp_path, converted):
-    """2 GiB of zeros, of which nothing is read, in 2 MB; and an ordinary one of zeros."""
+    """2 GiB of zeros in 2 MB are not read; an ordinary archive of zeros is."""
     file = tmp_path / "x.npz"
     header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 29,)}
     with (

@@ -315,7 +315,7 @@ FORGERIES = {
 def test_a_file_with_digests_of_its_own_is_refused_or_read_as_it_is(
     tmp_path, intact, record, arrays, sources_of, compensated
 ):
-    """250 of each kind; whoever changes a file can compute its digests."""
+    """250 of each kind; a program that changes a file can compute its digests too."""
     if compensated:
         both, parts = joined(sources_of(arrays), sources_of(arrays))
         record = dataclasses.replace(record, parts=parts)

@@ -26,7 +26,7 @@ RAW, AVERAGE = 1.0, 9.0
 
 
 def weights(value, prefix="", dots=True):
-    """Of a small network, all elements alike."""
+    """The state dict of a small network; all elements are equal."""
     shapes = {"blocks.0.weight": (4, 3), "blocks.0.bias": (4,), "head.weight": (2, 4)}
     return {
         prefix + (name if dots else name.replace(".", "")): torch.full(shape, value)
@@ -256,7 +256,7 @@ def test_a_word_of_the_users_is_taken_and_said(tmp_path, state):
 
 
 def test_a_word_does_not_choose_between_parts(tmp_path):
-    """With one part beside the optimizer there is no choice."""
+    """One part beside the optimizer needs no choice."""
     with pytest.raises(CheckpointError, match=r"key= \(--key\) names the part"):
         convert({"g": RAWS, "d": RAWS, "optimizer": ADAM}, tmp_path / "ours", averaged=True, step=1)
     assert_averages(
@@ -380,7 +380,7 @@ def test_odd_trees_are_read_or_refused_in_one_line(tmp_path):
     complex_file = save({"ema": {"c": torch.ones(2, dtype=torch.complex128)}}, tmp_path / "c.pt")
     result = convert(complex_file, tmp_path / "complex", step=1)
     assert read_state(result.place).tensors["c"].dtype == "C128"
-    with pytest.raises(CheckpointError, match="`rename` leaves none of its 3 averages"):
+    with pytest.raises(CheckpointError, match="`rename` leaves out all of its 3 averages"):
         convert({"ema": AVERAGES}, tmp_path / "ours", step=1, rename=lambda _: None)
 
 
@@ -510,7 +510,7 @@ def test_a_file_of_others_is_refused_with_what_it_seems_to_be(tmp_path, name, co
         torch.save(content, file)
     for read in (read_state, EMAModel(nn.Linear(2, 2)).load):
         with pytest.raises(
-            CheckpointError, match=f"{name}: it is no file of `ema`, but seems to"
+            CheckpointError, match=f"{name}: `ema` did not write it: it seems to"
         ) as e:
             read(file)
         assert seems in str(e.value)

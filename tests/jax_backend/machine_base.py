@@ -115,14 +115,14 @@ class Base(RuleBasedStateMachine):
         ]
 
     def drawn(self, what: str, seed: int) -> list[Any]:
-        """Arrays for all leaves; None where there is none."""
+        """Arrays for all leaves; None stays None."""
         return [
             getattr(leaf, what)(1000 * seed + number) if leaf.array else None
             for number, leaf in enumerate(self.leaves)
         ]
 
     def count(self, what: str) -> None:
-        """For the line about a family at its end."""
+        """Count a word for the last line of a family."""
         self.used[what] = self.used.get(what, 0) + 1
 
     @invariant()

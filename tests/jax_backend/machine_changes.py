@@ -35,7 +35,7 @@ class Changes(Training):
                 self.tx.update(self.spec.build(self.grads(seed)), self.state)
 
     def other_params(self, place: int) -> Any:
-        """Params of which one leaf has another shape."""
+        """Params with another shape in one leaf."""
         values = list(self.course.params)
         values[place] = np.zeros((*values[place].shape, 2), values[place].dtype)
         return self.spec.build(values)

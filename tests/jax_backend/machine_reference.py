@@ -91,7 +91,7 @@ class Track:
 
     @classmethod
     def of(cls, name: str, leaf: Leaf, params: Array, options: Mapping[str, Any]) -> Track:
-        """Of a leaf with this value."""
+        """The reference of a leaf with this value."""
         dtype = accumulator_of(leaf, options.get("accumulator_dtype"))
         nothing = np.zeros(0)
         compensated = options.get("compensated", False)

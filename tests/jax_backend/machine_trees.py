@@ -53,7 +53,7 @@ class Leaf:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """That of the array; a Python number has the one that JAX gives it now."""
+        """The dtype of an array; JAX decides that of a Python number."""
         if self.kind == "python float":
             return jax.dtypes.canonicalize_dtype(np.float64)
         if self.kind == "python int":
@@ -170,7 +170,7 @@ def _spec(kind: str, children: list[TreeSpec]) -> TreeSpec:
 
 
 def specs(floats: tuple[str, ...] = FLOATS) -> st.SearchStrategy[TreeSpec]:
-    """Trees of up to about five leaves, of which at least one can be averaged."""
+    """Trees of up to about five leaves; at least one can be averaged."""
     arrays = st.builds(
         Leaf, kind=st.sampled_from(floats), shape=st.sampled_from(SHAPES), boxed=st.booleans()
     )

@@ -17,7 +17,7 @@ STEPS = int(os.environ.get("EMA_MACHINE_STEPS", "10"))
 
 
 def budget() -> settings:
-    """Of one family; how long anything takes is not looked at."""
+    """The settings of one family; no time limit depends on how busy the machine is."""
     common = settings(
         deadline=None,
         suppress_health_check=list(HealthCheck),
