@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ema.checkpoint import Source
-from ema.converting.recognize import without_shared_prefixes
+from ema.converting.trees import without_shared_prefixes
 from ema.errors import CheckpointError, EMAError
 from ema.schedules import ConstantDecay, InverseGammaWarmup, RampWarmup, Schedule
 

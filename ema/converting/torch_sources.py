@@ -25,7 +25,8 @@ from ema.converting.found import (
     stripped,
     whole,
 )
-from ema.converting.recognize import choose, flattened, subtree
+from ema.converting.recognize import choose
+from ema.converting.trees import flattened, subtree
 from ema.errors import ArgumentError, CheckpointError, EMAError, listing
 from ema.schedule_descriptions import known_schedule
 from ema.schedules import ConstantDecay, RampWarmup

@@ -14,7 +14,8 @@ from typing import Any
 from ema.checkpoint import Source
 from ema.converting.found import Found
 from ema.converting.leaves import Leaf, Unread, is_array, is_leaf
-from ema.converting.recognize import Chosen, choose, subtree
+from ema.converting.recognize import choose
+from ema.converting.trees import Chosen, subtree
 from ema.errors import ArgumentError, CheckpointError, listing, shortened
 
 __all__ = ["found_in"]

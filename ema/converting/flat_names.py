@@ -1,0 +1,106 @@
+"""Find the averages in a flat state dict by the first word of each name: ``model_ema.…``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ema.converting.trees import (
+    Chosen,
+    IsTensor,
+    Path,
+    children,
+    mostly,
+    shape_of,
+    without_shared_prefixes,
+)
+from ema.converting.words import MAYBE, NO_WEIGHTS, SURE, may_be_of, words
+from ema.errors import CheckpointError, listing
+
+__all__ = ["prefixed"]
+
+_COUNTERS = ("decay", "num_updates", "initted", "step")
+
+
+def prefixed(
+    tree: Any, is_tensor: IsTensor, path: Path, proposed: list[str]
+) -> Iterator[tuple[str, Chosen]]:
+    """``model_ema.…`` beside ``model.…``, ``ema.…`` beside the rest."""
+    shapes = {name: shape_of(child) for name, child in children(tree) if is_tensor(child)}
+    plain, shared = without_shared_prefixes(shapes)
+    groups: dict[str, dict[str, str]] = {}
+    for name, old in plain.items():
+        first, separator, rest = name.partition("." if "." in name else "/")
+        if separator and rest:
+            groups.setdefault(first, {})[rest] = old
+    called = {prefix for prefix in groups if words(prefix) & (SURE | MAYBE)}
+    live = {new: old for new, old in plain.items() if new.partition(".")[0] not in called}
+    for prefix in sorted(called):
+        said, own = words(prefix), groups[prefix]
+        label = ".".join((*path, shared + prefix))
+        others = [
+            group
+            for name, group in groups.items()
+            if name not in called and may_be_of(said, words(name))
+        ]
+        if said <= SURE:
+            others.append(live)
+        chosen = None
+        if said & SURE and not said & NO_WEIGHTS:
+            alone = not live and len(called) == 1
+            chosen = _names_of(own, others, shapes, plain, groups, alone=alone)
+        if chosen is None:
+            proposed.append(label)
+            continue
+        used = set(chosen.values())
+        beside = {short: tree[old] for short, old in own.items() if old not in used}
+        kind = f"`{label}.…` of a state dict"
+        yield label, Chosen(path=path, kind=kind, names=chosen, beside=beside)
+
+
+def _names_of(
+    own: Mapping[str, str],
+    others: Sequence[Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    plain: Mapping[str, str],
+    groups: Mapping[str, Mapping[str, str]],
+    *,
+    alone: bool,
+) -> dict[str, str] | None:
+    """New names of the averages to those in the state dict; None where it is not seen that they are."""
+    stripped = without_shared_prefixes(own)[0]
+    names = {new: own[short] for new, short in stripped.items()}
+    mine = {(new, shapes[old]) for new, old in names.items() if shapes[old]}
+    raw = [{(short, shapes[old]) for short, old in group.items()} for group in others]
+    if mine and any(mostly(mine, other) for other in raw):
+        return names
+    if dotless := _with_dots(own, plain, groups):
+        return dotless
+    return names if alone and not own.keys() >= {"decay", "num_updates"} else None
+
+
+def _with_dots(
+    own: Mapping[str, str], plain: Mapping[str, str], groups: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """Names of latent diffusion's ``LitEma``, which have lost their dots, by those of the raw weights.
+
+    ``model_ema.diffusion_modelinweight`` is the average of ``model.diffusion_model.in.weight``.
+    """
+    best: dict[str, str] = {}
+    new_of = {old: new for new, old in plain.items()}
+    for group in groups.values():
+        if group is own:
+            continue
+        by_dotless: dict[str, list[str]] = {}
+        for rest, old in group.items():
+            by_dotless.setdefault(rest.replace(".", ""), []).append(old)
+        found = {rest: by_dotless[rest] for rest in own if rest in by_dotless}
+        if twice := [names for names in found.values() if len(names) > 1]:
+            raise CheckpointError(
+                f"{listing(twice[0])} are one name without dots: which of them the average is of"
+                " cannot be told"
+            )
+        if len(found) > len(best):
+            best = {new_of[names[0]]: own[rest] for rest, names in found.items()}
+    unmatched = len(own) - len(best)
+    return best if best and unmatched <= len(_COUNTERS) else {}
