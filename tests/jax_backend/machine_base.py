@@ -69,7 +69,7 @@ class Base(RuleBasedStateMachine):
         values = self.values(seed)
         self.params = self.spec.build(values, python=True)
         self.take(options)
-        self.state = self.tx.init(self.params)
+        self.state = self.quiet(self.tx.init)(self.params)
         self.course = Course(self.spec, self.wrapper, self.known(), values)
         self.count(f"{self.wrapper.outer} {self.wrapper.inner}")
 
@@ -86,7 +86,7 @@ class Base(RuleBasedStateMachine):
 
     @staticmethod
     def quiet(step: Any) -> Any:
-        """The step, which ``inject_hyperparams`` makes anew each time, warning included."""
+        """A call that ignores the warning that ``inject_hyperparams`` repeats at each of them."""
 
         def run(*arguments: Any) -> Any:
             with warnings.catch_warnings():

@@ -48,7 +48,7 @@ class States(Training):
         """The averages of a file, in this state or in that of a run that has just begun."""
         paths, course = choose(self.files, pick)
         if fresh:
-            self.state = self.tx.init(self.params)
+            self.state = self.quiet(self.tx.init)(self.params)
             self.course = Course(self.spec, self.wrapper, self.known(), self.course.params)
         for label in self.course.groups[0].labels:
             with self.told_of_a_lost_remainder(course):
@@ -87,7 +87,7 @@ class States(Training):
             both = pickle.loads(kept)
         else:
             params = self.spec.build(self.values(seed))
-            both = serialization.from_bytes((params, self.tx.init(params)), kept)
+            both = serialization.from_bytes((params, self.quiet(self.tx.init)(params)), kept)
         self.params, self.state = jax.tree.map(jnp.asarray, both)
         self.course = course.copy()
 
