@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from ema.rounding import stream_of
-from ema.torch_backend.gpu import blocks, kernels
+from ema.torch_backend.gpu import grid as blocks
+from ema.torch_backend.gpu import kernels
 
 CONFIGURATIONS = [(2048, 8), (2048, 16), (1024, 4), (1024, 8), (4096, 8), (4096, 16), (512, 4)]
 TENSORS = 128

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from ema import Plan, plan_ema
-from ema.quantities import show_bytes, show_seconds
+from ema.plan.quantities import show_bytes, show_seconds
 
 PARAMS = 70e9
 RANKS = (1, 10, 100, 1_000, 10_000)

@@ -26,7 +26,7 @@ from ema.errors import (
     StateError,
 )
 from ema.info import EMADescription, describe_ema, print_ema_info
-from ema.plan import Plan, plan_ema
+from ema.plan.model import Plan, plan_ema
 from ema.schedules import (
     ConstantDecay,
     CosineDecay,

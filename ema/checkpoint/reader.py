@@ -15,7 +15,7 @@ from ema.checkpoint.container import Entry, Header, header_length, parse_header
 from ema.checkpoint.contents import check_contents
 from ema.checkpoint.digests import digest
 from ema.checkpoint.foreign import seems
-from ema.checkpoint.places import errors_of, place_to_read
+from ema.checkpoint.paths import errors_of, place_to_read
 from ema.checkpoint.record import Record
 from ema.checkpoint.split import Index, read_index
 from ema.errors import CheckpointError, difference

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ema.checkpoint import atomic
 from ema.checkpoint.container import MAX_INDEX, MAX_TENSORS, load_json, too_large
-from ema.checkpoint.places import exists, index_of, is_shard_name
+from ema.checkpoint.paths import exists, index_of, is_shard_name
 from ema.checkpoint.record import to_json
 from ema.errors import CheckpointError
 

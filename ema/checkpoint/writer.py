@@ -22,7 +22,7 @@ from ema.checkpoint.container import (
 )
 from ema.checkpoint.contents import check_contents
 from ema.checkpoint.digests import seal
-from ema.checkpoint.places import (
+from ema.checkpoint.paths import (
     errors_of,
     exists,
     file_to_write,

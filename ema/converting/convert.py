@@ -14,8 +14,8 @@ from ema import validate
 from ema.checkpoint import Record, Source, atomic, write_state
 from ema.checkpoint.container import bits_of
 from ema.checkpoint.foreign import begins_like_msgpack
-from ema.checkpoint.parts import joined
-from ema.checkpoint.places import FILE_NAME, errors_of, exists, index_of, path_of, place_of
+from ema.checkpoint.paths import FILE_NAME, errors_of, exists, index_of, path_of, place_of
+from ema.checkpoint.remainders import joined
 from ema.checkpoint.renaming import Rename, renamed
 from ema.converting import orbax_places
 from ema.converting.float8 import FLOAT8, widened

@@ -8,7 +8,7 @@ from flax import nnx
 
 from ema.checkpoint import Source
 from ema.converting.found import Found
-from ema.jax_backend.files import source_of
+from ema.jax_backend.saving.files import source_of
 from ema.jax_backend.selection import is_hole, is_inexact, named_leaves
 
 __all__ = ["read_nnx"]

@@ -30,8 +30,8 @@ from ema.converting.trees import flattened, subtree
 from ema.errors import ArgumentError, CheckpointError, EMAError, listing
 from ema.schedule_descriptions import known_schedule
 from ema.schedules import ConstantDecay, RampWarmup
-from ema.torch_backend.files import source_of
-from ema.torch_backend.state import State
+from ema.torch_backend.saving.files import source_of
+from ema.torch_backend.saving.state import State
 
 __all__ = ["read_pickle", "read_state"]
 

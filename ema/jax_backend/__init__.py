@@ -21,8 +21,8 @@ require("optax", "jax")
 
 # Below the two lines above, so that a missing package is reported by the extra that brings it.
 from ema.jax_backend.access import get_params_ema
-from ema.jax_backend.files import load_params_ema, save_params_ema
-from ema.jax_backend.restore import adapt_opt_state
+from ema.jax_backend.saving.files import load_params_ema, save_params_ema
+from ema.jax_backend.saving.restore import adapt_opt_state
 from ema.jax_backend.state import ParamsEMAState
 from ema.jax_backend.transform import params_ema
 

@@ -13,8 +13,6 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ema.errors import ArgumentError
-from ema.jax_backend.guard import raise_where_not_finite
-from ema.jax_backend.rounding import key_of
 from ema.jax_backend.selection import (
     initial_average,
     initial_remainder,
@@ -33,8 +31,10 @@ from ema.jax_backend.settings import (
     steps,
 )
 from ema.jax_backend.state import ParamsEMAState, joined, trees_of
-from ema.jax_backend.sweep import Kept, keep, real_dtype, sweep
-from ema.jax_backend.update import update_weight
+from ema.jax_backend.update.equation import update_weight
+from ema.jax_backend.update.guard import raise_where_not_finite
+from ema.jax_backend.update.rounding import key_of
+from ema.jax_backend.update.sweep import Kept, keep, real_dtype, sweep
 from ema.precision import OnNonfinite, Precision
 from ema.rounding import stream_of
 from ema.schedules import Schedule
@@ -62,7 +62,7 @@ def params_ema(
 
         average ← average + weight · (params' − average),    weight = 1 − decay,
 
-    in the form of :func:`ema.jax_backend.update.lerp`. The updates pass through unchanged; without
+    in the form of :func:`ema.jax_backend.update.equation.lerp`. The updates pass through unchanged; without
     any, ``update(None, state, params)``, the params are averaged as they are. It has
     to see the final updates, so it stands last in the chain; inside ``optax.MultiSteps`` and
     ``optax.apply_if_finite``, so that it counts the steps that are really made.
@@ -83,9 +83,9 @@ def params_ema(
         name: tells several averages in one optimizer state apart, see
             :func:`~ema.jax_backend.get_params_ema`.
         compensated: keep what each update rounds away in a remainder beside the average, of its
-            dtype (:func:`ema.jax_backend.update.lerp_compensated`): it then moves at any decay.
+            dtype (:func:`ema.jax_backend.update.equation.lerp_compensated`): it then moves at any decay.
         stochastic_rounding: round a bfloat16 average up or down by chance, so that small updates
-            add up (:func:`ema.jax_backend.update.lerp_narrow`). The chance of an element depends on
+            add up (:func:`ema.jax_backend.update.equation.lerp_narrow`). The chance of an element depends on
             ``seed``, the number of the update, the name of the leaf and the element's place in it,
             not on the devices.
         seed: of that, in [0, 2**64).

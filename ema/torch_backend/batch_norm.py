@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError, listing
-from ema.torch_backend.names import unwrap
+from ema.torch_backend.tensors.names import unwrap
 
 __all__ = ["recalibrate_batch_norm"]
 

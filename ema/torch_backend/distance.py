@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema.torch_backend.distributed.sharding import counts_here, is_sharded, local_of
-from ema.torch_backend.memory import CHUNK, real
+from ema.torch_backend.tensors.memory import CHUNK, real
+from ema.torch_backend.tensors.sharding import counts_here, is_sharded, local_of
 
 __all__ = ["relative_distance"]
 

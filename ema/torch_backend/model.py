@@ -15,39 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from ema.checkpoint import MAX_SHARD_SIZE
-from ema.checkpoint.places import errors_of
+from ema.checkpoint.paths import errors_of
 from ema.checkpoint.renaming import Rename, Transform
 from ema.errors import StateError, listing, warn
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
-from ema.torch_backend import files
-from ema.torch_backend.average import Average
-from ema.torch_backend.averaged_module import AveragedModules
-from ema.torch_backend.blocks import ENDED_BESIDE, Block, ended_inside, report
-from ema.torch_backend.caches import clearing
-from ema.torch_backend.copying import copy_over
-from ema.torch_backend.counters import Counters
+from ema.torch_backend.averages import Average
 from ema.torch_backend.distance import relative_distance
-from ema.torch_backend.distributed.ranks import verify_ranks
-from ema.torch_backend.distributed.sharding import (
+from ema.torch_backend.eager import eager
+from ema.torch_backend.interrupts import uninterrupted
+from ema.torch_backend.saving import files
+from ema.torch_backend.saving.ranks import verify_ranks
+from ema.torch_backend.saving.state import FORMAT_VERSION, State
+from ema.torch_backend.settings import Settings
+from ema.torch_backend.steps import run
+from ema.torch_backend.swap.averaged_module import AveragedModules
+from ema.torch_backend.swap.blocks import ENDED_BESIDE, Block, ended_inside, report
+from ema.torch_backend.swap.caches import clearing
+from ema.torch_backend.swap.followers import refuse_follower
+from ema.torch_backend.swap.swap import Swap, any_swapped, refuse_if_swapped
+from ema.torch_backend.swap.teacher import call_with, current_buffers, with_current_buffers
+from ema.torch_backend.tensors.copying import copy_over
+from ema.torch_backend.tensors.fit import check_writable, targets
+from ema.torch_backend.tensors.names import unwrap
+from ema.torch_backend.tensors.selection import Selection
+from ema.torch_backend.tensors.sharding import (
     any_sharded,
     before_write,
     fully_sharded,
     local_of,
     wrapped_like,
 )
-from ema.torch_backend.eager import eager
-from ema.torch_backend.fit import check_writable, targets
-from ema.torch_backend.following import refuse_follower
-from ema.torch_backend.interrupts import uninterrupted
-from ema.torch_backend.names import unwrap
-from ema.torch_backend.selection import Selection
-from ema.torch_backend.settings import Settings
-from ema.torch_backend.state import FORMAT_VERSION, State
-from ema.torch_backend.steps import run
-from ema.torch_backend.swap import Swap, any_swapped, refuse_if_swapped
-from ema.torch_backend.teacher import call_with, current_buffers, with_current_buffers
 from ema.torch_backend.turns import Turns, in_eager_turn, in_turn
+from ema.torch_backend.update.counters import Counters
 from ema.weights import weight_of
 
 __all__ = ["EMAModel"]

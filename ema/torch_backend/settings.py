@@ -13,7 +13,7 @@ from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing
 from ema.precision import Precision
 from ema.schedule_descriptions import describe_schedule, same_description
 from ema.schedules import ConstantDecay, Schedule, as_schedule
-from ema.torch_backend.selection import Rules
+from ema.torch_backend.tensors.selection import Rules
 
 __all__ = ["Settings"]
 

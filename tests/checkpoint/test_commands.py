@@ -10,7 +10,7 @@ from torch_ema import ExponentialMovingAverage
 from typer.testing import CliRunner
 
 from ema.checkpoint import read_state, write_state
-from ema.cli import build_app
+from ema.command.main import build_app
 
 
 def run(*arguments):

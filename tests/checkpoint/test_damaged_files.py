@@ -19,7 +19,7 @@ from ema.checkpoint import read_state, write_state
 from ema.checkpoint.container import Entry
 from ema.checkpoint.description import describe_file
 from ema.checkpoint.digests import digest, seal
-from ema.checkpoint.parts import joined
+from ema.checkpoint.remainders import joined
 from ema.converting.convert import convert
 
 NUMBERS = [-1, 0, 1, 2, 7, 2**31, 2**53, 2**63, 2**64 - 1, 10**400, 0.5, 1e308, True]

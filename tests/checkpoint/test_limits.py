@@ -18,7 +18,7 @@ from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel
 from ema.checkpoint import Record, Source, container, read_state, split, write_state
 from ema.checkpoint.container import MAX_HEADER
 from ema.checkpoint.description import describe_file
-from ema.checkpoint.parts import joined
+from ema.checkpoint.remainders import joined
 from ema.jax_backend import params_ema, save_params_ema
 from tests import processes
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import ema
 from ema.checkpoint import Record, read_state, write_state
-from ema.cli import build_app
+from ema.command.main import build_app
 from ema.jax_backend import load_params_ema, params_ema, save_params_ema
 from ema.torch_backend import EMAModel
 from tests.own_schedules import ALL, DESCRIBED, UNDESCRIBED, Constant, Table

@@ -14,7 +14,7 @@ import torch
 import torch_ema
 
 import ema.checkpoint.reader
-import ema.jax_backend.files
+import ema.jax_backend.saving.files
 from ema.checkpoint import read_state
 from ema.checkpoint.record import OWN_KEYS
 
@@ -50,6 +50,6 @@ def test_the_page_lists_every_key_of_the_format():
 
 
 def test_the_examples_in_the_docstrings_print_what_they_show():
-    for module in (ema.checkpoint.reader, ema.jax_backend.files):
+    for module in (ema.checkpoint.reader, ema.jax_backend.saving.files):
         result = doctest.testmod(module)
         assert (result.failed, result.attempted > 3) == (0, True)

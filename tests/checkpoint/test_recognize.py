@@ -474,7 +474,7 @@ def test_without_torch_its_files_are_refused_in_one_line(tmp_path):
     file = save({"ema": AVERAGES}, tmp_path / "x.pt")
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from ema.cli import main\n"
+        "from ema.command.main import main\n"
         f"sys.argv = ['ema', 'convert', {str(file)!r}, {str(tmp_path / 'ours')!r}]\n"
         "main()"
     )

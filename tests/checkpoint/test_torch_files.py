@@ -12,7 +12,7 @@ from torch import nn
 import ema
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning, StateError
 from ema.checkpoint import read_state
-from ema.torch_backend.distributed.ranks import _digest
+from ema.torch_backend.saving.ranks import _digest
 
 
 class Small(nn.Module):

@@ -11,7 +11,7 @@ def test_the_weights_agree_for_all_counts_to_a_million(schedule, span):
     import jax
     import jax.numpy as jnp
 
-    from ema.jax_backend.update import update_weight
+    from ema.jax_backend.update.equation import update_weight
 
     ((_, scheduled),) = schedule.items()
     counts = np.arange(1, 1_000_001, dtype=np.int32)

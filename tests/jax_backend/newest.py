@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ema.jax_backend import params_ema, sweep
-from ema.jax_backend.update import lerp
+from ema.jax_backend import params_ema
+from ema.jax_backend.update import sweep
+from ema.jax_backend.update.equation import lerp
 
 SHAPES = [
     *[

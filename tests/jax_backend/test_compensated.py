@@ -10,7 +10,7 @@ import pytest
 
 import ema
 from ema.jax_backend import get_params_ema, params_ema
-from ema.jax_backend.update import lerp_compensated
+from ema.jax_backend.update.equation import lerp_compensated
 
 
 def fused(a, c, p, w):

@@ -13,9 +13,9 @@ MODULES = {  # how many examples each has at least, so that a lost one is notice
     "ema.jax_backend.batch_norm": 4,
     "ema.jax_backend.linen": 6,
     "ema.jax_backend.nnx": 10,
-    "ema.jax_backend.restore": 6,
+    "ema.jax_backend.saving.restore": 6,
     "ema.jax_backend.transform": 8,
-    "ema.jax_backend.update": 8,
+    "ema.jax_backend.update.equation": 8,
 }
 
 

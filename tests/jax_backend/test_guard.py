@@ -10,7 +10,7 @@ import pytest
 
 import ema
 from ema.jax_backend import params_ema
-from ema.jax_backend.guard import all_finite
+from ema.jax_backend.update.guard import all_finite
 
 OPTIONS = {
     "plain": {},

@@ -12,7 +12,7 @@ from flax import nnx
 
 import ema
 from ema.jax_backend import get_params_ema, params_ema
-from ema.jax_backend.restore import adapt_opt_state
+from ema.jax_backend.saving.restore import adapt_opt_state
 
 
 def equal(a, b):

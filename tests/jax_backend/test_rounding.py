@@ -10,8 +10,8 @@ import pytest
 
 import ema
 from ema.jax_backend import get_params_ema, params_ema
-from ema.jax_backend.rounding import by_chance, round_up
-from ema.jax_backend.update import lerp
+from ema.jax_backend.update.equation import lerp
+from ema.jax_backend.update.rounding import by_chance, round_up
 from ema.rounding import key_of, mix, stream_of
 
 BFLOAT16 = {"accumulator_dtype": jnp.bfloat16}

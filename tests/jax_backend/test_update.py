@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ema
-from ema.jax_backend.update import lerp, update_weight
+from ema.jax_backend.update.equation import lerp, update_weight
 
 SCHEDULES = [
     ema.ConstantDecay(decay=0.9999),

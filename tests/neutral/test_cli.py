@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ema
 import ema.selftest
-from ema.cli import build_app, main, parse_schedule
+from ema.command.main import build_app, main, parse_schedule
 from ema.schedules import SCHEDULES
 from ema.selftest import Check, SelfTest
 from tests import processes
@@ -199,7 +199,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_info_loads_no_framework():
     result = python(
         "import sys\n"
-        "from ema.cli import main\n"
+        "from ema.command.main import main\n"
         "sys.argv = ['ema', 'info', '--steps', '1000', '--schedule', 'HalfLife(steps=9)']\n"
         "try:\n"
         "    main()\n"
@@ -212,7 +212,7 @@ def test_info_loads_no_framework():
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_typer_or_rich_one_line_names_the_extra(missing):
     result = python(
-        f"import sys; sys.modules['{missing}'] = None; from ema.cli import main; main()"
+        f"import sys; sys.modules['{missing}'] = None; from ema.command.main import main; main()"
     )
     assert result.returncode == 1
     assert result.stdout == ""

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ema import plan_ema
-from ema.cli import build_app
-from ema.quantities import parse_quantity, show_bytes, show_seconds
+from ema.command.main import build_app
+from ema.plan.quantities import parse_quantity, show_bytes, show_seconds
 
 DOCS = Path(__file__).parents[2] / "docs"
 

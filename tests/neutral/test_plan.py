@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import ema
 from ema import plan_ema
-from ema.cli import build_app
-from ema.plan import CHUNK, NARROW_CHUNK
-from ema.quantities import parse_quantity, show_bytes, show_count, show_seconds
+from ema.command.main import build_app
+from ema.plan.model import CHUNK, NARROW_CHUNK
+from ema.plan.quantities import parse_quantity, show_bytes, show_count, show_seconds
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float64"])
 PARAM_DTYPES = st.sampled_from(["float16", "bfloat16", "float32", "float64"])
@@ -152,7 +152,7 @@ def test_a_step_never_waits_longer_than_an_update_takes(params, ranks, offload, 
 
 
 def test_the_chunk_is_that_of_the_backend():
-    from ema.torch_backend import memory
+    from ema.torch_backend.tensors import memory
 
     assert (CHUNK, NARROW_CHUNK) == (memory.CHUNK, memory.NARROW_CHUNK)
     assert plan_ema(1e9).buffer_bytes == 4 * CHUNK

@@ -33,8 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ema import CheckpointError, ModelError, StateError
 from ema.torch_backend import EMAModel
-from ema.torch_backend.distributed import gather as gather_module
-from ema.torch_backend.distributed.sharding import local_of, place_of, wrapped_like
+from ema.torch_backend.saving import gather as gather_module
+from ema.torch_backend.tensors.sharding import local_of, place_of, wrapped_like
 
 STEPS, HALF = 200, 100
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema.torch_backend import EMACallback, EMAModel
-from ema.torch_backend.memory import SMALL
+from ema.torch_backend.tensors.memory import SMALL
 
 SIDE = 80
 assert SIDE**2 > SMALL

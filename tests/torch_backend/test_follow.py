@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ema import ModelError, StateError
-from ema.torch_backend import EMAModel, layouts
+from ema.torch_backend import EMAModel
+from ema.torch_backend.tensors import layouts
 
 
 def check_follows(model, ema_model, names, step):

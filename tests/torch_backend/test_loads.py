@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ema import CheckpointError, ModelError, StateError
-from ema.torch_backend import EMACallback, EMAModel, average, interrupts, model
+from ema.torch_backend import EMACallback, EMAModel, interrupts, model
+from ema.torch_backend import averages as average
 from ema.torch_backend.trainer import run_average
 from tests.torch_backend.interruptions import AtFirstOperation, interrupted_at
 

@@ -10,7 +10,7 @@ from torch import nn
 import ema
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, StateError
 from ema.torch_backend import EMAModel
-from ema.torch_backend.memory import CHUNK
+from ema.torch_backend.tensors.memory import CHUNK
 
 DECAYS = {"short": 0.5, "long": ema.HalfLife(steps=10)}
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema import ModelError, StateError
 from ema.torch_backend import EMAModel
 from ema.torch_backend import steps as steps_module
-from ema.torch_backend import swap as swap_module
-from ema.torch_backend import swap_places as swap_places_module
-from ema.torch_backend.memory import CHUNK
+from ema.torch_backend.swap import places as swap_places_module
+from ema.torch_backend.swap import swap as swap_module
+from ema.torch_backend.tensors.memory import CHUNK
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["same-dtype", "other-dtype"])

@@ -11,7 +11,10 @@ from torch import nn
 
 from ema import StateError
 from ema.checkpoint import read_state
-from ema.torch_backend import EMAModel, average, blocks, eager, model, steps, swap, sweep, turns
+from ema.torch_backend import EMAModel, eager, model, steps, turns
+from ema.torch_backend import averages as average
+from ema.torch_backend.swap import blocks, swap
+from ema.torch_backend.update import sweep
 from tests.torch_backend.interruptions import (
     AtFirstOperation,
     at_bytecode,

@@ -7,7 +7,7 @@ from torch import nn
 
 import ema
 from ema.torch_backend import EMAModel
-from ema.torch_backend.memory import CHUNK, SMALL
+from ema.torch_backend.tensors.memory import CHUNK, SMALL
 
 
 def train(model, ema_model, step, steps):

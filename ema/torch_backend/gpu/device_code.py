@@ -1,7 +1,7 @@
 """What runs on the GPU, in Triton: each kernel goes through many tensors in one pass over memory.
 
 Only :mod:`ema.torch_backend.gpu.kernels` imports this, once there is a GPU to compile it for. The
-tables and blocks are those of :mod:`ema.torch_backend.gpu.blocks`.
+tables and blocks are those of :mod:`ema.torch_backend.gpu.grid`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def mix(x):
 
 @triton.jit
 def lerp(average, params, weight):
-    """The equation of :mod:`ema.torch_backend.update`, with the same fused multiply-adds."""
+    """The equation of :mod:`ema.torch_backend.update.equation`, with the same fused multiply-adds."""
     difference = params - average
     near = tl.fma(weight, difference, average)
     far = tl.fma(weight - 1.0, difference, params)

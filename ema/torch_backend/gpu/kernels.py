@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ema.errors import warn
 from ema.rounding import Stream
-from ema.torch_backend.gpu.blocks import LOOK, WARPS, Launch, launches
+from ema.torch_backend.gpu.grid import LOOK, WARPS, Launch, launches
 from ema.torch_backend.interrupts import uninterrupted
 
 __all__ = ["Exchange", "Fused", "Look", "available", "compiled", "supports"]

@@ -21,8 +21,8 @@ from torch import Tensor
 from ema.errors import StateError
 from ema.torch_backend.gpu.lane import Lane
 from ema.torch_backend.interrupts import uninterrupted
-from ema.torch_backend.memory import is_dense
 from ema.torch_backend.steps import Step, run
+from ema.torch_backend.tensors.memory import is_dense
 
 __all__ = ["Offload"]
 

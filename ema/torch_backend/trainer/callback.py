@@ -18,7 +18,7 @@ from ema.info import describe_ema
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.swap import any_swapped
+from ema.torch_backend.swap.swap import any_swapped
 from ema.torch_backend.trainer.attachment import Attachment
 from ema.torch_backend.trainer.checkpoints import Checkpoints, wait_for_everyone
 from ema.torch_backend.trainer.claims import claim

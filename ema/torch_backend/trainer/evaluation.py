@@ -23,7 +23,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from ema.errors import warn
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.names import unwrap
+from ema.torch_backend.tensors.names import unwrap
 from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, rewriting_live_weights
 from ema.torch_backend.trainer.overrides import overridden
 from ema.torch_backend.trainer.surroundings import surroundings

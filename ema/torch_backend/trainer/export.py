@@ -11,7 +11,7 @@ from torch import nn
 from ema.errors import ArgumentTypeError, ModelError
 from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.names import unwrap
+from ema.torch_backend.tensors.names import unwrap
 
 __all__ = ["NOTE", "processing_class_of", "save_pretrained"]
 

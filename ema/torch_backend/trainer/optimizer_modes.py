@@ -18,7 +18,7 @@ from torch import nn
 
 from ema.errors import StateError
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.names import unwrap
+from ema.torch_backend.tensors.names import unwrap
 from ema.torch_backend.trainer.overrides import overridden
 from ema.torch_backend.trainer.surroundings import surroundings
 

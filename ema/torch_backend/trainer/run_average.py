@@ -10,8 +10,8 @@ from torch import nn
 from ema.errors import StateError
 from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.model import EMAModel
+from ema.torch_backend.saving.state import State
 from ema.torch_backend.settings import Settings
-from ema.torch_backend.state import State
 
 __all__ = ["RunAverage"]
 

@@ -9,7 +9,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ema.checkpoint import read_state
-from ema.checkpoint.places import index_of
+from ema.checkpoint.paths import index_of
 from ema.checkpoint.record import Record
 from ema.errors import CheckpointError
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema.torch_backend.gpu.blocks import BLOCK, launches
+from ema.torch_backend.gpu.grid import BLOCK, launches
 from tests import processes
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_tables_are_on_the_device_that_is_asked_for():
 import torch
 torch.set_default_device("meta")
 from ema.torch_backend.gpu import kernels
-from ema.torch_backend.gpu.blocks import launches
+from ema.torch_backend.gpu.grid import launches
 (launch,) = launches([(16, 5)], (4,), torch.device("cpu"))
 assert launch.table.tolist() == [[16, 5]], launch
 assert launch.blocks.device.type == "cpu"

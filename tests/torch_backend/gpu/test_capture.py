@@ -7,8 +7,9 @@ from torch import nn
 import ema
 from ema import EMAModel
 from ema.errors import EMAWarning, StateError
-from ema.torch_backend import average, guard
+from ema.torch_backend import averages as average
 from ema.torch_backend.gpu import kernels, offload
+from ema.torch_backend.update import guard
 from tests.torch_backend.gpu.runs import differences, make, train
 
 

@@ -13,7 +13,7 @@ import ema
 from ema import EMAModel
 from ema.errors import StateError
 from ema.torch_backend.gpu import kernels
-from ema.torch_backend.guard import all_finite
+from ema.torch_backend.update.guard import all_finite
 from tests.torch_backend.gpu.runs import differences, make, train
 
 DEVICE = os.environ.get("EMA_DEVICE", "cuda")

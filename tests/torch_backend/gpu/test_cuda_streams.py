@@ -10,8 +10,8 @@ from torch import nn
 import ema
 from ema import EMAModel
 from ema.errors import StateError
-from ema.torch_backend import swap as swap_module
 from ema.torch_backend.gpu import kernels
+from ema.torch_backend.swap import swap as swap_module
 from tests.torch_backend.gpu.runs import differences, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

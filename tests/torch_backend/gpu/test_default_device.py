@@ -8,7 +8,8 @@ CODE = """
 import sys, torch
 from torch import nn
 from ema import EMAModel
-from ema.torch_backend import average, batch_norm
+from ema.torch_backend import batch_norm
+from ema.torch_backend import averages as average
 from ema.torch_backend.gpu import offload
 
 folder = sys.argv[1]

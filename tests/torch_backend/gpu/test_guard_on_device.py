@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ema
 from ema import EMAModel
 from ema.errors import EMAWarning, StateError
-from ema.torch_backend import guard
 from ema.torch_backend.gpu import kernels
+from ema.torch_backend.update import guard
 from tests.torch_backend.gpu.runs import differences, make, train
 from tests.torch_backend.gpu.simulation import GPU, OTHER
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from ema.errors import StateError
 from ema.rounding import stream_of
-from ema.torch_backend.distributed.sharding import place_of
 from ema.torch_backend.gpu.offload import Offload
-from ema.torch_backend.stretches import Entry
-from ema.torch_backend.swap import Swap
-from ema.torch_backend.sweep import Sweep
+from ema.torch_backend.swap.swap import Swap
+from ema.torch_backend.tensors.sharding import place_of
+from ema.torch_backend.update.stretches import Entry
+from ema.torch_backend.update.sweep import Sweep
 from tests import processes
 
 

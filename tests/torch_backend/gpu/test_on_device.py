@@ -11,9 +11,10 @@ import torch
 
 import ema
 from ema import EMAModel
-from ema.torch_backend import average, guard
-from ema.torch_backend.counters import Counters
+from ema.torch_backend import averages as average
 from ema.torch_backend.gpu import kernels
+from ema.torch_backend.update import guard
+from ema.torch_backend.update.counters import Counters
 from tests.torch_backend.gpu.runs import differences, make, train
 
 OPTIONS = [

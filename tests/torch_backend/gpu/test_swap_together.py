@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema import EMAModel, StateError
-from ema.torch_backend import swap as swap_module
-from ema.torch_backend import swap_parts
 from ema.torch_backend.gpu import kernels
-from ema.torch_backend.gpu.blocks import BLOCK
+from ema.torch_backend.gpu.grid import BLOCK
+from ema.torch_backend.swap import exchanges as swap_parts
+from ema.torch_backend.swap import swap as swap_module
 from tests.torch_backend.gpu.runs import differences, make
 from tests.torch_backend.test_swap import (  # noqa: F401 — run again
     assert_whole,

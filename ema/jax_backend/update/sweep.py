@@ -1,0 +1,148 @@
+"""One pass over all leaves: what a step computes that updates the averages, and one that does not.
+
+Which of the equations a leaf takes shows in what is there: a remainder, a bfloat16 average, a key.
+Functions of the module, so that an eager ``lax.cond`` finds its compiled branches again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ema.jax_backend.selection import widen
+from ema.jax_backend.settings import NARROW
+from ema.jax_backend.update.equation import lerp, lerp_compensated, lerp_narrow
+from ema.jax_backend.update.guard import all_finite
+
+__all__ = ["Kept", "keep", "real_dtype", "sweep"]
+
+_SMALL = 256
+"""Elements of the largest array that was seen to lose it, and many more."""
+
+Weights = list[dict[str, jax.Array]]
+Keys = list[jax.Array | None]
+
+
+class Kept(NamedTuple):
+    """What a step leaves for the next one: by average, then by leaf.
+
+    Attributes:
+        averages: averages of one leaf have one shape and dtype.
+        remainders: likewise; None where an average has none.
+    """
+
+    averages: list[list[Any]]
+    remainders: list[list[Any]]
+
+
+def sweep(
+    kept: Kept, params: list[Any], weights: Weights, keys: Keys, anyway: jax.Array | None
+) -> tuple[Kept, jax.Array | None]:
+    """Update every average.
+
+    Args:
+        kept: before it.
+        params: the live leaves after the step, as they are.
+        weights: of each average, by the dtype of the arithmetic.
+        keys: of each leaf, to round it by chance.
+        anyway: whether to update where a parameter is not finite; None does not look.
+
+    Returns:
+        What is kept now, and whether an update was made (None where nobody looked).
+    """
+    # what is read and widened is shared by all averages of a leaf
+    wide = [
+        _placed_as(average, widen(leaf, _wide_dtype(average)))
+        for average, leaf in zip(kept.averages[0], params, strict=True)
+    ]
+    made = None
+    if anyway is not None:
+        stored = [jnp.result_type(leaf) == w.dtype for leaf, w in zip(params, wide, strict=True)]
+        made = anyway | all_finite(wide, stored)
+    updates = [_flat if _is_small(leaf) else _one for leaf in params]
+    averages, remainders = [], []
+    for before, lost, weight in zip(kept.averages, kept.remainders, weights, strict=True):
+        after = [
+            update(a, c, leaf, weight[real_dtype(a)], key)
+            for a, c, leaf, key, update in zip(before, lost, wide, keys, updates, strict=True)
+        ]
+        averages.append([a for a, _ in after])
+        remainders.append([c for _, c in after])
+    moved = Kept(averages, remainders)
+    if made is not None:
+        moved = jax.tree.map(lambda new, old: jnp.where(made, new, old), moved, kept)
+    return moved, made
+
+
+def keep(
+    kept: Kept, params: list[Any], weights: Weights, keys: Keys, anyway: jax.Array | None
+) -> tuple[Kept, jax.Array | None]:
+    """The other branch: nothing is due."""
+    del params, weights, keys
+    return kept, None if anyway is None else jnp.array(True)
+
+
+def _is_small(params: Any) -> bool:
+    """Whether XLA would lose the fused multiply-add of a leaf, see :func:`_flat`."""
+    return (
+        jax.__version_info__ >= (0, 12)
+        and jnp.ndim(params) > 1
+        and jnp.size(params) <= _SMALL
+        and jnp.result_type(params).itemsize < 4
+        and not any(
+            jax.typeof(params).sharding.spec
+        )  # a leaf that is split over named axes cannot be reshaped
+    )
+
+
+def _flat(
+    average: Any, remainder: Any, params: jax.Array, weight: jax.Array, key: jax.Array | None
+) -> tuple[Any, Any]:
+    """The same as one row, behind a barrier.
+
+    In the steps that JAX 0.12 compiles for a CPU, small bfloat16 and float16 arrays of several axes lose
+    the fused multiply-add, and the last bit with it.
+    """
+    shape = params.shape
+    row = lax.optimization_barrier(params.reshape(-1))  # type: ignore[no-untyped-call]
+    lost = None if remainder is None else remainder.reshape(-1)
+    moved, lost = _one(average.reshape(-1), lost, row, weight, key)
+    return moved.reshape(shape), None if lost is None else lost.reshape(shape)
+
+
+def _one(
+    average: Any, remainder: Any, params: jax.Array, weight: jax.Array, key: jax.Array | None
+) -> tuple[Any, Any]:
+    if remainder is not None:
+        moved, lost = lerp_compensated(average, remainder, params, weight)
+        return moved, lost
+    if jnp.result_type(average) == NARROW:
+        return lerp_narrow(average, params, weight, key), None
+    return lerp(average, params, weight), None
+
+
+def _placed_as(average: Any, params: jax.Array) -> jax.Array:
+    """``params`` where its average is: on explicit meshes operands must be placed alike.
+
+    A program may spread averages over devices that all hold the parameter (ZeRO-1).
+    """
+    here, there = jax.typeof(params).sharding, jax.typeof(average).sharding
+    if here.spec == there.spec or here.mesh != there.mesh:
+        return params
+    moved: jax.Array = jax.sharding.reshard(params, there)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def real_dtype(average: Any) -> str:
+    """Name of the dtype of the weight for an average: its own or that of its real part, or wider."""
+    return str(np.zeros((), _wide_dtype(average)).real.dtype)
+
+
+def _wide_dtype(average: Any) -> np.dtype[Any]:
+    """Of the arithmetic on an average."""
+    dtype: np.dtype[Any] = jnp.result_type(average)
+    return np.dtype(np.float32) if dtype == NARROW else dtype

@@ -1,0 +1,1 @@
+"""How much memory, time and disk space averages will take."""

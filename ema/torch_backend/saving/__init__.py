@@ -1,0 +1,1 @@
+"""The state of an average, and its file."""

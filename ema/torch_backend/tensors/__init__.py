@@ -1,0 +1,1 @@
+"""Which tensors are averaged, and where they are."""

@@ -1,0 +1,295 @@
+"""One update of many tensors: the way of each of them through memory, prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ema.torch_backend.gpu import kernels
+from ema.torch_backend.interrupts import uninterrupted
+from ema.torch_backend.steps import Step, run
+from ema.torch_backend.tensors.memory import (
+    CHUNK,
+    NARROW_CHUNK,
+    SERIAL,
+    SMALL,
+    flat,
+    is_dense,
+    real,
+)
+from ema.torch_backend.update.equation import compensated, lerp, narrow
+from ema.torch_backend.update.rounding import Counters, Gathered, Scratch
+from ema.torch_backend.update.stretches import Entry, Stretch, neighbors
+
+__all__ = ["Sweep"]
+
+
+class _Part(NamedTuple):
+    """Params once the loads are done, in the dtype of the computation, and the slots for them."""
+
+    loads: tuple[Step, ...]
+    slots: tuple[list[Tensor], ...]
+    params: list[Tensor]
+    counters: Counters | None
+
+
+class Sweep:
+    """One update of many averages, prepared once and run at every step.
+
+    Large tensors whose average has the same dtype are read where they are, all in one call. The
+    others pass through one buffer of :data:`~ema.torch_backend.tensors.memory.CHUNK` elements: small
+    tensors whose averages lie side by side are gathered in it, and what has another dtype, device
+    or memory order is converted in it, a chunk at a time. What needs more than one operation is
+    done a chunk at a time too, so that it stays in cache. The buffers are reused, and a signal
+    (Ctrl-C) finds an update done or not begun. Several averages of one tensor read it once.
+
+    On a GPU kernels take what PyTorch would need several passes for.
+
+    Args:
+        entries: the tensors and their averages.
+        number: averages of each tensor.
+        guarded: whether calls say by a flag on the device if anything is to be done, as far as
+            :attr:`on_device` allows.
+
+    Attributes:
+        on_device: whether kernels do all of it.
+        read: ids of live tensors that are read through themselves, wherever their memory is by
+            then.
+    """
+
+    def __init__(self, entries: Sequence[Entry], number: int, *, guarded: bool = False) -> None:
+        self._number = number
+        self._guarded = guarded
+        self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._scratch: dict[torch.device, Scratch] = {}
+        self._parts: list[_Part] = []
+        self.read: set[int] = set()
+        stretches: list[Stretch] = []
+        for entry in entries:
+            first, live = entry.slots[0], entry.live
+            if first.numel() == 0:
+                continue
+            if is_dense(live) and live.stride() == first.stride():
+                stretches.append(Stretch(tuple(map(flat, entry.slots)), flat(live), entry))
+            else:
+                self._convert_rows(Stretch(tuple(map(real, entry.slots)), real(live), entry))
+        self._kernels: list[list[kernels.Fused]] = [[] for _ in range(number)]
+        small: list[Stretch] = []
+        large: list[Stretch] = []
+        for stretch in self._without_kernel(stretches):
+            average, live = stretch.slots[0], stretch.live
+            here = average.device == live.device
+            if here and average.numel() <= SMALL and _in_order(stretch):
+                small.append(stretch)
+            elif here and live.dtype == stretch.computed:
+                large.append(stretch)
+            else:
+                self._convert_rows(stretch)
+        for together in neighbors(small):
+            self._gather(together)
+        self._read_in_place(large)
+        self.on_device = any(self._kernels) and not self._parts
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Memory of its own, and what kernels work on."""
+        used = [tensor for several in self._kernels for each in several for tensor in each.tensors]
+        used += self._buffers.values()
+        return used + [tensor for scratch in self._scratch.values() for tensor in scratch]
+
+    def __call__(
+        self,
+        weights: Sequence[float],
+        count: int,
+        finite: Mapping[torch.device, Tensor] | None = None,
+        *,
+        then: Step = int,
+    ) -> None:
+        """Run it.
+
+        Args:
+            weights: ``1 − decay`` in [0, 1] and float64, one for each average.
+            count: number of the update, from 1.
+            finite: where it is all done by kernels, a bool on each device, and all of them the
+                same; false: nothing is done.
+            then: a last step, which nothing parts from the others.
+        """
+        steps = [*self._steps(weights, count), then]
+        if not any(self._kernels):
+            # live tensors are among what is read: each that autograd does not look at saves 40 ns
+            with torch.inference_mode():
+                run(steps)
+            return
+        with uninterrupted(), torch.no_grad():
+            for weight, several in zip(weights, self._kernels, strict=True):
+                for kernel in several:
+                    kernel(weight, count, None if finite is None else finite[kernel.device])
+            run(steps)
+
+    def _steps(self, weights: Sequence[float], count: int) -> Iterator[Step]:
+        """All that is not done by kernels."""
+        single = [float(np.float32(weight)) for weight in weights]  # rounded once
+        for part in self._parts:
+            wide = part.params[0].dtype == torch.float64
+            moves: list[Step] = []
+            for index, weight in enumerate(weights if wide else single):
+                moves += self._moves(part, index, weight, count)
+            if moves:
+                yield from part.loads
+                yield from moves
+
+    def _moves(self, part: _Part, index: int, weight: float, count: int) -> list[Step]:
+        """The steps of one average in one part."""
+        averages, params = part.slots[index], part.params
+        remainders = part.slots[index + self._number] if len(part.slots) > self._number else None
+        if averages[0].dtype == torch.bfloat16:
+            (average,), (source,) = averages, params
+            scratch = self._scratch[average.device].first(average.numel())
+            return narrow(
+                average, source, weight, count=count, counters=part.counters, scratch=scratch
+            )
+        if remainders is None:
+            return lerp(averages, params, weight)
+        (average,), (remainder,), (source,) = averages, remainders, params
+        y, total = (self._buffer(average, average.dtype, index) for index in (1, 2))
+        return compensated(average, remainder, source, weight, (y, total))
+
+    def _without_kernel(self, stretches: list[Stretch]) -> list[Stretch]:
+        """Prepare kernels for as many stretches as there are any for; those that are left."""
+        together: dict[torch.device, list[Stretch]] = {}
+        for stretch in stretches:
+            if _has_kernel(stretch):
+                together.setdefault(stretch.live.device, []).append(stretch)
+        done: set[int] = set()
+        for device, here in together.items():
+            prepared = [list(self._fuse(here, index)) for index in range(self._number)]
+            if kernels.compiled(device, *chain.from_iterable(prepared)):
+                done.update(map(id, here))
+                for several, more in zip(self._kernels, prepared, strict=True):
+                    several.extend(more)
+        return [stretch for stretch in stretches if id(stretch) not in done]
+
+    def _fuse(self, stretches: list[Stretch], index: int) -> Iterator[kernels.Fused]:
+        """The kernels of one average on one device."""
+        alike: dict[torch.dtype, list[Stretch]] = {}
+        for stretch in stretches:
+            alike.setdefault(stretch.slots[0].dtype, []).append(stretch)
+        for group in alike.values():
+            runs = [run for run in map(Stretch.counters, group) if run is not None]
+            compensated = len(group[0].slots) > self._number
+            yield kernels.Fused(
+                [stretch.slots[index] for stretch in group],
+                [stretch.live for stretch in group],
+                [stretch.slots[self._number + index] for stretch in group] if compensated else None,
+                [run.stream for run in runs] if runs else None,
+                [run.indices.offset for run in runs] if runs else None,
+                guarded=self._guarded,
+            )
+
+    def _read_in_place(self, stretches: list[Stretch]) -> None:
+        """Average params without a copy: in one call, or a chunk at a time while it is in cache."""
+        together: dict[tuple[torch.device, torch.dtype], list[Stretch]] = {}
+        for stretch in stretches:
+            if len(stretch.slots) == 1 and not stretch.narrow:
+                kind = stretch.live.device, stretch.live.dtype
+                together.setdefault(kind, []).append(stretch)
+                continue
+            for chunk in stretch.chunks():
+                self._add((), chunk.slots, chunk.live, chunk.counters())
+        for alike in together.values():
+            averages = [average for stretch in alike for average in stretch.slots]
+            self._parts.append(_Part((), (averages,), [each.live for each in alike], None))
+
+    def _convert_rows(self, stretch: Stretch) -> None:
+        """Copy the params into the dtype, device and memory order of the averages."""
+        for chunk in stretch.chunks():
+            like = chunk.slots[0]
+            buffer = self._buffer(like, chunk.computed)
+            load = partial(buffer.as_strided(like.shape, like.stride()).copy_, chunk.live)
+            self._add((load,), tuple(map(flat, chunk.slots)), buffer, chunk.counters())
+
+    def _gather(self, stretches: list[Stretch]) -> None:
+        """Copy small params side by side, as their averages lie."""
+        sources = [stretch.source for stretch in stretches]
+        self.read.update(id(each.source) for each in stretches if each.source is each.entry.live)
+        size = sum(source.numel() for source in sources)
+        slots = tuple(slot.as_strided((size,), (1,)) for slot in stretches[0].slots)
+        like = slots[0]
+        gathered = self._buffer(like, sources[0].dtype)
+        loads = tuple(_side_by_side(sources, gathered))
+        if gathered.dtype != stretches[0].computed:
+            converted = self._buffer(like, stretches[0].computed)
+            loads += (partial(converted.copy_, gathered),)
+            gathered = converted
+        counted = [each for each in map(Stretch.counters, stretches) if each is not None]
+        if counted:
+            self._add(loads, slots, gathered, Gathered(counted, like.device))
+        elif len(slots) > self._number or stretches[0].narrow:
+            self._add(loads, slots, gathered, None)
+        else:
+            # pieces that stay on this thread: waiting for another core costs more than it saves
+            pieces = tuple(list(torch.split(slot, SERIAL)) for slot in slots)
+            self._parts.append(_Part(loads, pieces, list(torch.split(gathered, SERIAL)), None))
+
+    def _add(
+        self,
+        loads: tuple[Step, ...],
+        slots: tuple[Tensor, ...],
+        params: Tensor,
+        counters: Counters | None,
+    ) -> None:
+        """One chunk, with the scratch that it needs."""
+        like = slots[0]
+        if like.dtype == torch.bfloat16:
+            scratch = self._scratch.get(like.device)
+            if scratch is None or len(scratch.bits) < len(like):
+                size = max(len(like), NARROW_CHUNK)
+                self._scratch[like.device] = Scratch.allocate(size, like.device)
+        elif len(slots) > self._number:
+            for index in (1, 2):
+                self._buffer(like, like.dtype, index)
+        self._parts.append(_Part(loads, tuple([slot] for slot in slots), [params], counters))
+
+    def _buffer(self, like: Tensor, dtype: torch.dtype, index: int = 0) -> Tensor:
+        """As many elements as ``like`` has of a buffer of that dtype, on its device."""
+        key, size = (like.device, dtype, index), like.numel()
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(max(size, CHUNK), dtype=dtype, device=like.device)
+        return self._buffers[key][:size]
+
+
+def _in_order(stretch: Stretch) -> bool:
+    """Whether its random bits, if there are any, count through its memory as it lies."""
+    return stretch.counters() is None or stretch.indices.consecutive
+
+
+def _has_kernel(stretch: Stretch) -> bool:
+    """Whether a kernel can do it."""
+    average, live = stretch.slots[0], stretch.live
+    return (
+        average.device == live.device
+        and kernels.supports(average.dtype, live.dtype)
+        and kernels.available(average.device)
+        and _in_order(stretch)
+    )
+
+
+def _side_by_side(sources: list[Tensor], out: Tensor) -> Iterator[Step]:
+    """Copy vectors one after the other into ``out``.
+
+    On a CPU a piece at a time that stays on this thread: of more elements ``torch.cat`` takes up to
+    five times as long for each.
+    """
+    first = start = stop = 0
+    for last, source in enumerate(sources):
+        if out.device.type == "cpu" and stop + source.numel() - start >= SERIAL:
+            yield partial(torch.cat, sources[first:last], out=out[start:stop])
+            first, start = last, stop
+        stop += source.numel()
+    yield partial(torch.cat, sources[first:], out=out[start:])
