@@ -42,14 +42,14 @@ PLANTED = [  # the file in which an import is planted, what is imported, and wha
     ("errors.py", "flax", "ema.errors"),
     ("info.py", "transformers", "ema.info"),
     ("validate.py", "optax", "ema"),
-    ("cli.py", "rich", "ema.command.main"),
-    ("plan.py", "torch", "ema.plan.model"),
-    ("plan_command.py", "typer", "ema.command.plan"),
+    ("command/main.py", "rich", "ema.command.main"),
+    ("plan/model.py", "torch", "ema.plan.model"),
+    ("command/plan.py", "typer", "ema.command.plan"),
     ("selftest.py", "torch", "ema.selftest"),
     ("torch_backend/__init__.py", "jax", "ema.torch_backend"),
     ("torch_backend/update/equation.py", "transformers", "ema.torch_backend"),
     ("jax_backend/__init__.py", "torch", "ema.jax_backend"),
-    ("jax_backend/update.py", "torch", "ema.jax_backend"),
+    ("jax_backend/update/equation.py", "torch", "ema.jax_backend"),
 ]
 
 
