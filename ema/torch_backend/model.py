@@ -33,7 +33,7 @@ from ema.torch_backend.swap.averaged_module import AveragedModules
 from ema.torch_backend.swap.blocks import ENDED_BESIDE, Block, ended_inside, report
 from ema.torch_backend.swap.caches import clearing
 from ema.torch_backend.swap.followers import refuse_follower
-from ema.torch_backend.swap.swap import Swap, any_swapped, refuse_if_swapped
+from ema.torch_backend.swap.swap import Swap, any_swapped, first_swapped, refuse_if_swapped
 from ema.torch_backend.swap.teacher import call_with, current_buffers, with_current_buffers
 from ema.torch_backend.tensors.copying import copy_over
 from ema.torch_backend.tensors.fit import check_writable, targets
@@ -818,7 +818,8 @@ class EMAModel(Generic[ModelT]):
             self._counters = Counters(loaded.step)
 
     def _warn_where_live_weights_differ(self, loaded: State) -> None:
-        if not any_swapped() and (names := loaded.unlike(self._average.follow()[1])):
+        found = self._average.follow()[1]
+        if first_swapped(found.averaged) is None and (names := loaded.unlike(found)):
             warn(
                 f"the state is of step {loaded.step}, and through step"
                 f" {self._settings.update_after_step} (`update_after_step`) the average equals the"

@@ -5,6 +5,7 @@ import importlib
 import io
 import pickle
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,16 @@ def test_the_update_after_step_of_the_constructor_counts(
     assert resumed.count == count + min(3, max(0, at + 3 - after))
 
 
-def test_before_the_start_weights_other_than_those_of_the_state_are_told(model, another, step):
-    """The average is the live weights, which somebody may have forgotten to load."""
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "while another model is swapped"])
+def test_before_the_start_weights_other_than_those_of_the_state_are_told(
+    model, another, step, elsewhere
+):
+    """The average is the live weights, which the user may have forgotten to load."""
+    with EMAModel(another()).use_ema() if elsewhere else nullcontext():
+        _check_that_other_weights_are_told(model, another, step)
+
+
+def _check_that_other_weights_are_told(model, another, step):
     ema_model = EMAModel(model, update_after_step=5)
     run(model, ema_model, step, 2)
     fresh = another()

@@ -35,10 +35,11 @@ from ema.torch_backend.swap.exchanges import (
 from ema.torch_backend.swap.followers import repointing
 from ema.torch_backend.swap.places import Places
 from ema.torch_backend.tensors.memory import PLAIN
+from ema.torch_backend.tensors.names import unwrap
 from ema.torch_backend.tensors.selection import Selection
 from ema.torch_backend.tensors.sharding import before_write, fully_sharded, local_of
 
-__all__ = ["Swap", "any_swapped", "refuse_if_swapped"]
+__all__ = ["Swap", "any_swapped", "first_swapped", "holds_averages", "refuse_if_swapped"]
 
 _swaps: weakref.WeakSet[Swap] = weakref.WeakSet()
 """Those that may have put averages into parameters, while they are alive."""
@@ -232,8 +233,22 @@ class Swap:
 
 
 def any_swapped() -> bool:
-    """Whether averages may be in some model; no look at any tensor."""
+    """Whether averages may be in some model of this process; looks at no tensor."""
     return bool(_swaps)
+
+
+def holds_averages(model: nn.Module) -> bool:
+    """Whether averages may be in this model, wrapped or not; calls no method of the model."""
+    inner = unwrap(model)
+    return any(swap.active and unwrap(swap.model) is inner for swap in list(_swaps))
+
+
+def first_swapped(params: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of these tensors that holds an average now; None: all are live."""
+    written = {
+        id(tensor) for swap in list(_swaps) if swap.active for tensor in swap.params.values()
+    }
+    return next((name for name, tensor in params.items() if id(tensor) in written), None)
 
 
 def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
@@ -242,11 +257,8 @@ def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: an average is in one of them.
     """
-    for swap in [swap for swap in _swaps if swap.active]:
-        written = set(map(id, swap.params.values()))
-        for key, tensor in params.items():
-            if id(tensor) in written:
-                raise StateError(f"another average is swapped into `{key}`: restore it first")
+    if (name := first_swapped(params)) is not None:
+        raise StateError(f"another average is swapped into `{name}`: restore it first")
 
 
 def _noticed(steps: Iterable[Step]) -> Iterable[Step]:

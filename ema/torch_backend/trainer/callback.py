@@ -18,7 +18,7 @@ from ema.info import describe_ema
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.swap.swap import any_swapped
+from ema.torch_backend.swap.swap import holds_averages
 from ema.torch_backend.trainer.attachment import Attachment
 from ema.torch_backend.trainer.checkpoints import Checkpoints, wait_for_everyone
 from ema.torch_backend.trainer.claims import claim
@@ -512,7 +512,7 @@ class EMACallback(TrainerCallback):
         """Say that an evaluation of the run that is over was one of the live weights."""
         if self.eval_with_ema and self._run.exists and surroundings().training:
             average = self.ema_model
-            if average.count > 0 and not any_swapped():
+            if average.count > 0 and not holds_averages(average.model):
                 warn(
                     "this evaluation saw live weights in spite of `eval_with_ema`: it was run by a"
                     " callback, or it did not call `model.eval()`; attach(trainer) gives the"

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from ema import EMACallback
 from ema.errors import EMAWarning
+from ema.torch_backend import EMAModel
 from ema.torch_backend.trainer.evaluation import live_weights
 from tests.torch_backend.trainer.small_runs import (
     Net,
@@ -264,7 +265,8 @@ def test_an_evaluation_that_never_calls_eval(attached, callback, tmp_path):
         train(trainer, callback, attached)
         assert equal(trainer.seen, trainer.average)
     else:
-        with pytest.warns(EMAWarning, match=SEEN_LIVE):
+        another = EMAModel(Net())  # which has its own averages in it all the time
+        with another.use_ema(), pytest.warns(EMAWarning, match=SEEN_LIVE):
             train(trainer, callback, attached)
         assert equal(trainer.seen, trainer.live)
         assert trainer.own
