@@ -265,7 +265,8 @@ def test_an_evaluation_that_never_calls_eval(attached, callback, tmp_path):
         train(trainer, callback, attached)
         assert equal(trainer.seen, trainer.average)
     else:
-        another = EMAModel(Net())  # which has its own averages in it all the time
+        with torch.random.fork_rng():
+            another = EMAModel(Net())  # holds its own averages all the time
         with another.use_ema(), pytest.warns(EMAWarning, match=SEEN_LIVE):
             train(trainer, callback, attached)
         assert equal(trainer.seen, trainer.live)
