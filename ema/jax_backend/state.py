@@ -13,7 +13,7 @@ from ema.jax_backend.selection import require_alike
 from ema.precision import Precision
 from ema.schedules import Schedule
 
-__all__ = ["ParamsEMAState", "joined", "trees_of"]
+__all__ = ["ParamsEMAState", "as_field", "trees_of"]
 
 Label = dict[str, tuple[()]] | tuple[()]
 
@@ -91,7 +91,7 @@ def _is_empty(node: Any) -> bool:
     return isinstance(node, tuple) and not node
 
 
-def joined(trees: dict[str | None, Any]) -> Any:
+def as_field(trees: dict[str | None, Any]) -> Any:
     """Trees by the name of their average, as the fields of a state hold them."""
     return dict(trees) if len(trees) > 1 else next(iter(trees.values()))
 

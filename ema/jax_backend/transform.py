@@ -30,7 +30,7 @@ from ema.jax_backend.settings import (
     precision_of,
     steps,
 )
-from ema.jax_backend.state import ParamsEMAState, joined, trees_of
+from ema.jax_backend.state import ParamsEMAState, as_field, trees_of
 from ema.jax_backend.update.equation import update_weight
 from ema.jax_backend.update.guard import raise_where_not_finite
 from ema.jax_backend.update.rounding import key_of
@@ -165,9 +165,9 @@ def transform_of(
         return ParamsEMAState(
             step=jnp.zeros([], jnp.int32),
             count=jnp.zeros([], jnp.int32),
-            params_ema=joined(trees),
+            params_ema=as_field(trees),
             name=dict.fromkeys((label for label in schedules if label is not None), ()) or (),
-            remainder=joined(remainders) if precision.compensated else (),
+            remainder=as_field(remainders) if precision.compensated else (),
             skipped=jnp.zeros([], jnp.int32) if precision.on_nonfinite == "skip" else (),
         )
 
@@ -231,7 +231,7 @@ def transform_of(
             )
 
         def filled(lists: list[list[Any]]) -> Any:
-            return joined(
+            return as_field(
                 {
                     label: _with_present(tree, values)
                     for (label, tree), values in zip(trees.items(), lists, strict=True)

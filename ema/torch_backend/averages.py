@@ -13,58 +13,58 @@ from torch import Tensor, nn
 
 from ema.errors import ModelError, difference, listing, warn
 from ema.rounding import stream_of
-from ema.torch_backend.gpu.lane import Lane, capturing
+from ema.torch_backend.calls import uninterrupted
 from ema.torch_backend.gpu.offload import Offload
-from ema.torch_backend.interrupts import uninterrupted
+from ema.torch_backend.gpu.side_stream import SideStream, capturing
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.swap.swap import Swap
-from ema.torch_backend.tensors.fingerprint import Watch
+from ema.torch_backend.tensors.fingerprint import Fingerprint
 from ema.torch_backend.tensors.memory import allocate, is_dense
 from ema.torch_backend.tensors.selection import ON_META, Selection, select
 from ema.torch_backend.tensors.sharding import (
-    Place,
+    Box,
+    box_of,
     is_sharded,
     local_of,
-    place_of,
     wrapped_like,
 )
 from ema.torch_backend.tensors.special_buffers import FirstLook
 from ema.torch_backend.update.counters import Counters
-from ema.torch_backend.update.guard import Flag, Guard
+from ema.torch_backend.update.guard import DeviceFlag, Guard
 from ema.torch_backend.update.stretches import Entry
 from ema.torch_backend.update.sweep import Sweep
 
-__all__ = ["Average"]
+__all__ = ["Averages"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
     """Averages, the live tensors that they belong to, and what is prepared for the two.
 
-    Of a sharded tensor the averages are plain tensors for the part that is here, at its place.
+    Of a sharded tensor the averages are plain tensors for the part that is here, in its box.
 
     Attributes:
         slots: canonical name to the averages of a tensor and, where they are compensated, as many
             remainders after them.
-        places: where in the whole tensor these are.
+        boxes: where in the whole tensor these are.
         addresses: where the memory of each live tensor began when this was prepared.
         selection: the tensors.
         sweep: an update.
         guard: a look for what is not finite.
-        watch: whether the tensors are still these.
+        fingerprint: whether the tensors are still these.
         beside: where an update runs that the loop does not wait for.
         on_cuda: whether a live tensor is on a CUDA device.
         swaps: by the name of an average, the last swap of it, which the next one may spare.
     """
 
     slots: dict[str, tuple[Tensor, ...]]
-    places: dict[str, Place]
+    boxes: dict[str, Box]
     addresses: dict[str, int]
     selection: Selection
     sweep: Sweep
     guard: Guard
-    watch: Watch
-    beside: Lane | Offload | None
+    fingerprint: Fingerprint
+    beside: SideStream | Offload | None
     on_cuda: bool
     swaps: dict[str | None, Swap] = dataclasses.field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class _Bound:
         }
 
 
-class Average:
+class Averages:
     """Averages for each selected tensor of ``model``, one or several, or none yet.
 
     Args:
@@ -129,9 +129,9 @@ class Average:
             vars(child).setdefault("_averages", []).append(values)
         return {**self.__dict__, "_bound": None, "_copied": values}
 
-    def apart(self) -> Average:
+    def apart(self) -> Averages:
         """The averages of this moment for a copy or a pickle, which may be made later."""
-        copy = object.__new__(Average)
+        copy = object.__new__(Averages)
         copy.__dict__.update(self.__getstate__())
         return copy
 
@@ -175,7 +175,7 @@ class Average:
             found = self._select()
             same = {n: local_of(t).to(*self._kind(t, None)) for n, t in found.averaged.items()}
             return {name: (tensor,) * self._number for name, tensor in same.items()}, found
-        if self._bound.watch.changed() or (join and self._bound.selection.late):
+        if self._bound.fingerprint.changed() or (join and self._bound.selection.late):
             found = self._select(self._bound)
             self._bind(_only(found.origins, found), self._bound)
             if join and self._bound.selection.late and not self._must_wait(found, due=due):
@@ -221,7 +221,7 @@ class Average:
 
     def _release(self) -> None:
         """Have the modules forget an overlap that is not used any more."""
-        if self._bound is not None and isinstance(self._bound.beside, Lane):
+        if self._bound is not None and isinstance(self._bound.beside, SideStream):
             self._bound.beside.release()
 
     def wait(self) -> None:
@@ -276,13 +276,13 @@ class Average:
             )
         if guard == "raise" or (guard == "skip" and not self.guarded_on_device):
             return f"`on_nonfinite={guard!r}` has the host look at the weights"
-        if bound.selection.late or bound.watch.changed():
+        if bound.selection.late or bound.fingerprint.changed():
             return "the model has changed since the last update. Call `update()` once before"
         return ""
 
     def before_write(self) -> None:
         """Before somebody other than an optimizer writes live weights."""
-        if self._bound is not None and isinstance(self._bound.beside, Lane):
+        if self._bound is not None and isinstance(self._bound.beside, SideStream):
             self._bound.beside.before_write()
 
     def update(
@@ -303,7 +303,7 @@ class Average:
         if bound.beside is None and not self.guarded_on_device:
             bound.sweep(weights, counters.count, then=partial(keep, counters))
             return
-        flags: list[Flag] = []
+        flags: list[DeviceFlag] = []
         work = partial(bound.sweep, weights, counters.count)
         if self.guarded_on_device:
             work = partial(_guarded, bound, weights, counters.count, flags)
@@ -352,7 +352,7 @@ class Average:
                         slot.zero_()
                         continue
                     value = given[name]  # which may be read from a file each time
-                    slot.copy_(place_of(value).part(local_of(value), bound.places[name]))
+                    slot.copy_(box_of(value).part(local_of(value), bound.boxes[name]))
             self.incomplete = before - changed
 
     def look(self) -> Selection:
@@ -393,7 +393,7 @@ class Average:
             ModelError: one of them cannot. Nothing has changed.
         """
         self.wait()
-        places = {name: place_of(tensor) for name, tensor in found.averaged.items()}
+        boxes = {name: box_of(tensor) for name, tensor in found.averaged.items()}
         live = {
             name: local_of(tensor) if is_sharded(tensor) else tensor
             for name, tensor in found.averaged.items()
@@ -401,12 +401,12 @@ class Average:
         addresses = {name: tensor.data_ptr() for name, tensor in live.items()}
         old = {}
         if before is not None:
-            _check_followed(before, found, places, addresses, all_go_on=all_go_on)
+            _check_followed(before, found, boxes, addresses, all_go_on=all_go_on)
             origins = before.origins(found)
-            old = {name: (before.places[o], before.slots[o]) for name, o in origins.items()}
-        slots = self._slots_for(live, places, old, dtypes or {})
+            old = {name: (before.boxes[o], before.slots[o]) for name, o in origins.items()}
+        slots = self._slots_for(live, boxes, old, dtypes or {})
         entries = [
-            self._entry(name, slots[name], tensor, places[name]) for name, tensor in live.items()
+            self._entry(name, slots[name], tensor, boxes[name]) for name, tensor in live.items()
         ]
         offload = None
         with torch.inference_mode(mode=False):  # its buffers are used in any mode
@@ -418,12 +418,12 @@ class Average:
         guard = Guard(found.averaged, sweep.read)
         if self._settings.precision.on_nonfinite != "propagate":
             guard.prepare()
-        watch = Watch(found, self._settings.rules, sweep.read)
-        beside: Lane | Offload | None = offload
+        fingerprint = Fingerprint(found, self._settings.rules, sweep.read)
+        beside: SideStream | Offload | None = offload
         if self._settings.overlap and not self._warned_of_streams:
             self._warned_of_streams = _warn_without_streams(live.values())
         if offload is None and self._settings.overlap:
-            beside = Lane(
+            beside = SideStream(
                 (tensor.device for tensor in live.values()),
                 (tensor for tensor in found.averaged.values() if isinstance(tensor, nn.Parameter)),
                 _holders(found),
@@ -432,15 +432,17 @@ class Average:
             beside.hold([*used, *live.values(), *sweep.tensors])
         self._release()
         on_cuda = any(tensor.is_cuda for tensor in live.values())
-        self._bound = _Bound(slots, places, addresses, found, sweep, guard, watch, beside, on_cuda)
+        self._bound = _Bound(
+            slots, boxes, addresses, found, sweep, guard, fingerprint, beside, on_cuda
+        )
         self._copied = None
         return self._bound
 
     def _slots_for(
         self,
         live: Mapping[str, Tensor],
-        places: Mapping[str, Place],
-        old: Mapping[str, tuple[Place, tuple[Tensor, ...]]],
+        boxes: Mapping[str, Box],
+        old: Mapping[str, tuple[Box, tuple[Tensor, ...]]],
         dtypes: Mapping[str, torch.dtype],
     ) -> dict[str, tuple[Tensor, ...]]:
         """Averages and remainders for these tensors: the old ones where they suit, or new ones."""
@@ -450,15 +452,15 @@ class Average:
             name: tensor
             for name, tensor in live.items()
             if name not in old
-            or places[name] != old[name][0]
+            or boxes[name] != old[name][0]
             or not _suits(old[name][1][0], tensor, kinds[name])
         }
         fresh = [allocate(renew, kinds) for _ in range(self._slots)]
         for index, tensors in enumerate(fresh):
             for name, slot in tensors.items():
                 if name in old:
-                    place, several = old[name]
-                    slot.copy_(place.part(several[index], places[name]))
+                    box, several = old[name]
+                    slot.copy_(box.part(several[index], boxes[name]))
                 elif index < self._number:
                     slot.copy_(live[name].detach())
                 else:
@@ -468,12 +470,12 @@ class Average:
             for name in live
         }
 
-    def _entry(self, name: str, slots: tuple[Tensor, ...], live: Tensor, place: Place) -> Entry:
+    def _entry(self, name: str, slots: tuple[Tensor, ...], live: Tensor, box: Box) -> Entry:
         precision = self._settings.precision
         stream = None
         if slots[0].dtype == torch.bfloat16 and precision.stochastic_rounding:
             stream = stream_of(name, precision.seed)
-        return Entry(slots, live, place, stream)
+        return Entry(slots, live, box, stream)
 
     def _kind(self, tensor: Tensor, old: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
         """Device and dtype for the average of ``tensor``; one that exists never gets narrower."""
@@ -520,12 +522,12 @@ def _holders(found: Selection) -> Iterator[nn.Module]:
             yield module
 
 
-def _guarded(bound: _Bound, weights: Sequence[float], count: int, flags: list[Flag]) -> None:
+def _guarded(bound: _Bound, weights: Sequence[float], count: int, flags: list[DeviceFlag]) -> None:
     """An update that the device makes or not."""
     finite = bound.guard.all_finite()
     bound.sweep(weights, count, finite)
     if not capturing():  # no host can wait for what a graph does at each replay
-        flags.append(Flag(next(iter(finite.values()))))
+        flags.append(DeviceFlag(next(iter(finite.values()))))
 
 
 def _is_offloaded(entry: Entry) -> bool:
@@ -541,7 +543,7 @@ def _suits(average: Tensor, tensor: Tensor, kind: tuple[torch.device, torch.dtyp
 def _check_followed(
     before: _Bound,
     found: Selection,
-    places: Mapping[str, Place],
+    boxes: Mapping[str, Box],
     addresses: Mapping[str, int],
     *,
     all_go_on: bool,
@@ -561,15 +563,15 @@ def _check_followed(
     for name, origin in origins.items():
         if name != origin and addresses[name] != before.addresses[origin]:
             phrases.append(f"`{name}` was called `{origin}` and lies in other memory than then")
-        phrases += _moved(name, places[name], before.places[origin])
+        phrases += _moved(name, boxes[name], before.boxes[origin])
     if text := difference([name for name in gone if name not in origins], (), phrases):
         raise ModelError(f"the model has changed: {text}")
 
 
-def _moved(name: str, place: Place, before: Place) -> list[str]:
+def _moved(name: str, box: Box, before: Box) -> list[str]:
     """What keeps an average from following its tensor, in words."""
-    if place.shape != before.shape:
-        return [f"`{name}` has shape {place.shape}, its average {before.shape}"]
-    if not before.covers(place):
+    if box.shape != before.shape:
+        return [f"`{name}` has shape {box.shape}, its average {before.shape}"]
+    if not before.covers(box):
         return [f"`{name}` was sharded anew: save() before and load() after that keep its average"]
     return []

@@ -20,15 +20,13 @@ from ema.checkpoint.renaming import Rename, Transform
 from ema.errors import StateError, listing, warn
 from ema.precision import OnNonfinite
 from ema.schedules import Schedule
-from ema.torch_backend.averages import Average
+from ema.torch_backend.averages import Averages
+from ema.torch_backend.calls import eager, run, uninterrupted
 from ema.torch_backend.distance import relative_distance
-from ema.torch_backend.eager import eager
-from ema.torch_backend.interrupts import uninterrupted
 from ema.torch_backend.saving import files
 from ema.torch_backend.saving.ranks import verify_ranks
-from ema.torch_backend.saving.state import FORMAT_VERSION, State
+from ema.torch_backend.saving.state import STATE_VERSION, State
 from ema.torch_backend.settings import Settings
-from ema.torch_backend.steps import run
 from ema.torch_backend.swap.averaged_module import AveragedModules
 from ema.torch_backend.swap.blocks import ENDED_BESIDE, Block, ended_inside, report
 from ema.torch_backend.swap.caches import clearing
@@ -166,8 +164,8 @@ class EMAModel(Generic[ModelT]):
         )
         self._model = model
         self._settings = settings
-        self._average = Average(model, settings)
-        self._modules = AveragedModules(model, self._average)
+        self._averages = Averages(model, settings)
+        self._modules = AveragedModules(model, self._averages)
         self._swap: Swap | None = None
         self._blocks: list[Block] = []  # that are open and see the swap, in the order of entering
         self._turns = Turns()
@@ -233,7 +231,7 @@ class EMAModel(Generic[ModelT]):
         own values are used for them, as with ``"copy"``. A rule that names such a buffer
         (``buffers={"*.mask": "average"}``) averages it.
         """
-        return self._average.left_alone
+        return self._averages.left_alone
 
     @property
     @in_turn
@@ -255,9 +253,9 @@ class EMAModel(Generic[ModelT]):
     def _begin(self) -> None:
         with uninterrupted():
             if self._settings.update_after_step:
-                self._average.forget()
+                self._averages.forget()
             else:
-                self._average.start()
+                self._averages.start()
             self._counters = Counters()
         self._modules.refresh()
 
@@ -287,16 +285,16 @@ class EMAModel(Generic[ModelT]):
         since = step - self._settings.update_after_step
         weights = self._next_weights(since)  # first: one that is refused leaves all as it is
         if since < 0:
-            self._average.forget()
+            self._averages.forget()
         elif since == 0:
-            self._average.start()
+            self._averages.start()
         else:
-            self._average.follow(join=True, due=bool(weights))
+            self._averages.follow(join=True, due=bool(weights))
         if not weights:
             self._counters = dataclasses.replace(self._counters, step=step)
             self._modules.refresh()
             return
-        self._average.check_values()
+        self._averages.check_values()
         counters = dataclasses.replace(self._counters, step=step)
         if names := self._refusing():
             self._counters = dataclasses.replace(counters, skipped=counters.skipped + 1)
@@ -304,13 +302,13 @@ class EMAModel(Generic[ModelT]):
             self._warn_if_first(names)
             return
         counters = dataclasses.replace(counters, count=counters.count + 1)
-        self._average.update(weights, counters, partial(setattr, self, "_counters"))
+        self._averages.update(weights, counters, partial(setattr, self, "_counters"))
         self._modules.refresh()
 
     @in_turn
     def before_write(self) -> None:
         """With ``overlap``, before anything but a PyTorch optimizer writes live weights."""
-        self._average.before_write()
+        self._averages.before_write()
 
     @in_turn
     def averaged_parameters(self, name: str | None = None) -> dict[str, Tensor]:
@@ -351,7 +349,7 @@ class EMAModel(Generic[ModelT]):
             suffix = "" if label is None else f" ({label})"
             for key, average in averages.items():
                 tensors[f"{key}{suffix}"] = average, found.averaged[key]
-            for key, remainder in self._average.remainders(index).items():
+            for key, remainder in self._averages.remainders(index).items():
                 tensors[f"{key}{suffix}, remainder"] = remainder, found.averaged[key]
         counters = {"step": self.step, "count": self.count, "skipped": self.skipped}
         verify_ranks(counters, tensors)
@@ -586,7 +584,7 @@ class EMAModel(Generic[ModelT]):
             averages, found = self._look(label)
             own = {key: average.detach().clone() for key, average in averages.items()}
             copies[label] = _wrapped(own, found)
-            if rest := self._average.remainders(index):
+            if rest := self._averages.remainders(index):
                 own = {key: remainder.clone() for key, remainder in rest.items()}
                 remainders[label] = _wrapped(own, found)
         return State(
@@ -657,7 +655,7 @@ class EMAModel(Generic[ModelT]):
             "not_averaged": list(found.others),
             **self._settings.timing(name),
         }
-        remainders = self._average.remainders(self._settings.index(name))
+        remainders = self._averages.remainders(self._settings.index(name))
         notes = self._file_metadata if metadata is None else metadata
         return files.save(
             path,
@@ -711,7 +709,7 @@ class EMAModel(Generic[ModelT]):
                 self._refuse_incomplete(self._settings.index(label))
         state, stored = files.load(path, ours, rename, transform)
         with errors_of(stored.place, "read"):
-            state["format_version"] = FORMAT_VERSION
+            state["format_version"] = STATE_VERSION
             self._go_on(state, name, metadata=stored.record.extra)
 
     @in_turn
@@ -775,7 +773,7 @@ class EMAModel(Generic[ModelT]):
             name: of the average that goes on from it; None: all.
             metadata: notes to take over as well.
         """
-        found = self._average.follow()[1]
+        found = self._averages.follow()[1]
         names = self._settings.names if name is None else ()
         loaded = State.from_dict(state, names).under_first_names(found)
         loaded.check_fits(found)
@@ -793,7 +791,7 @@ class EMAModel(Generic[ModelT]):
             warn("the state holds the remainders of compensated averages, which are dropped")
         if loaded.step < self._settings.update_after_step:
             self._warn_where_live_weights_differ(loaded)
-        self._average.wait()
+        self._averages.wait()
         with uninterrupted():
             self._take_over(loaded, values, None if name is None else self._settings.index(name))
             if metadata is not None:
@@ -806,19 +804,19 @@ class EMAModel(Generic[ModelT]):
         """Go on from a state that fits, as a run with these settings would from its step."""
         after = self._settings.update_after_step
         if loaded.step < after:
-            self._average.forget()
+            self._averages.forget()
         elif loaded.step == after and loaded.update_after_step < after:
             self._refuse_others()
-            self._average.start()  # the state's average is older than the start
+            self._averages.start()  # the state's average is older than the start
         else:
-            self._average.assign(values, only)
+            self._averages.assign(values, only)
         if loaded.step > after:
             self._counters = Counters(loaded.step, loaded.count, loaded.skipped or 0)
         else:  # updates count from there
             self._counters = Counters(loaded.step)
 
     def _warn_where_live_weights_differ(self, loaded: State) -> None:
-        found = self._average.follow()[1]
+        found = self._averages.follow()[1]
         if first_swapped(found.averaged) is None and (names := loaded.unlike(found)):
             warn(
                 f"the state is of step {loaded.step}, and through step"
@@ -842,10 +840,10 @@ class EMAModel(Generic[ModelT]):
         """For copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
         self._refuse_incomplete()
-        average = self._average.apart()
+        average = self._averages.apart()
         return {
             **self.__dict__,
-            "_average": average,
+            "_averages": average,
             "_modules": AveragedModules(self._model, average),
             "_counters": self._settled(),
             "_swap": None,
@@ -857,17 +855,17 @@ class EMAModel(Generic[ModelT]):
         """The averages of a name, wherever they are, and the tensors of the live model."""
         index = self._settings.index(name)
         self._refuse_incomplete(index)
-        self._average.wait()
+        self._averages.wait()
         swap = self._swap
-        if swap is None or not swap.active or not self._average.started:
-            several, found = self._average.follow()
-            if not self._average.started:  # these are the live weights
+        if swap is None or not swap.active or not self._averages.started:
+            several, found = self._averages.follow()
+            if not self._averages.started:  # these are the live weights
                 refuse_if_swapped(found.averaged)
         elif swap.name == name:
             return swap.averages(), with_current_buffers(self._model, swap.found)
         else:  # nothing is selected anew in a model that holds averages
             found = with_current_buffers(self._model, swap.found)
-            several = self._average.held()
+            several = self._averages.held()
         return {key: averages[index] for key, averages in several.items()}, found
 
     def _shown(self) -> str:
@@ -882,7 +880,7 @@ class EMAModel(Generic[ModelT]):
     def _learn(self, counters: Counters) -> Counters:
         before, self._counters = self._counters, counters
         if counters.skipped > before.skipped:
-            self._warn_if_first(self._average.nonfinite())
+            self._warn_if_first(self._averages.nonfinite())
         return counters
 
     def _next_weights(self, since: int) -> list[float]:
@@ -892,7 +890,7 @@ class EMAModel(Generic[ModelT]):
             return []
         if self._settings.depends_on_count:
             counters = self._settled()
-        elif self._average.is_captured:
+        elif self._averages.is_captured:
             counters = self._counters
         else:
             counters = self._learn(self._counters.arrived())
@@ -901,7 +899,7 @@ class EMAModel(Generic[ModelT]):
 
     def _refuse_capture(self) -> None:
         """Make sure that an update which is captured into a CUDA graph can be replayed."""
-        if self._average.is_captured and (reason := self._average.keeps_from_capture()):
+        if self._averages.is_captured and (reason := self._averages.keeps_from_capture()):
             raise StateError(f"a CUDA graph cannot hold an update of this average: {reason}")
 
     def _refusing(self) -> list[str]:
@@ -909,7 +907,7 @@ class EMAModel(Generic[ModelT]):
         on_nonfinite = self._settings.precision.on_nonfinite
         if on_nonfinite == "propagate":
             return []
-        names = self._average.nonfinite()
+        names = self._averages.nonfinite()
         if names and on_nonfinite == "raise":
             raise StateError(f"live weights must be finite to be averaged, got {listing(names)}")
         return names
@@ -932,7 +930,7 @@ class EMAModel(Generic[ModelT]):
         Args:
             index: of the average that is needed; None: all.
         """
-        incomplete = self._average.incomplete
+        incomplete = self._averages.incomplete
         if incomplete and (index is None or index in incomplete):
             labels = list(self._settings.schedules)
             names = [label for at in sorted(incomplete) if (label := labels[at]) is not None]
@@ -942,7 +940,7 @@ class EMAModel(Generic[ModelT]):
     def _refuse_others(self) -> None:
         """Another average may be in the model, where this one would take it for live weights."""
         if any_swapped():
-            refuse_if_swapped(self._average.follow()[1].averaged)
+            refuse_if_swapped(self._averages.follow()[1].averaged)
 
     def _is_swapped_into(self, model: nn.Module) -> bool:
         swap = self._swap
@@ -962,16 +960,16 @@ class EMAModel(Generic[ModelT]):
                 "averages are swapped in already, another one or into another model: restore first"
             )
         averages, found = self._look(name)
-        last = self._average.swaps.get(name)
+        last = self._averages.swaps.get(name)
         if last is not None and last.model is target and not assign and (swap := last.again()):
             self._swap = swap
             return swap
         params = found.averaged
         if unwrap(target) is not unwrap(self._model):
             params = targets(target, averages, found)
-            if not self._average.started:  # these are the live weights, which stay where they are
+            if not self._averages.started:  # these are the live weights, which stay where they are
                 averages = {key: average.clone() for key, average in averages.items()}
-        elif not self._average.started:
+        elif not self._averages.started:
             params = averages = {}
         self._swap = Swap(target, averages, params, found, name=name, assign=assign)
         return self._swap
@@ -982,7 +980,7 @@ class EMAModel(Generic[ModelT]):
             self._swap = None
             self._blocks = []
         if swap.model is self._model and swap.again() is not None:
-            self._average.swaps[swap.name] = swap
+            self._averages.swaps[swap.name] = swap
 
 
 def _wrapped(averages: Mapping[str, Tensor], found: Selection) -> dict[str, Tensor]:

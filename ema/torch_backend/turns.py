@@ -122,7 +122,7 @@ def in_turn(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[S
 
 
 def in_eager_turn(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
-    """The same for a method that is :func:`~ema.torch_backend.eager.eager` besides."""
+    """The same for a method that is :func:`~ema.torch_backend.calls.eager` besides."""
     name = method.__name__.strip("_")
 
     @functools.wraps(method)

@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from ema import CheckpointError, ModelError, StateError
 from ema.torch_backend import EMAModel
 from ema.torch_backend.saving import gather as gather_module
-from ema.torch_backend.tensors.sharding import local_of, place_of, wrapped_like
+from ema.torch_backend.tensors.sharding import box_of, local_of, wrapped_like
 
 STEPS, HALF = 200, 100
 
@@ -91,8 +91,8 @@ def put(model, values):
     """Write whole values into the local parts."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in values:
-            place = place_of(tensor)
-            whole = place_of(values[name])
+            place = box_of(tensor)
+            whole = box_of(values[name])
             local_of(tensor).copy_(whole.part(values[name], place))
 
 
@@ -421,7 +421,7 @@ def replicated(rank, ranks, folder):
     report["counter"] = refusal(several)
     exact = EMAModel(make(), 0.9, compensated=True)
     exact.verify_ranks()
-    remainder = exact._average.remainders(0)["first.weight"]
+    remainder = exact._averages.remainders(0)["first.weight"]
     remainder[0, 0] = float(rank == ranks - 1)
     report["remainder"] = refusal(exact)
     if ranks == 4:

@@ -273,7 +273,7 @@ class TestSmallVectors:
         with pytest.raises(ModelError, match=r"`4` has shape \(10,\)"):
             ema_model.update()
         assert ema_model.step == 0
-        assert all(map(torch.equal, ema_model._average.held()["0"], [before["averages"]["0"]]))
+        assert all(map(torch.equal, ema_model._averages.held()["0"], [before["averages"]["0"]]))
 
 
 def test_vectors_cast_to_a_dtype_of_the_same_size_are_followed():
@@ -359,7 +359,7 @@ def test_another_dtype_at_the_same_address_is_followed(size):
 
 
 def watched(average):
-    return average._average._bound
+    return average._averages._bound
 
 
 @pytest.mark.parametrize(

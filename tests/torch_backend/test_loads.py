@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ema import CheckpointError, ModelError, StateError
-from ema.torch_backend import EMACallback, EMAModel, interrupts, model
+from ema.torch_backend import EMACallback, EMAModel, calls, model
 from ema.torch_backend import averages as average
 from ema.torch_backend.trainer import run_average
 from tests.torch_backend.interruptions import AtFirstOperation, interrupted_at
 
-MODULES = (average, interrupts, model, run_average)
+MODULES = (average, calls, model, run_average)
 INCOMPLETE = "a load of the average broke off: load or reset before anything else"
 
 
@@ -291,7 +291,7 @@ def test_a_load_takes_one_tensor_at_a_time(tmp_path):
     read = []
 
     def transform(name, tensor):
-        read.append((name, numbers(ema_model._average.held()["weight"])))
+        read.append((name, numbers(ema_model._averages.held()["weight"])))
         return tensor
 
     ema_model.load(averaged(5).save(tmp_path), transform=transform)
@@ -307,7 +307,7 @@ def test_a_copy_that_breaks_off_while_it_is_unpacked(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(average.Place, "part", fail)
+    monkeypatch.setattr(average.Box, "part", fail)
     with pytest.raises(MemoryError):
         ema_model.averaged_parameters()
     monkeypatch.undo()

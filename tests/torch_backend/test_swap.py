@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema import ModelError, StateError
 from ema.torch_backend import EMAModel
-from ema.torch_backend import steps as steps_module
+from ema.torch_backend import calls as calls_module
 from ema.torch_backend.swap import places as swap_places_module
 from ema.torch_backend.swap import swap as swap_module
 from ema.torch_backend.tensors.memory import CHUNK
@@ -237,7 +237,7 @@ def test_a_failing_copy_anywhere_leaves_the_live_weights(trained, late, assign):
 
 def interrupt_at(number, call):
     """Raise KeyboardInterrupt at the n-th bytecode in the swap's own code; False: it ended before."""
-    modules = (swap_module, swap_places_module, steps_module, sys.modules[EMAModel.__module__])
+    modules = (swap_module, swap_places_module, calls_module, sys.modules[EMAModel.__module__])
     files = {module.__file__ for module in modules}
     left = number
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ema import StateError
 from ema.checkpoint import read_state
-from ema.torch_backend import EMAModel, eager, model, steps, turns
+from ema.torch_backend import EMAModel, calls, model, turns
 from ema.torch_backend import averages as average
 from ema.torch_backend.swap import blocks, swap
 from ema.torch_backend.update import sweep
@@ -24,7 +24,7 @@ from tests.torch_backend.interruptions import (
     running,
 )
 
-MODULES = (average, blocks, eager, model, steps, swap, sweep, turns)
+MODULES = (average, blocks, calls, model, swap, sweep, turns)
 SIDE = 70  # a weight is larger than SMALL, a bias is not
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ema.errors import warn
 from ema.rounding import Stream
+from ema.torch_backend.calls import uninterrupted
 from ema.torch_backend.gpu.grid import LOOK, WARPS, Launch, launches
-from ema.torch_backend.interrupts import uninterrupted
 
 __all__ = ["Exchange", "Fused", "Look", "available", "compiled", "supports"]
 
@@ -98,7 +98,7 @@ class Fused:
 
     Attributes:
         device: of the tensors.
-        tensors: whose memory a call uses, for :meth:`ema.torch_backend.gpu.lane.Lane.hold`.
+        tensors: whose memory a call uses, for :meth:`ema.torch_backend.gpu.side_stream.SideStream.hold`.
 
     Raises:
         ValueError: the sequences do not match.

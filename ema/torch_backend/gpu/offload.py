@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ema.errors import StateError
-from ema.torch_backend.gpu.lane import Lane
-from ema.torch_backend.interrupts import uninterrupted
-from ema.torch_backend.steps import Step, run
+from ema.torch_backend.calls import Call, run, uninterrupted
+from ema.torch_backend.gpu.side_stream import SideStream
 from ema.torch_backend.tensors.memory import is_dense
 
 __all__ = ["Offload"]
@@ -48,21 +47,21 @@ class Offload:
     """
 
     def __init__(self, live: Sequence[Tensor]) -> None:
-        self.lane = Lane(tensor.device for tensor in live)
+        self.side_stream = SideStream(tensor.device for tensor in live)
         self.staged = _stage(live)
-        self._copies: list[Step] = [
+        self._copies: list[Call] = [
             partial(copy.copy_, tensor.detach(), non_blocking=tensor.is_cuda)
             for copy, tensor in zip(self.staged, live, strict=True)
         ]
         self._thread: futures.ThreadPoolExecutor | None = None
         self._work: futures.Future[None] | None = None
-        self.lane.hold(live)
+        self.side_stream.hold(live)
         _offloads.add(self)
 
     def run(self, work: Callable[[], object]) -> None:
         """Copy the params as they are now and do the work on the copies, both later.
 
-        Waits for the work before. Optimizers wait for the copies, see :mod:`ema.torch_backend.gpu.lane`.
+        Waits for the work before. Optimizers wait for the copies, see :mod:`ema.torch_backend.gpu.side_stream`.
 
         Raises:
             StateError: a CUDA graph is being captured, of which the host cannot be a part.
@@ -74,8 +73,8 @@ class Offload:
         if self._thread is None:
             self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="ema")
         with uninterrupted():
-            self.lane.run(partial(run, self._copies))
-            self._work = self._thread.submit(_after, self.lane, work)
+            self.side_stream.run(partial(run, self._copies))
+            self._work = self._thread.submit(_after, self.side_stream, work)
 
     def wait(self) -> None:
         """Wait until the work is done; call it before each use of what it writes.
@@ -98,8 +97,8 @@ class Offload:
         self._thread = None
 
 
-def _after(lane: Lane, work: Callable[[], object]) -> None:
-    lane.synchronize()
+def _after(side_stream: SideStream, work: Callable[[], object]) -> None:
+    side_stream.synchronize()
     work()
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ema.errors import CheckpointError, EMAError, ModelError
 from ema.torch_backend.tensors.sharding import (
-    Place,
+    Box,
     any_sharded,
+    box_at,
     counts_here,
     is_sharded,
     local_of,
-    place_at,
 )
 
 __all__ = ["Whole", "on_first_rank"]
@@ -123,18 +123,18 @@ def _device(like: Tensor | None = None) -> torch.device:
     return torch.device(preferred if preferred in served else min(served))
 
 
-def _holders(tensor: Any) -> dict[Place, int]:
+def _holders(tensor: Any) -> dict[Box, int]:
     """The parts of a tensor and for each the first rank that holds it; empty parts do not appear."""
     mesh = tensor.device_mesh.mesh
     axes = [
         range(1 if placement.is_replicate() else size)
         for placement, size in zip(tensor.placements, mesh.shape, strict=True)
     ]
-    holders: dict[Place, int] = {}
+    holders: dict[Box, int] = {}
     for coordinate in product(*axes):
-        place = place_at(tensor, coordinate)
-        if math.prod(place.local):
-            holders[place] = int(mesh[coordinate])
+        box = box_at(tensor, coordinate)
+        if math.prod(box.local):
+            holders[box] = int(mesh[coordinate])
     return holders
 
 
@@ -150,13 +150,13 @@ def _send(tensor: Tensor) -> None:
 def _receive(tensor: Tensor) -> Tensor:
     """All of ``tensor``, on the CPU."""
     whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    everything = Place(tuple(tensor.shape), (0,) * tensor.dim(), tuple(tensor.shape))
-    for place, rank in _holders(tensor).items():
-        target = everything.part(whole, place)
+    everything = Box(tuple(tensor.shape), (0,) * tensor.dim(), tuple(tensor.shape))
+    for box, rank in _holders(tensor).items():
+        target = everything.part(whole, box)
         if rank == 0:
             target.copy_(local_of(tensor))
             continue
-        part = torch.empty(place.local, dtype=tensor.dtype, device=_device(local_of(tensor)))
+        part = torch.empty(box.local, dtype=tensor.dtype, device=_device(local_of(tensor)))
         dist.recv(_plain(part), src=rank)
         target.copy_(part)
     return whole

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ema.errors import StateError, listing
 from ema.torch_backend.tensors.memory import CHUNK, flat, is_dense, row_major
-from ema.torch_backend.tensors.sharding import is_sharded, place_of
+from ema.torch_backend.tensors.sharding import box_of, is_sharded
 
 __all__ = ["verify_ranks"]
 
@@ -40,7 +40,7 @@ def verify_ranks(
     for name, (average, live) in averages.items():
         digests[name] = _digest(average)
         groups.setdefault(_placement(live), []).append(name)
-    parts = {name: repr(place_of(live)) for name, (_, live) in averages.items()}
+    parts = {name: repr(box_of(live)) for name, (_, live) in averages.items()}
     named = {
         key: {(name, parts.get(name, "")): digests[name] for name in names}
         for key, names in groups.items()

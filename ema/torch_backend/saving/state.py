@@ -16,11 +16,11 @@ from torch import Tensor, strided
 from ema.errors import CheckpointError, difference, listing, shown
 from ema.torch_backend.tensors.memory import in_form_of
 from ema.torch_backend.tensors.selection import Selection
-from ema.torch_backend.tensors.sharding import local_of, place_of
+from ema.torch_backend.tensors.sharding import box_of, local_of
 
-__all__ = ["FORMAT_VERSION", "State"]
+__all__ = ["STATE_VERSION", "State"]
 
-FORMAT_VERSION = 1
+STATE_VERSION = 1
 
 _OPTIONAL = ("remainders", "skipped", "seed")
 """What only some averages have; a state without them is as good."""
@@ -64,7 +64,7 @@ class State:
             fields[name] = fields[name].get(None, fields[name])
         absent = [name for name in _OPTIONAL if fields[name] is None or fields[name] == {}]
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": STATE_VERSION,
             **{name: value for name, value in fields.items() if name not in absent},
         }
 
@@ -87,10 +87,8 @@ class State:
         if absent:
             raise CheckpointError(f"this is no state of an EMAModel: {difference(absent, ())}")
         version = state["format_version"]
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"`format_version` must be {FORMAT_VERSION}, got {shown(version)}"
-            )
+        if type(version) is not int or version != STATE_VERSION:
+            raise CheckpointError(f"`format_version` must be {STATE_VERSION}, got {shown(version)}")
         self = cls(**{name: state[name] for name in names if name in state})
         self._check_numbers()
         for name, kind in (
@@ -271,7 +269,7 @@ def _mismatched(averages: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> l
             )
         elif _kind(average) != _kind(tensor) or _kind(average) == "integer":
             phrases.append(f"`{name}` has dtype {tensor.dtype}, the state has {average.dtype}")
-        elif not place_of(average).covers(place_of(tensor)):
+        elif not box_of(average).covers(box_of(tensor)):
             phrases.append(
                 f"`{name}` is sharded in another way: torch.distributed.checkpoint and save() move"
                 " an average"
@@ -280,7 +278,7 @@ def _mismatched(averages: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> l
 
 
 def _equal(average: Tensor, live: Tensor) -> bool:
-    part = place_of(average).part(local_of(average), place_of(live))
+    part = box_of(average).part(local_of(average), box_of(live))
     return torch.equal(part, local_of(live).detach().to(part))
 
 

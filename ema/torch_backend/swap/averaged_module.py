@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema.errors import ModelError, listing
-from ema.torch_backend.averages import Average
+from ema.torch_backend.averages import Averages
 from ema.torch_backend.swap.deep_copies import copy_of
 from ema.torch_backend.swap.followers import Follower, can_share, sources
 from ema.torch_backend.tensors.names import unwrap
@@ -28,7 +28,7 @@ class AveragedModules:
         average: the averages.
     """
 
-    def __init__(self, model: nn.Module, average: Average) -> None:
+    def __init__(self, model: nn.Module, average: Averages) -> None:
         self._model = model
         self._average = average
         self._followers: list[Follower] = []

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ema.torch_backend.steps import Step
+from ema.torch_backend.calls import Call
 
 __all__ = ["clearing", "forget_parametrizations", "parametrizations_put_aside"]
 
 
-def clearing() -> list[Step]:
+def clearing() -> list[Call]:
     """Steps that empty these caches; make them soon, since PyTorch may begin another cache."""
     return [torch.clear_autocast_cache, parametrize._cache.clear]
 

@@ -1,6 +1,6 @@
 """The ways in which an average comes into a parameter and the live values come back.
 
-Each is made of :mod:`steps <ema.torch_backend.steps>`, every one of which can be made again.
+Each consists of :mod:`calls <ema.torch_backend.calls>` that can be repeated.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ema.torch_backend.calls import Call, uninterrupted
 from ema.torch_backend.gpu import kernels
-from ema.torch_backend.interrupts import uninterrupted
-from ema.torch_backend.steps import Step
 from ema.torch_backend.tensors.memory import CHUNK, allocate, flat, is_dense
 
 __all__ = [
@@ -24,7 +23,7 @@ __all__ = [
     "CopyingTogether",
     "Exchange",
     "ExchangeByKernel",
-    "Part",
+    "Move",
     "Repointing",
     "alike",
     "exchanges_on_accelerator",
@@ -35,7 +34,7 @@ TOGETHER = 1 << 26
 """Elements that pass through a buffer at a time on an accelerator: 256 MiB of float32."""
 
 
-class Part(Protocol):
+class Move(Protocol):
     """A parameter, or a chunk of one, on its way.
 
     Attributes:
@@ -43,9 +42,9 @@ class Part(Protocol):
             is as it was.
     """
 
-    into: list[Step]
+    into: list[Call]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         """Steps that put the live values back, once all of ``into`` were made."""
 
 
@@ -67,13 +66,13 @@ class Assignment:
         self._kept = tensor.detach()
         if alike(average, tensor) and average.untyped_storage().nbytes() == average.nbytes:
             self.shown = average
-            first: Step = int  # does nothing
+            first: Call = int  # does nothing
         else:
             self.shown = torch.empty_like(self._kept)
             first = partial(self.shown.copy_, average)
-        self.into: list[Step] = [first, partial(setattr, tensor, "data", self.shown)]
+        self.into: list[Call] = [first, partial(setattr, tensor, "data", self.shown)]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         if not any(map(self._tensor.is_set_to, (self.shown, self._kept))):
             return []  # moved or cast meanwhile, and stays where it is
         return [partial(setattr, self._tensor, "data", self._kept)]
@@ -90,13 +89,13 @@ class Exchange:
 
     def __init__(self, here: Tensor, average: Tensor, buffer: Tensor) -> None:
         kept = buffer[: here.numel()]
-        self.into: list[Step] = [
+        self.into: list[Call] = [
             partial(kept.copy_, here),
             partial(here.copy_, average),
             partial(average.copy_, kept),
         ]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         return self.into
 
 
@@ -114,9 +113,9 @@ class Copying:
     def __init__(self, here: Tensor, average: Tensor) -> None:
         self._here = here
         self.kept = torch.empty_like(here)
-        self.into: list[Step] = [partial(self.kept.copy_, here), partial(here.copy_, average)]
+        self.into: list[Call] = [partial(self.kept.copy_, here), partial(here.copy_, average)]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         return [partial(self._here.copy_, self.kept)]
 
 
@@ -136,12 +135,12 @@ class CopyingTogether:
         named = {str(index): tensor for index, tensor in enumerate(here)}
         kinds = {name: (tensor.device, tensor.dtype) for name, tensor in named.items()}
         self.kept = list(allocate(named, kinds).values())
-        self.into: list[Step] = [
+        self.into: list[Call] = [
             partial(torch._foreach_copy_, self.kept, here),
             partial(torch._foreach_copy_, here, averages),
         ]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         return [partial(torch._foreach_copy_, self._here, self.kept)]
 
 
@@ -157,13 +156,13 @@ class ExchangeTogether:
     def __init__(self, here: list[Tensor], averages: list[Tensor], buffer: Tensor) -> None:
         size = sum(tensor.numel() for tensor in here)
         kept = list(torch.split(buffer[:size], [tensor.numel() for tensor in here]))
-        self.into: list[Step] = [
+        self.into: list[Call] = [
             partial(torch._foreach_copy_, kept, here),
             partial(torch._foreach_copy_, here, averages),
             partial(torch._foreach_copy_, averages, kept),
         ]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         return self.into
 
 
@@ -181,9 +180,9 @@ class ExchangeByKernel:
         self._moved = False
         self._launches = [_Launch(launch) for launch in exchange.launches()]
         # int does nothing
-        self.into: list[Step] = [int, *(launch.put_in for launch in self._launches)]
+        self.into: list[Call] = [int, *(launch.put_in for launch in self._launches)]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         if (exchange := self._exchange.where_memory_is()) is not self._exchange:
             # the storages themselves were moved: share_memory() does it
             self._exchange = exchange
@@ -227,7 +226,7 @@ class Repointing:
 
     def __init__(self, places: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         self._places = places
-        self.into: list[Step] = [
+        self.into: list[Call] = [
             int,  # does nothing
             *(partial(setattr, tensor, "data", there) for tensor, _, there in places),
         ]
@@ -237,7 +236,7 @@ class Repointing:
         """The parameters."""
         return [tensor for tensor, _, _ in self._places]
 
-    def back(self) -> list[Step]:
+    def back(self) -> list[Call]:
         """Steps that put back what the parameters referred to, unless they were moved meanwhile."""
         return [
             partial(setattr, tensor, "data", here)
@@ -268,7 +267,7 @@ class Buffers:
             yield Exchange(theirs[chunk], ours[chunk], self._buffers[key])
 
 
-def exchanges_on_accelerator(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[Part]:
+def exchanges_on_accelerator(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[Move]:
     """Parts for parameters and averages of one device that are :func:`alike`, in few launches."""
     device = pairs[0][0].device
     if kernels.available(device):
@@ -278,8 +277,10 @@ def exchanges_on_accelerator(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[Par
             return
     alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for here, average in ((flat(here), flat(average)) for here, average in pairs):
-        parts = zip(torch.split(here, TOGETHER), torch.split(average, TOGETHER), strict=True)
-        alike.setdefault(here.dtype, []).extend(parts)
+        pairs_of_chunks = zip(
+            torch.split(here, TOGETHER), torch.split(average, TOGETHER), strict=True
+        )
+        alike.setdefault(here.dtype, []).extend(pairs_of_chunks)
     for dtype, chunks in alike.items():
         groups = list(_of_bounded_size(chunks))
         longest = max(sum(here.numel() for here, _ in group) for group in groups)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema.torch_backend.steps import Step
+from ema.torch_backend.calls import Call
 from ema.torch_backend.tensors.copying import has_memory
 from ema.torch_backend.tensors.memory import PLAIN
 from ema.torch_backend.tensors.sharding import is_sharded, local_of
@@ -45,7 +45,7 @@ class Places:
             if tensor is not None and (memory := _memory(tensor)) in by_memory
         ]
 
-    def returning(self) -> list[Step]:
+    def returning(self) -> list[Call]:
         """Steps that copy the live values to whatever has left their memory.
 
         Make them when the values are back in that memory; each can be made again.
@@ -65,7 +65,7 @@ class _Place:
         self._live = local_of(tensor)  # keeps the memory, to which the live values return
         self._shown = shown
 
-    def returning(self) -> Iterator[Step]:
+    def returning(self) -> Iterator[Call]:
         # what a scripted module has in place of a dict has no `get`
         now = self._holder[self._key] if self._key in self._holder else None  # noqa: SIM401
         if self._has_left(self._tensor):
@@ -95,7 +95,7 @@ class _Place:
             or torch.__future__.get_overwrite_module_params_on_conversion()
         )
 
-    def _copied_into(self, tensor: Tensor) -> Step | None:
+    def _copied_into(self, tensor: Tensor) -> Call | None:
         """The live values in the dtype and on the device of ``tensor``; None if it cannot be."""
         known = type(tensor) in PLAIN or is_sharded(tensor) or type(tensor) is type(self._tensor)
         if not known or tensor.layout != torch.strided or _shares_storage(tensor, self._shown):
@@ -105,11 +105,11 @@ class _Place:
         fits = here.shape == self._live.shape and not frozen_by_mode
         return partial(here.copy_, self._live) if fits else None
 
-    def _referring(self, tensor: Tensor) -> Step:
+    def _referring(self, tensor: Tensor) -> Call:
         """``tensor`` refers to the memory of the live values again."""
         return partial(setattr, tensor, "data", self._live)
 
-    def _instead_of(self, now: Tensor) -> Step:
+    def _instead_of(self, now: Tensor) -> Call:
         """A buffer of its own comes to the place of one that cannot be written."""
         buffer = self._tensor
         if now.shape == self._live.shape:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ema.errors import StateError
-from ema.torch_backend.eager import eager
-from ema.torch_backend.steps import Progress, Step, run
+from ema.torch_backend.calls import Call, Progress, eager, run
 from ema.torch_backend.swap.caches import clearing
 from ema.torch_backend.swap.exchanges import (
     Assignment,
@@ -27,7 +26,7 @@ from ema.torch_backend.swap.exchanges import (
     Copying,
     CopyingTogether,
     ExchangeByKernel,
-    Part,
+    Move,
     alike,
     exchanges_on_accelerator,
     many_at_once,
@@ -89,12 +88,12 @@ class Swap:
                 raise StateError(f"`{key}` was made in inference mode and cannot be written")
         # the buffers may be used in another mode than this one
         with torch.inference_mode(mode=False):
-            self._parts = self._prepare()
+            self._moves = self._prepare()
             self._repointed = repointing(self._moved)
             # what refers to other memory during the swap is to be found where it is now
             early = self._assigned or self._repointed.tensors
             self._places = self._look_for_places() if early else None
-            self._parts.append(self._repointed)
+            self._moves.append(self._repointed)
         # of which PyTorch does not see that their values change
         self._written_unseen = [*self._assigned.values(), *self._repointed.tensors]
         self._written_unseen += self._exchanged_together
@@ -131,10 +130,10 @@ class Swap:
         It can where kernels exchange everything, and the memory is where it was.
         """
         whole = self._back is not None and self._back.finished
-        *parts, _ = self._parts
-        if not whole or not parts or self._repointed.tensors or repointing(self._moved).tensors:
+        *moves, _ = self._moves
+        if not whole or not moves or self._repointed.tensors or repointing(self._moved).tensors:
             return None
-        if not all(isinstance(part, ExchangeByKernel) and part.is_ready() for part in parts):
+        if not all(isinstance(move, ExchangeByKernel) and move.is_ready() for move in moves):
             return None
         for tensor, view in zip(self.params.values(), self._views.values(), strict=True):
             here = tensor if type(tensor) in PLAIN else local_of(tensor)
@@ -161,7 +160,7 @@ class Swap:
     def _apply(self) -> None:
         before_write(self._gathering)
         _swaps.add(self)
-        self._into = Progress(_noticed(chain.from_iterable(part.into for part in self._parts)))
+        self._into = Progress(_noticed(chain.from_iterable(move.into for move in self._moves)))
         self._into.run()
         increment_version(self._written_unseen)
         if self._places is None:  # now: an accelerator is at work meanwhile
@@ -183,20 +182,20 @@ class Swap:
     def _look_for_places(self) -> Places:
         return Places(self.model, self.params, {**self._averages, **self._shown})
 
-    def _way_back(self) -> list[Step]:
-        """Finish the part that was begun, first of all, and undo every part."""
+    def _way_back(self) -> list[Call]:
+        """Finish the move that was begun, then undo every move."""
         done = 0 if self._into is None else self._into.done
-        begun: list[list[Step]] = []
-        for part in self._parts:
+        begun: list[list[Call]] = []
+        for move in self._moves:
             if done <= 0:
                 break
-            begun.append([*part.into[done:], *part.back()])
-            done -= len(part.into)
-        # the latest first: the buffer still holds what that part has put there
+            begun.append([*move.into[done:], *move.back()])
+            done -= len(move.into)
+        # the latest first: the buffer still holds what that move has put there
         return list(chain.from_iterable(reversed(begun)))
 
-    def _prepare(self) -> list[Part]:
-        parts: list[Part] = []
+    def _prepare(self) -> list[Move]:
+        moves: list[Move] = []
         buffers = Buffers(max((tensor.numel() for tensor in self._averages.values()), default=0))
         together: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         copied: dict[tuple[torch.device, torch.device], list[tuple[Tensor, Tensor]]] = {}
@@ -205,31 +204,31 @@ class Swap:
             if name in self._assigned:
                 assignment = Assignment(self.params[name], average)
                 self._shown[name] = assignment.shown
-                parts.append(assignment)
+                moves.append(assignment)
             elif alike(average, view):
                 self._exchanged.add(name)
                 self._moved += [(average, view), (view, average)]
                 if many_at_once(view.device):
                     together.setdefault(view.device, []).append((view, average))
                 else:
-                    parts.extend(buffers.exchanges(view, average))
+                    moves.extend(buffers.exchanges(view, average))
             elif many_at_once(view.device):
                 copied.setdefault((view.device, average.device), []).append((view, average))
             else:
                 copying = Copying(view, average)
                 self._moved.append((view, copying.kept))
-                parts.append(copying)
+                moves.append(copying)
         for pairs in together.values():
-            parts.extend(exchanges_on_accelerator(pairs))
+            moves.extend(exchanges_on_accelerator(pairs))
         for pairs in copied.values():
             views, averages = map(list, zip(*pairs, strict=True))
             copying_all = CopyingTogether(views, averages)
             self._moved += zip(views, copying_all.kept, strict=True)
-            parts.append(copying_all)
+            moves.append(copying_all)
         self._exchanged_together = [
             t for pairs in together.values() for pair in pairs for t in pair
         ]
-        return parts
+        return moves
 
 
 def any_swapped() -> bool:
@@ -261,9 +260,9 @@ def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
         raise StateError(f"another average is swapped into `{name}`: restore it first")
 
 
-def _noticed(steps: Iterable[Step]) -> Iterable[Step]:
+def _noticed(calls: Iterable[Call]) -> Iterable[Call]:
     """And forget what PyTorch has computed from the values before."""
-    return chain(steps, clearing())
+    return chain(calls, clearing())
 
 
 def _sole(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

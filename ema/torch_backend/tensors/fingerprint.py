@@ -13,13 +13,13 @@ from ema.torch_backend.tensors.layouts import Layouts
 from ema.torch_backend.tensors.selection import Rules, Selection
 from ema.torch_backend.tensors.sharding import fully_sharded, is_sharded, reshard
 
-__all__ = ["Watch"]
+__all__ = ["Fingerprint"]
 
 _requires_grad = attrgetter("requires_grad")
 _local_tensor = attrgetter("_local_tensor")  # the same object until it is replaced
 
 
-class Watch:
+class Fingerprint:
     """What a selection relies on: which tensors the modules hold, and where their memory lies.
 
     Aliases keep that memory alive, so no address is given away while it is compared with. A look at

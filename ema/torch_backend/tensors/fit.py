@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from ema.errors import ModelError, difference
 from ema.torch_backend.tensors.copying import obstacle
 from ema.torch_backend.tensors.selection import Rules, Selection, select
-from ema.torch_backend.tensors.sharding import place_of
+from ema.torch_backend.tensors.sharding import box_of
 
 __all__ = ["check_writable", "targets"]
 
@@ -88,6 +88,6 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
 def _mismatch(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
     if theirs.shape != ours.shape:
         return [f"`{name}` has shape {tuple(theirs.shape)}, here it is {tuple(ours.shape)}"]
-    if place_of(theirs) != place_of(ours):
+    if box_of(theirs) != box_of(ours):
         return [f"`{name}` is sharded in another way: save() and load() move an average"]
     return []

@@ -14,11 +14,11 @@ from ema.torch_backend.tensors.copying import has_memory, kind_of, without_value
 from ema.torch_backend.tensors.memory import is_dense
 from ema.torch_backend.tensors.names import NamedTensors, named_tensors
 from ema.torch_backend.tensors.sharding import (
+    box_of,
     check_supported,
     fully_sharded,
     is_sharded,
     local_of,
-    place_of,
     reshard,
 )
 from ema.torch_backend.tensors.special_buffers import FirstLook
@@ -327,7 +327,7 @@ def _check_averageable(name: str, tensor: Tensor, *, into: bool) -> None:
         )
     if is_sharded(tensor):
         try:
-            place_of(tensor)
+            box_of(tensor)
         except ModelError as error:
             raise ModelError(f"`{name}`: {error}") from None
         tensor = local_of(tensor)

@@ -21,23 +21,23 @@ from ema.torch_backend.tensors.memory import PLAIN
 from ema.torch_backend.tensors.names import is_of
 
 __all__ = [
-    "Place",
+    "Box",
     "any_sharded",
+    "box_at",
+    "box_of",
     "check_supported",
     "counts_here",
     "fully_sharded",
     "is_sharded",
     "local_of",
     "meshes_of",
-    "place_at",
-    "place_of",
     "reshard",
     "wrapped_like",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Box:
     """Where a stretch of a tensor lies in the whole of it: a box.
 
     Attributes:
@@ -56,7 +56,7 @@ class Place:
         """Whether all of it is here."""
         return self.shape == self.local
 
-    def covers(self, other: Place) -> bool:
+    def covers(self, other: Box) -> bool:
         """Whether everything that is at ``other`` is here too."""
         return self.shape == other.shape and (
             math.prod(other.local) == 0
@@ -68,7 +68,7 @@ class Place:
             )
         )
 
-    def part(self, tensor: Tensor, other: Place) -> Tensor:
+    def part(self, tensor: Tensor, other: Box) -> Tensor:
         """The view of what is at ``other`` in ``tensor``, which lies here and covers it."""
         if math.prod(other.local) == 0:
             return tensor.new_empty(other.local)
@@ -107,7 +107,7 @@ def fully_sharded(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Let go of the gathered copies that a forward pass has left in fully sharded modules.
 
-    While there is one the module holds it in place of its shard, and the next forward pass uses
+    While there is one the module holds it in box of its shard, and the next forward pass uses
     it whatever has been written into the shard. Nothing is communicated.
     """
     for module in modules:
@@ -182,7 +182,7 @@ def counts_here(tensor: Tensor) -> bool:
     return not any(index for index, placement in axes if placement.is_replicate())
 
 
-def place_of(tensor: Tensor) -> Place:
+def box_of(tensor: Tensor) -> Box:
     """Which part of the whole of ``tensor`` is here; no communication.
 
     Raises:
@@ -190,24 +190,24 @@ def place_of(tensor: Tensor) -> Place:
     """
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
-        return Place(shape, (0,) * len(shape), shape)
+        return Box(shape, (0,) * len(shape), shape)
     like: Any = tensor
     coordinate = like.device_mesh.get_coordinate()
     if coordinate is None:
         raise ModelError(
             f"a tensor of shape {shape} lies on {like.device_mesh}, which this rank is no part of"
         )
-    place = place_at(tensor, coordinate)
+    box = box_at(tensor, coordinate)
     here = tuple(like._local_tensor.shape)
-    if here != place.local:
+    if here != box.local:
         raise ModelError(
             f"a tensor of shape {shape} with placements {like.placements} has {here} here,"
-            f" {place.local} is expected"
+            f" {box.local} is expected"
         )
-    return place
+    return box
 
 
-def place_at(tensor: Tensor, coordinate: Sequence[int]) -> Place:
+def box_at(tensor: Tensor, coordinate: Sequence[int]) -> Box:
     """Which part of the whole of a sharded tensor is at this coordinate of its mesh.
 
     Shards are cut as ``torch.chunk`` cuts, one mesh dimension after the other. Under FSDP and
@@ -226,7 +226,7 @@ def place_at(tensor: Tensor, coordinate: Sequence[int]) -> Place:
             first = min(coordinate[axis] * length, sizes[dim])
             offsets[dim] += first
             sizes[dim] = min(length, sizes[dim] - first)
-    return Place(shape, tuple(offsets), tuple(sizes))
+    return Box(shape, tuple(offsets), tuple(sizes))
 
 
 def _order(dim: int, placements: Sequence[Any], sizes: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ema.errors import StateError
-from ema.torch_backend.interrupts import uninterrupted
+from ema.torch_backend.calls import uninterrupted
 from ema.torch_backend.model import EMAModel
 from ema.torch_backend.saving.state import State
 from ema.torch_backend.settings import Settings

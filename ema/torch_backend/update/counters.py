@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import takewhile
 
-from ema.torch_backend.update.guard import Flag
+from ema.torch_backend.update.guard import DeviceFlag
 
 __all__ = ["Counters"]
 
@@ -25,7 +25,7 @@ class Counters:
     step: int = 0
     count: int = 0
     skipped: int = 0
-    pending: tuple[Flag, ...] = ()
+    pending: tuple[DeviceFlag, ...] = ()
 
     def settled(self) -> Counters:
         """With nothing pending: the device is asked, and waited for."""
@@ -33,7 +33,7 @@ class Counters:
 
     def arrived(self) -> Counters:
         """With what the device has told by now; it is not waited for."""
-        return self._told(len(list(takewhile(Flag.has_arrived, self.pending))))
+        return self._told(len(list(takewhile(DeviceFlag.has_arrived, self.pending))))
 
     def _told(self, number: int) -> Counters:
         """With so many of those pending settled."""

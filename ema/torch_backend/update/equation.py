@@ -23,13 +23,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ema.torch_backend.steps import Step
-from ema.torch_backend.update.rounding import Counters, Scratch, round_into
+from ema.torch_backend.calls import Call
+from ema.torch_backend.update.rounding import RandomBits, Scratch, round_into
 
 __all__ = ["compensated", "lerp", "narrow"]
 
 
-def lerp(averages: list[Tensor], params: list[Tensor], weight: float) -> list[Step]:
+def lerp(averages: list[Tensor], params: list[Tensor], weight: float) -> list[Call]:
     """Move each average towards its params by ``weight``, in place.
 
     Weight 0 leaves the averages and weight 1 copies the params, so that an infinity among them
@@ -56,7 +56,7 @@ def compensated(
     params: Tensor,
     weight: float,
     scratch: tuple[Tensor, Tensor],
-) -> list[Step]:
+) -> list[Call]:
     """The same for an average whose exact value is ``average + remainder``.
 
     Its error stays near one unit in the last place at any decay, where without a remainder steps
@@ -91,9 +91,9 @@ def narrow(
     weight: float,
     *,
     count: int,
-    counters: Counters | None,
+    bits: RandomBits | None,
     scratch: Scratch,
-) -> list[Step]:
+) -> list[Call]:
     """The same in float32 for a bfloat16 average, which is rounded at the end.
 
     Args:
@@ -101,15 +101,15 @@ def narrow(
         params: float32, of the same shape.
         weight: as for :func:`lerp`; 1 copies, rounded to nearest.
         count: number of the update.
-        counters: for stochastic rounding; None rounds to nearest.
+        bits: for stochastic rounding; None rounds to nearest.
         scratch: of as many elements.
     """
     if weight == 0.0:
         return []
     if weight == 1.0:
         return [partial(average.copy_, params)]
-    steps: list[Step] = [partial(scratch.wide.copy_, average)]
+    steps: list[Call] = [partial(scratch.wide.copy_, average)]
     steps += lerp([scratch.wide], [params], weight)
-    if counters is None:
+    if bits is None:
         return [*steps, partial(average.copy_, scratch.wide)]
-    return [*steps, *round_into(average, scratch.wide, counters.seed(scratch, count), scratch)]
+    return [*steps, *round_into(average, scratch.wide, bits.seed(scratch, count), scratch)]

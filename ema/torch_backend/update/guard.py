@@ -15,7 +15,7 @@ from ema.torch_backend.gpu import kernels
 from ema.torch_backend.tensors.memory import PLAIN, flat, is_dense, real
 from ema.torch_backend.tensors.sharding import local_of, meshes_of
 
-__all__ = ["Flag", "Guard", "all_finite", "joined"]
+__all__ = ["DeviceFlag", "Guard", "all_finite", "on_every_device"]
 
 _PIECE = 1 << 16
 """Elements for each of which ``_foreach_norm`` holds a number on a GPU."""
@@ -62,8 +62,8 @@ class Guard:
         flags = self._flags()
         if self._meshes:
             first = next(iter(flags))
-            flags[first] = self._bad_anywhere((~joined(flags)[first]).float()) == 0
-        return joined(flags)
+            flags[first] = self._bad_anywhere((~on_every_device(flags)[first]).float()) == 0
+        return on_every_device(flags)
 
     def nonfinite(self) -> list[str]:
         """The names of the tensors that hold NaN or Inf; reads all of them once.
@@ -96,7 +96,7 @@ class Guard:
         suspects: list[str] = []
         if self._on_accelerators:
             first = next(iter(self._on_accelerators))
-            if not bool(joined(self._flags())[first]):
+            if not bool(on_every_device(self._flags())[first]):
                 suspects += chain.from_iterable(self._on_accelerators.values())
         if self._on_cpu:
             # a sum is finite only if its terms are, and takes a third of the time of a closer look
@@ -109,7 +109,7 @@ class Guard:
         return [name for name in suspects if not bool(self._tensors[name].isfinite().all())]
 
 
-def joined(flags: Mapping[torch.device, Tensor]) -> dict[torch.device, Tensor]:
+def on_every_device(flags: Mapping[torch.device, Tensor]) -> dict[torch.device, Tensor]:
     """On each device whether all of the flags are true.
 
     A copy from one device to another waits for the current streams of both, and they for it.
@@ -174,7 +174,7 @@ def _readable(tensor: Tensor) -> Tensor:
     return real(local_of(tensor))
 
 
-class Flag:
+class DeviceFlag:
     """A bool on a device, on its way to the host since it was made.
 
     Asking for it waits until then, and not for what the device was given to do later.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ema.rounding import FIRST, SECOND, Stream, key_of
-from ema.torch_backend.steps import Step
-from ema.torch_backend.tensors.sharding import Place
+from ema.torch_backend.calls import Call
+from ema.torch_backend.tensors.sharding import Box
 
-__all__ = ["Counters", "Gathered", "Indices", "Run", "Scratch", "round_into"]
+__all__ = ["GatheredBits", "Indices", "RandomBits", "Scratch", "StretchBits", "round_into"]
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -40,7 +40,7 @@ class Indices(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, local: Tensor, place: Place) -> Indices:
+    def of(cls, local: Tensor, place: Box) -> Indices:
         """The indices of a dense tensor, in any order of dimensions, that lies at ``place``."""
         row_major = [math.prod(place.shape[dim + 1 :]) for dim in range(len(place.shape))]
         offset = sum(i * stride for i, stride in zip(place.offsets, row_major, strict=True))
@@ -77,14 +77,14 @@ class Scratch(NamedTuple):
     """Memory that rounding a chunk needs, of as many elements.
 
     Attributes:
-        counters: 0, 1, 2, …; int32.
+        numbers: 0, 1, 2, …; int32.
         folded: the same after the first step of the hash.
         bits: int32.
         spare: int32.
         wide: float32, for the average.
     """
 
-    counters: Tensor
+    numbers: Tensor
     folded: Tensor
     bits: Tensor
     spare: Tensor
@@ -93,10 +93,10 @@ class Scratch(NamedTuple):
     @classmethod
     def allocate(cls, size: int, device: torch.device) -> Scratch:
         """Scratch for chunks of up to ``size`` elements."""
-        counters = torch.arange(size, dtype=torch.int32, device=device)
+        numbers = torch.arange(size, dtype=torch.int32, device=device)
         return cls(
-            counters,
-            _folded(counters),
+            numbers,
+            _folded(numbers),
             torch.empty(size, dtype=torch.int32, device=device),
             torch.empty(size, dtype=torch.int32, device=device),
             torch.empty(size, dtype=torch.float32, device=device),
@@ -107,8 +107,8 @@ class Scratch(NamedTuple):
         return Scratch(*(tensor[:size] for tensor in self))
 
 
-class Run(NamedTuple):
-    """The counters of a stretch of one tensor's memory.
+class StretchBits(NamedTuple):
+    """The random bits of a stretch of one tensor's memory.
 
     Attributes:
         stream: of the tensor.
@@ -120,7 +120,7 @@ class Run(NamedTuple):
     indices: Indices
     start: int
 
-    def seed(self, scratch: Scratch, count: int) -> list[Step]:
+    def seed(self, scratch: Scratch, count: int) -> list[Call]:
         """Leave ``index ⊕ key`` in ``scratch.bits``, after the first step of the hash."""
         bits = scratch.bits
         key = key_of(self.stream, count)
@@ -131,7 +131,7 @@ class Run(NamedTuple):
             return [partial(torch.bitwise_xor, scratch.folded, both, out=bits)]
         if self.indices.consecutive:
             return [
-                partial(torch.add, scratch.counters, _signed(begin), out=bits),
+                partial(torch.add, scratch.numbers, _signed(begin), out=bits),
                 partial(bits.bitwise_xor_, _signed(key)),
                 *_folding(scratch),
             ]
@@ -139,27 +139,27 @@ class Run(NamedTuple):
         return [partial(torch.bitwise_xor, index, _signed(_fold(key)), out=bits)]
 
 
-class Gathered:
-    """The counters of small tensors whose averages lie side by side, each in row-major order.
+class GatheredBits:
+    """The random bits of small tensors whose averages lie side by side, each in row-major order.
 
     Args:
         runs: of each tensor.
         device: of the averages.
     """
 
-    def __init__(self, runs: Sequence[Run], device: torch.device) -> None:
+    def __init__(self, runs: Sequence[StretchBits], device: torch.device) -> None:
         self._low, self._high = np.array([each.stream for each in runs], np.uint32).T.copy()
         self._lengths = np.array([math.prod(each.indices.sizes) for each in runs])
         offsets = np.array([each.indices.offset for each in runs])
         self._begins = (offsets - np.cumsum([0, *self._lengths[:-1]])).astype(np.uint32)
         self._device = device
 
-    def seed(self, scratch: Scratch, count: int) -> list[Step]:
+    def seed(self, scratch: Scratch, count: int) -> list[Call]:
         """Leave ``index ⊕ key`` in ``scratch.bits``, after the first step of the hash."""
-        counters, bits = scratch.counters, scratch.bits
+        numbers, bits = scratch.numbers, scratch.bits
         keys = _mixed(_mixed(np.uint32(count & 0xFFFFFFFF) ^ self._low) ^ self._high)
         return [
-            partial(torch.add, counters, self._spread(self._begins), out=bits),
+            partial(torch.add, numbers, self._spread(self._begins), out=bits),
             partial(bits.bitwise_xor_, self._spread(keys)),
             *_folding(scratch),
         ]
@@ -169,10 +169,10 @@ class Gathered:
         return torch.from_numpy(np.repeat(values.view(np.int32), self._lengths)).to(self._device)
 
 
-Counters = Run | Gathered
+RandomBits = StretchBits | GatheredBits
 
 
-def round_into(average: Tensor, exact: Tensor, seed: list[Step], scratch: Scratch) -> list[Step]:
+def round_into(average: Tensor, exact: Tensor, seed: list[Call], scratch: Scratch) -> list[Call]:
     """Steps that round ``exact`` into ``average``, up or down by chance.
 
     Args:
@@ -212,7 +212,7 @@ def _folded(x: Tensor) -> Tensor:
     return x.bitwise_xor(x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
 
 
-def _folding(scratch: Scratch) -> list[Step]:
+def _folding(scratch: Scratch) -> list[Call]:
     """The first step of the hash of ``scratch.bits``, in place."""
     bits, spare = scratch.bits, scratch.spare
     return [

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ema.rounding import Stream
 from ema.torch_backend.tensors.memory import CHUNK, NARROW_CHUNK, PLAIN
-from ema.torch_backend.tensors.sharding import Place
-from ema.torch_backend.update.rounding import Indices, Run
+from ema.torch_backend.tensors.sharding import Box
+from ema.torch_backend.update.rounding import Indices, StretchBits
 
 __all__ = ["Entry", "Stretch", "neighbors"]
 
@@ -23,13 +23,13 @@ class Entry(NamedTuple):
         slots: its averages and, where they are compensated, as many remainders after them; dense
             and alike.
         live: the tensor, of the same shape; it may have any strides, dtype and device.
-        place: where in a whole tensor it lies.
+        box: where in a whole tensor it lies.
         stream: of its random bits; None rounds to nearest.
     """
 
     slots: tuple[Tensor, ...]
     live: Tensor
-    place: Place
+    box: Box
     stream: Stream | None
 
 
@@ -65,14 +65,14 @@ class Stretch(NamedTuple):
     @property
     def indices(self) -> Indices:
         """Of the whole entry."""
-        return Indices.of(self.entry.slots[0], self.entry.place)
+        return Indices.of(self.entry.slots[0], self.entry.box)
 
-    def counters(self) -> Run | None:
+    def random_bits(self) -> StretchBits | None:
         """Those of the random bits, where there are any."""
         if not self.narrow or self.entry.stream is None:
             return None
         start = int(self.slots[0].storage_offset() - self.entry.slots[0].storage_offset())
-        return Run(self.entry.stream, self.indices, start)
+        return StretchBits(self.entry.stream, self.indices, start)
 
     def chunks(self) -> Iterator[Stretch]:
         """Pieces that fit into a buffer; what is not contiguous stays whole."""

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ema.torch_backend.calls import Call, run, uninterrupted
 from ema.torch_backend.gpu import kernels
-from ema.torch_backend.interrupts import uninterrupted
-from ema.torch_backend.steps import Step, run
 from ema.torch_backend.tensors.memory import (
     CHUNK,
     NARROW_CHUNK,
@@ -24,19 +23,19 @@ from ema.torch_backend.tensors.memory import (
     real,
 )
 from ema.torch_backend.update.equation import compensated, lerp, narrow
-from ema.torch_backend.update.rounding import Counters, Gathered, Scratch
+from ema.torch_backend.update.rounding import GatheredBits, RandomBits, Scratch
 from ema.torch_backend.update.stretches import Entry, Stretch, neighbors
 
 __all__ = ["Sweep"]
 
 
-class _Part(NamedTuple):
+class _Pass(NamedTuple):
     """Params once the loads are done, in the dtype of the computation, and the slots for them."""
 
-    loads: tuple[Step, ...]
+    loads: tuple[Call, ...]
     slots: tuple[list[Tensor], ...]
     params: list[Tensor]
-    counters: Counters | None
+    bits: RandomBits | None
 
 
 class Sweep:
@@ -68,7 +67,7 @@ class Sweep:
         self._guarded = guarded
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         self._scratch: dict[torch.device, Scratch] = {}
-        self._parts: list[_Part] = []
+        self._passes: list[_Pass] = []
         self.read: set[int] = set()
         stretches: list[Stretch] = []
         for entry in entries:
@@ -94,7 +93,7 @@ class Sweep:
         for together in neighbors(small):
             self._gather(together)
         self._read_in_place(large)
-        self.on_device = any(self._kernels) and not self._parts
+        self.on_device = any(self._kernels) and not self._passes
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -109,7 +108,7 @@ class Sweep:
         count: int,
         finite: Mapping[torch.device, Tensor] | None = None,
         *,
-        then: Step = int,
+        then: Call = int,
     ) -> None:
         """Run it.
 
@@ -132,28 +131,26 @@ class Sweep:
                     kernel(weight, count, None if finite is None else finite[kernel.device])
             run(steps)
 
-    def _steps(self, weights: Sequence[float], count: int) -> Iterator[Step]:
+    def _steps(self, weights: Sequence[float], count: int) -> Iterator[Call]:
         """All that is not done by kernels."""
         single = [float(np.float32(weight)) for weight in weights]  # rounded once
-        for part in self._parts:
-            wide = part.params[0].dtype == torch.float64
-            moves: list[Step] = []
+        for each in self._passes:
+            wide = each.params[0].dtype == torch.float64
+            moves: list[Call] = []
             for index, weight in enumerate(weights if wide else single):
-                moves += self._moves(part, index, weight, count)
+                moves += self._moves(each, index, weight, count)
             if moves:
-                yield from part.loads
+                yield from each.loads
                 yield from moves
 
-    def _moves(self, part: _Part, index: int, weight: float, count: int) -> list[Step]:
-        """The steps of one average in one part."""
-        averages, params = part.slots[index], part.params
-        remainders = part.slots[index + self._number] if len(part.slots) > self._number else None
+    def _moves(self, step: _Pass, index: int, weight: float, count: int) -> list[Call]:
+        """The calls that update one average in one pass."""
+        averages, params = step.slots[index], step.params
+        remainders = step.slots[index + self._number] if len(step.slots) > self._number else None
         if averages[0].dtype == torch.bfloat16:
             (average,), (source,) = averages, params
             scratch = self._scratch[average.device].first(average.numel())
-            return narrow(
-                average, source, weight, count=count, counters=part.counters, scratch=scratch
-            )
+            return narrow(average, source, weight, count=count, bits=step.bits, scratch=scratch)
         if remainders is None:
             return lerp(averages, params, weight)
         (average,), (remainder,), (source,) = averages, remainders, params
@@ -181,7 +178,7 @@ class Sweep:
         for stretch in stretches:
             alike.setdefault(stretch.slots[0].dtype, []).append(stretch)
         for group in alike.values():
-            runs = [run for run in map(Stretch.counters, group) if run is not None]
+            runs = [run for run in map(Stretch.random_bits, group) if run is not None]
             compensated = len(group[0].slots) > self._number
             yield kernels.Fused(
                 [stretch.slots[index] for stretch in group],
@@ -201,10 +198,10 @@ class Sweep:
                 together.setdefault(kind, []).append(stretch)
                 continue
             for chunk in stretch.chunks():
-                self._add((), chunk.slots, chunk.live, chunk.counters())
+                self._add((), chunk.slots, chunk.live, chunk.random_bits())
         for alike in together.values():
             averages = [average for stretch in alike for average in stretch.slots]
-            self._parts.append(_Part((), (averages,), [each.live for each in alike], None))
+            self._passes.append(_Pass((), (averages,), [each.live for each in alike], None))
 
     def _convert_rows(self, stretch: Stretch) -> None:
         """Copy the params into the dtype, device and memory order of the averages."""
@@ -212,7 +209,7 @@ class Sweep:
             like = chunk.slots[0]
             buffer = self._buffer(like, chunk.computed)
             load = partial(buffer.as_strided(like.shape, like.stride()).copy_, chunk.live)
-            self._add((load,), tuple(map(flat, chunk.slots)), buffer, chunk.counters())
+            self._add((load,), tuple(map(flat, chunk.slots)), buffer, chunk.random_bits())
 
     def _gather(self, stretches: list[Stretch]) -> None:
         """Copy small params side by side, as their averages lie."""
@@ -227,22 +224,22 @@ class Sweep:
             converted = self._buffer(like, stretches[0].computed)
             loads += (partial(converted.copy_, gathered),)
             gathered = converted
-        counted = [each for each in map(Stretch.counters, stretches) if each is not None]
+        counted = [each for each in map(Stretch.random_bits, stretches) if each is not None]
         if counted:
-            self._add(loads, slots, gathered, Gathered(counted, like.device))
+            self._add(loads, slots, gathered, GatheredBits(counted, like.device))
         elif len(slots) > self._number or stretches[0].narrow:
             self._add(loads, slots, gathered, None)
         else:
             # pieces that stay on this thread: waiting for another core costs more than it saves
             pieces = tuple(list(torch.split(slot, SERIAL)) for slot in slots)
-            self._parts.append(_Part(loads, pieces, list(torch.split(gathered, SERIAL)), None))
+            self._passes.append(_Pass(loads, pieces, list(torch.split(gathered, SERIAL)), None))
 
     def _add(
         self,
-        loads: tuple[Step, ...],
+        loads: tuple[Call, ...],
         slots: tuple[Tensor, ...],
         params: Tensor,
-        counters: Counters | None,
+        bits: RandomBits | None,
     ) -> None:
         """One chunk, with the scratch that it needs."""
         like = slots[0]
@@ -254,7 +251,7 @@ class Sweep:
         elif len(slots) > self._number:
             for index in (1, 2):
                 self._buffer(like, like.dtype, index)
-        self._parts.append(_Part(loads, tuple([slot] for slot in slots), [params], counters))
+        self._passes.append(_Pass(loads, tuple([slot] for slot in slots), [params], bits))
 
     def _buffer(self, like: Tensor, dtype: torch.dtype, index: int = 0) -> Tensor:
         """As many elements as ``like`` has of a buffer of that dtype, on its device."""
@@ -266,7 +263,7 @@ class Sweep:
 
 def _in_order(stretch: Stretch) -> bool:
     """Whether its random bits, if there are any, count through its memory as it lies."""
-    return stretch.counters() is None or stretch.indices.consecutive
+    return stretch.random_bits() is None or stretch.indices.consecutive
 
 
 def _has_kernel(stretch: Stretch) -> bool:
@@ -280,7 +277,7 @@ def _has_kernel(stretch: Stretch) -> bool:
     )
 
 
-def _side_by_side(sources: list[Tensor], out: Tensor) -> Iterator[Step]:
+def _side_by_side(sources: list[Tensor], out: Tensor) -> Iterator[Call]:
     """Copy vectors one after the other into ``out``.
 
     On a CPU a piece at a time that stays on this thread: of more elements ``torch.cat`` takes up to

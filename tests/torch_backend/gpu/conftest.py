@@ -5,15 +5,15 @@ import weakref
 import pytest
 import torch
 
-from ema.torch_backend.gpu import lane as lane_module
+from ema.torch_backend.gpu import side_stream as side_stream_module
 from tests.torch_backend.gpu.simulation import Event, Simulation
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     simulation = Simulation()
-    for known in ("_lanes", "_silent", "_seen"):
-        monkeypatch.setattr(lane_module, known, weakref.WeakSet())
+    for known in ("_side_streams", "_silent", "_seen"):
+        monkeypatch.setattr(side_stream_module, known, weakref.WeakSet())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: simulation.current[device])
     monkeypatch.setattr(torch.cuda, "Stream", simulation.stream)
     monkeypatch.setattr(torch.cuda, "stream", simulation.on)

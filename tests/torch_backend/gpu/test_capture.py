@@ -18,7 +18,7 @@ def capture(monkeypatch):
     """Captures from now on; the CPU passes for a GPU."""
 
     def begin(ema_model):
-        bound = ema_model._average._bound
+        bound = ema_model._averages._bound
         if bound is not None:
             object.__setattr__(bound, "on_cuda", True)
         monkeypatch.setattr(average, "capturing", lambda: True)
@@ -91,7 +91,7 @@ def test_an_average_on_the_host_is_refused(capture, monkeypatch):
 def test_a_guarded_update_is_captured_without_a_flag(capture, arrived, monkeypatch):
     """No flag is made, and one that is pending is not asked for while the graph is captured."""
     monkeypatch.setattr(kernels, "available", lambda device: True)
-    monkeypatch.setattr(guard.Flag, "has_arrived", lambda self: arrived)
+    monkeypatch.setattr(guard.DeviceFlag, "has_arrived", lambda self: arrived)
     model = make()
     one = EMAModel(model, 0.9, on_nonfinite="skip")
     for step in range(3):
@@ -100,8 +100,8 @@ def test_a_guarded_update_is_captured_without_a_flag(capture, arrived, monkeypat
     assert pending
     capture(one)
     asked = []
-    monkeypatch.setattr(guard.Flag, "has_arrived", asked.append)
-    monkeypatch.setattr(guard.Flag, "__init__", lambda *_: asked.append("made"))
+    monkeypatch.setattr(guard.DeviceFlag, "has_arrived", asked.append)
+    monkeypatch.setattr(guard.DeviceFlag, "__init__", lambda *_: asked.append("made"))
     one.update()
     assert not asked
     assert one._counters.pending == pending
@@ -124,6 +124,6 @@ def test_overlap_without_streams_is_said_once():
 
 def test_hosts_wait_asleep(gpu, monkeypatch):
     """An event that spins would keep a core from those who compute the average."""
-    run = offload.Lane([torch.device("cuda", 0)])
+    run = offload.SideStream([torch.device("cuda", 0)])
     run.run(lambda: None)
     assert [done.blocking for done in run._done.values()] == [True]

@@ -68,9 +68,9 @@ def test_an_update_overlaps():
     model = large()
     average = EMAModel(model, 0.9, overlap=True)
     run(model, average, whole(model), steps=3)
-    lane = average._average._bound.beside
-    assert lane._streams
-    assert all(done.query() for done in lane._done.values())
+    side_stream = average._averages._bound.beside
+    assert side_stream._streams
+    assert all(done.query() for done in side_stream._done.values())
 
 
 def test_loading_weights_between_an_update_and_the_next_step():

@@ -41,7 +41,7 @@ class Waits(TorchDispatchMode):
 def test_how_often_an_update_waits_for_the_device(how, waits, monkeypatch):
     """Seven tensors, on a CPU that passes for a GPU."""
     monkeypatch.setattr(kernels, "available", lambda device: True)
-    monkeypatch.setattr(guard.Flag, "has_arrived", lambda self: False)
+    monkeypatch.setattr(guard.DeviceFlag, "has_arrived", lambda self: False)
     model = make()
     one = EMAModel(model, 0.9, **how)
     one.update()
@@ -58,7 +58,7 @@ def test_skipped_updates_are_counted_however_late_the_device_tells(decay, arrive
     first, second = make(), make()
     plain = EMAModel(first, decay, on_nonfinite="skip")
     monkeypatch.setattr(kernels, "available", lambda device: True)
-    monkeypatch.setattr(guard.Flag, "has_arrived", lambda self: arrived)
+    monkeypatch.setattr(guard.DeviceFlag, "has_arrived", lambda self: arrived)
     late = EMAModel(second, decay, on_nonfinite="skip")
     for step in range(1, 9):
         train((first, second), (plain, late), step)
@@ -128,7 +128,7 @@ def test_a_look_on_an_accelerator_needs_no_float64():
     tensors = [torch.randn(n).to(d) for n in (3, 500) for d in (torch.float32, torch.bfloat16)]
     with NoFloat64():
         assert guard.all_finite(tensors)
-        guard.joined({tensor.device: guard.all_finite([tensor]) for tensor in tensors})
+        guard.on_every_device({tensor.device: guard.all_finite([tensor]) for tensor in tensors})
 
 
 def test_the_scratch_of_a_look_does_not_grow_with_tensors_times_the_largest_one():
@@ -168,7 +168,7 @@ class Bool:
 def test_every_device_reads_a_flag_of_its_own_after_all_were_looked_at(gpu, latest_first, bad):
     found = {}
     flags = {d: Bool(gpu, d).made(lambda d=d: d != bad) for d in (GPU, OTHER)}
-    joined = guard.joined(flags)
+    joined = guard.on_every_device(flags)
     for device, flag in joined.items():
         assert flag.device == device
         gpu.launch(lambda d=device, f=flag: found.update({d: f.value}), device)
@@ -200,7 +200,7 @@ def test_without_a_compiler_pytorch_averages_and_one_warning_says_so(options):
     for step in range(1, 9):
         train((first, second), (one, other), step)
     assert differences(one.state_dict(), other.state_dict()) == []
-    assert one._average._bound.sweep._kernels == [[]]
+    assert one._averages._bound.sweep._kernels == [[]]
 
 
 def test_kernels_are_compiled_before_the_first_update(monkeypatch, interpreted):

@@ -14,7 +14,7 @@ from ema.errors import StateError
 from ema.rounding import stream_of
 from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.swap.swap import Swap
-from ema.torch_backend.tensors.sharding import place_of
+from ema.torch_backend.tensors.sharding import box_of
 from ema.torch_backend.update.stretches import Entry
 from ema.torch_backend.update.sweep import Sweep
 from tests import processes
@@ -27,7 +27,7 @@ def sweep(kind, params, read):
     if kind == "compensated":
         slots = [(a, torch.zeros_like(a)) for (a,) in slots]
     entries = [
-        Entry(several, live, place_of(live), stream_of(str(index), 0))
+        Entry(several, live, box_of(live), stream_of(str(index), 0))
         for index, (several, live) in enumerate(zip(slots, read, strict=True))
     ]
     return slots, Sweep(entries, 1)

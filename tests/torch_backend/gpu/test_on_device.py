@@ -66,7 +66,7 @@ def test_an_average_on_the_host_is_brought_up_to_date_behind_the_step(options, m
     plain = EMAModel(first, **{"decay": 0.9, **options})
     monkeypatch.setattr(average, "_is_offloaded", lambda entry: True)
     behind = EMAModel(second, **{"decay": 0.9, **options})
-    assert behind._average._bound.beside is not None
+    assert behind._averages._bound.beside is not None
     name = next(iter(behind.schedules))
     for step in range(1, 60):
         train((first, second), (plain, behind), step)
@@ -87,7 +87,7 @@ def test_what_fails_behind_the_step_is_raised_at_the_next_use(monkeypatch):
     def fail(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(type(behind._average._bound.sweep), "__call__", fail)
+    monkeypatch.setattr(type(behind._averages._bound.sweep), "__call__", fail)
     behind.update()
     with pytest.raises(MemoryError, match="no memory"):
         behind.averaged_parameters()
@@ -105,10 +105,10 @@ def test_overlap_changes_nothing_where_there_is_no_gpu():
 def test_a_flag_is_not_asked_again_once_it_was_settled(monkeypatch):
     """An update that only the device knows to be made is counted when somebody asks."""
     asked = []
-    monkeypatch.setattr(guard.Flag, "__bool__", lambda self: asked.append(self) or False)
+    monkeypatch.setattr(guard.DeviceFlag, "__bool__", lambda self: asked.append(self) or False)
     model = make()
     one = EMAModel(model, 0.9, on_nonfinite="skip")
-    one._counters = Counters(step=2, count=2, pending=(guard.Flag(torch.tensor(False)),))
+    one._counters = Counters(step=2, count=2, pending=(guard.DeviceFlag(torch.tensor(False)),))
     assert (one.count, one.skipped, one.count, one.step) == (1, 1, 1, 2)
     one.state_dict()
     asked.clear()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema import EMAModel, StateError
 from ema.torch_backend.gpu import kernels
 from ema.torch_backend.gpu.grid import BLOCK
-from ema.torch_backend.swap import exchanges as swap_parts
+from ema.torch_backend.swap import exchanges
 from ema.torch_backend.swap import swap as swap_module
 from tests.torch_backend.gpu.runs import differences, make
 from tests.torch_backend.test_swap import (  # noqa: F401 — run again
@@ -68,7 +68,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(kernels, "_launch", exchange)
     else:
         large = "real_ctrl_c" in request.node.name  # in so small groups it would take a minute
-        monkeypatch.setattr(swap_parts, "TOGETHER", 1 << 20 if large else 20)
+        monkeypatch.setattr(exchanges, "TOGETHER", 1 << 20 if large else 20)
     return request.param
 
 
@@ -100,7 +100,7 @@ def test_few_launches_take_all(way, monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(300)])
     model.extend([nn.Parameter(torch.randn(4).bfloat16()) for _ in range(300)])
     one = EMAModel(model, 0.9)
-    monkeypatch.setattr(swap_parts, "TOGETHER", 1 << 26)
+    monkeypatch.setattr(exchanges, "TOGETHER", 1 << 26)
     operations = []
 
     class Counting(TorchDispatchMode):

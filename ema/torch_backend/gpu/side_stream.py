@@ -5,7 +5,7 @@ it waits for the update, on the device and not on the host: PyTorch calls a hook
 ``Optimizer.step``. Nobody else who writes weights is seen in advance. So an update overlaps only where
 every write since the update before was announced, as far as that can be known:
 
-- each param belongs to an optimizer that has made a step since, or :meth:`Lane.before_write` was called;
+- each param belongs to an optimizer that has made a step since, or :meth:`SideStream.before_write` was called;
 - so it was before every earlier update but the first one, and there was an earlier one;
 - until its step, the version counters of an optimizer's params had not moved (sharpness-aware
   minimization writes them before the step);
@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ema.torch_backend.interrupts import uninterrupted
+from ema.torch_backend.calls import uninterrupted
 
-__all__ = ["Lane", "capturing"]
+__all__ = ["SideStream", "capturing"]
 
-_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+_side_streams: weakref.WeakSet[SideStream] = weakref.WeakSet()
 """Those that optimizers wait for."""
 _silent: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Optimizers that may write without a word: their steps were captured, or they have modes."""
@@ -49,12 +49,12 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-class Lane:
+class SideStream:
     """A stream on each CUDA device for work that others wait for; elsewhere work is done at once.
 
     Every reader and writer of what the work writes calls :meth:`wait` first. Within a CUDA graph
     that is being captured the work is part of the graph, and there is nothing to wait for:
-    ``torch.cuda.graph`` has waited for everything before. Copies and pickles are lanes without work.
+    ``torch.cuda.graph`` has waited for everything before. Copies and pickles are side_streams without work.
 
     Args:
         devices: of the tensors that the work reads and writes.
@@ -84,7 +84,7 @@ class Lane:
             for module in (modules if self._devices else ())
         ]
 
-    def __reduce__(self) -> tuple[type[Lane], tuple[list[torch.device]]]:
+    def __reduce__(self) -> tuple[type[SideStream], tuple[list[torch.device]]]:
         return type(self), (list(self._devices),)
 
     def run(self, work: Callable[[], object]) -> None:
@@ -129,7 +129,7 @@ class Lane:
         self._by_hand = True
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Wait, and note which params are about to be written, if any are of this lane."""
+        """Wait, and note which params are about to be written, if any are of this side_stream."""
         if not self._holds(optimizer):
             return
         self.wait()
@@ -157,7 +157,7 @@ class Lane:
                 tensor.record_stream(self._stream(tensor.device))
 
     def release(self) -> None:
-        """Take the hooks back from the modules, once the lane is not used any more."""
+        """Take the hooks back from the modules, once the side_stream is not used any more."""
         for handle in self._loading:
             handle.remove()
         self._loading = []
@@ -191,13 +191,13 @@ class Lane:
 class _BeforeLoading:
     """Has a module that loads a state wait; its copies and pickles do nothing."""
 
-    def __init__(self, lane: Lane | None = None) -> None:
-        self._lane = None if lane is None else weakref.ref(lane)
+    def __init__(self, side_stream: SideStream | None = None) -> None:
+        self._side_stream = None if side_stream is None else weakref.ref(side_stream)
 
     def __call__(self, *_: object) -> None:
-        lane = None if self._lane is None else self._lane()
-        if lane is not None:
-            lane.wait()
+        side_stream = None if self._side_stream is None else self._side_stream()
+        if side_stream is not None:
+            side_stream.wait()
 
     def __reduce__(self) -> tuple[type[_BeforeLoading], tuple[()]]:
         return type(self), ()
@@ -208,13 +208,13 @@ def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _announce(lane: Lane) -> None:
-    """Have optimizers wait for this lane while it lives.
+def _announce(side_stream: SideStream) -> None:
+    """Have optimizers wait for this side stream while it lives.
 
-    There is one hook for all, and it stays: a lane may go away while the hooks are gone through.
+    There is one hook for all, and it stays: a side stream may go away while the hooks are gone through.
     """
     global _hooked  # noqa: PLW0603
-    _lanes.add(lane)
+    _side_streams.add(side_stream)
     if not _hooked:
         _hooked = True
         register_optimizer_step_pre_hook(_before_step)
@@ -223,8 +223,8 @@ def _announce(lane: Lane) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
     if torch.compiler.is_compiling():
         return  # this very line is being traced; what is compiled announces nothing
-    lanes = list(_lanes)
-    if not lanes:
+    side_streams = list(_side_streams)
+    if not side_streams:
         return
     if torch.cuda.is_current_stream_capturing():
         _silent.add(optimizer)
@@ -234,10 +234,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
     if optimizer not in _seen:
         _seen.add(optimizer)
         optimizer.register_load_state_dict_pre_hook(_before_load)
-    for lane in lanes:
-        lane.before_step(optimizer)
+    for side_stream in side_streams:
+        side_stream.before_step(optimizer)
 
 
 def _before_load(optimizer: Optimizer, state: Any) -> None:  # noqa: ARG001
-    for lane in list(_lanes):
-        lane.before_load(optimizer)
+    for side_stream in list(_side_streams):
+        side_stream.before_load(optimizer)

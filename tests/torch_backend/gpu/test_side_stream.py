@@ -10,8 +10,8 @@ import weakref
 import pytest
 import torch
 
-from ema.torch_backend.gpu import lane as lane_module
-from ema.torch_backend.gpu.lane import Lane
+from ema.torch_backend.gpu import side_stream as side_stream_module
+from ema.torch_backend.gpu.side_stream import SideStream
 from tests import processes
 from tests.torch_backend.gpu.simulation import GPU, OTHER, Wait
 
@@ -21,7 +21,7 @@ class Run:
 
     def __init__(self, gpu, devices=(GPU,)):
         self.tensor = torch.nn.Parameter(torch.zeros(1))  # what the optimizer is told of
-        self.gpu, self.lane = gpu, Lane(devices, [self.tensor])
+        self.gpu, self.side_stream = gpu, SideStream(devices, [self.tensor])
         self.param = self.average = 0.0
         self.read = []
 
@@ -46,9 +46,9 @@ class Run:
     def steps(self, write, number=6):
         for index in range(number):
             write()
-            self.lane.run(lambda: self.gpu.launch(self.update))
+            self.side_stream.run(lambda: self.gpu.launch(self.update))
             if index == 3:
-                self.lane.wait()
+                self.side_stream.wait()
                 self.gpu.launch(self.look)
 
     def right(self, number=6):
@@ -102,7 +102,7 @@ def test_a_writer_by_hand_can_have_the_overlap(gpu, latest_first):
     run = Run(gpu)
 
     def write():
-        run.lane.before_write()
+        run.side_stream.before_write()
         gpu.launch(run.write)
 
     run.steps(write)
@@ -118,8 +118,8 @@ def test_a_reader_does_not_pass_for_a_writer(gpu, latest_first):
     run.steps(optimizer.step, number=1)
     for _ in range(3):
         gpu.launch(run.write)
-        run.lane.run(lambda: gpu.launch(run.update))
-        run.lane.wait()
+        run.side_stream.run(lambda: gpu.launch(run.update))
+        run.side_stream.wait()
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=4)[0]
 
@@ -131,7 +131,7 @@ def test_an_update_that_is_not_overlapped_comes_after_one_that_is(gpu, latest_fi
     for number in range(4):
         if number < 3:
             optimizer.step()
-        run.lane.run(lambda number=number: gpu.launch(lambda: order.append(number)))
+        run.side_stream.run(lambda number=number: gpu.launch(lambda: order.append(number)))
     gpu.drain(latest_first=latest_first)
     assert order == [0, 1, 2, 3]
 
@@ -162,7 +162,7 @@ def test_two_devices_are_both_waited_for(gpu, latest_first):
     optimizer = run.optimizer(write)
     for _ in range(4):
         optimizer.step()
-        run.lane.run(work)
+        run.side_stream.run(work)
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=4)[0]
     assert seen == ["write", "update"] * 4
@@ -190,9 +190,9 @@ def test_replays_of_a_captured_step_are_not_overlapped(gpu, latest_first):
     gpu.current[GPU].queue.clear()  # captured, not run
     for _ in range(2):
         gpu.launch(run.write)  # a replay
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     optimizer.step()  # an ordinary step of the same optimizer, before a further replay
-    run.lane.run(lambda: gpu.launch(run.update))
+    run.side_stream.run(lambda: gpu.launch(run.update))
     gpu.launch(run.write)
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=5)[0]
@@ -207,7 +207,7 @@ def test_steps_between_replays_that_nobody_saw_captured_are_not_overlapped(gpu, 
             optimizer.step()
         else:
             gpu.launch(run.write)  # a replay
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=8)[0]
 
@@ -224,7 +224,7 @@ def test_a_step_that_is_captured_before_the_first_update_is_seen(gpu, latest_fir
             optimizer.step()
         else:
             gpu.launch(run.write)
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=4)[0]
 
@@ -239,7 +239,7 @@ def test_a_state_that_was_loaded_puts_off_the_overlap_by_one_update(gpu):
                 run.tensor.copy_(torch.zeros(1))
         optimizer.step()
         before = len(gpu.current[GPU].queue)
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
         beside.append(run.update not in list(gpu.current[GPU].queue)[before:])
     assert beside == [False, True, True, False, True, True]
 
@@ -255,7 +255,7 @@ def test_another_optimizer_announces_nothing(gpu, latest_first, other_first):
         gpu.launch(run.write)
         if not other_first:
             other.step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=4)[0]
 
@@ -273,13 +273,13 @@ def test_all_optimizers_of_the_params_have_to_announce(gpu, latest_first, both):
     """Of two halves of a model, one may be written by the replay of a graph."""
     run = Run(gpu)
     second = torch.nn.Parameter(torch.zeros(1))
-    run.lane = Lane([GPU], [run.tensor, second])
+    run.side_stream = SideStream([GPU], [run.tensor, second])
     one, other = run.optimizer(), Optimizer(lambda: None, [second])
     for _ in range(4):
         if both:
             other.step()
         one.step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     assert any(run.update in stream.queue for stream in gpu.streams[2:]) == both
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=4)[0]
@@ -292,7 +292,7 @@ def test_weights_that_are_written_before_the_step_are_not_overlapped(gpu, latest
     for _ in range(4):
         run.launch_write()
         optimizer.step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     gpu.drain(latest_first=latest_first)
     average = 0.0
     for step in range(1, 5):
@@ -307,7 +307,7 @@ def test_weights_that_are_written_after_the_step_are_overlapped(gpu, latest_firs
     for _ in range(4):
         optimizer.step()
         run.launch_write()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     assert any(run.update in stream.queue for stream in gpu.streams[2:])
     gpu.drain(latest_first=latest_first)
 
@@ -318,7 +318,7 @@ def test_two_steps_of_one_optimizer_between_updates_are_overlapped(gpu, latest_f
     for _ in range(4):
         optimizer.step()
         optimizer.step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     assert any(run.update in stream.queue for stream in gpu.streams[2:])
     gpu.drain(latest_first=latest_first)
 
@@ -339,7 +339,7 @@ def test_an_optimizer_with_modes_announces_nothing(gpu, latest_first):
     average = 0.0
     for step in range(4):
         optimizer.step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
         optimizer.eval()
         average += 0.25 * (2 * step + 1 - average)
     gpu.drain(latest_first=latest_first)
@@ -352,14 +352,14 @@ def test_loading_a_state_waits(gpu, latest_first, which):
     inner = torch.nn.Module()
     inner.weight = run.tensor
     model = torch.nn.Sequential(inner)
-    run.lane = Lane([GPU], [run.tensor], [inner])
+    run.side_stream = SideStream([GPU], [run.tensor], [inner])
     optimizer = run.optimizer()
     loaded = {"model": model, "submodule": inner, "optimizer": optimizer}[which]
     state = copy.deepcopy(loaded.state_dict())
     average = 0.0
     for step in range(4):
         optimizer.step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
         loaded.load_state_dict(state)
         gpu.launch(lambda: setattr(run, "param", 10.0))
         average += 0.25 * ((11.0 if step else 1.0) - average)
@@ -370,14 +370,14 @@ def test_loading_a_state_waits(gpu, latest_first, which):
 def test_a_module_carries_no_lane_into_copies_and_pickles(gpu):
     run = Run(gpu)
     module = torch.nn.Linear(1, 1)
-    run.lane = Lane([GPU], module.parameters(), [module])
+    run.side_stream = SideStream([GPU], module.parameters(), [module])
     run.steps(run.optimizer().step, number=2)
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
     before = [len(stream.queue) for stream in gpu.streams]
     for other in copies:
         other.load_state_dict(module.state_dict())
     assert [len(stream.queue) for stream in gpu.streams] == before
-    run.lane.release()
+    run.side_stream.release()
     assert not module._load_state_dict_pre_hooks
 
 
@@ -397,13 +397,13 @@ class Plain(torch.optim.Optimizer):
 def test_a_compiled_step_announces_nothing(gpu, optimizer):
     """It is traced as a whole where it can be, and its updates come in order."""
     run = Run(gpu)
-    run.lane.run(lambda: None)  # has the hook registered
+    run.side_stream.run(lambda: None)  # has the hook registered
     optimizer = optimizer([run.tensor])
     run.tensor.grad = torch.ones(1)
     step = torch.compile(optimizer.step, fullgraph=isinstance(optimizer, Plain), backend="eager")
     for _ in range(2):
         step()
-        run.lane.run(lambda: gpu.launch(run.update))
+        run.side_stream.run(lambda: gpu.launch(run.update))
     assert list(gpu.current[GPU].queue).count(run.update) == 2
     assert run.tensor.item() < 0
 
@@ -419,7 +419,7 @@ def test_work_that_raises_is_waited_for_as_far_as_it_got(gpu, latest_first):
     run.steps(optimizer.step, number=2)
     optimizer.step()
     with pytest.raises(RuntimeError, match="out of memory"):
-        run.lane.run(work)
+        run.side_stream.run(work)
     optimizer.step()
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=3)[0]
@@ -436,18 +436,18 @@ def test_control_c_during_the_work_comes_after_it(gpu, latest_first):
 
     optimizer.step()
     with pytest.raises(KeyboardInterrupt):
-        run.lane.run(work)
+        run.side_stream.run(work)
     optimizer.step()
     gpu.drain(latest_first=latest_first)
     assert run.average == run.right(number=1)[0]
 
 
 def test_optimizers_forget_a_lane_that_is_gone(gpu):
-    lane = Lane([GPU])
-    lane.run(lambda: None)
-    assert lane in lane_module._lanes
-    gone = weakref.ref(lane)
-    del lane
+    side_stream = SideStream([GPU])
+    side_stream.run(lambda: None)
+    assert side_stream in side_stream_module._side_streams
+    gone = weakref.ref(side_stream)
+    del side_stream
     gc.collect()
     assert gone() is None
     Optimizer(lambda: None).step()
@@ -464,7 +464,7 @@ def test_memory_is_held_on_the_stream_of_the_work(gpu):
     here, elsewhere = Tensor(), Tensor()
     elsewhere.device = torch.device("cpu")
     run = Run(gpu)
-    run.lane.hold([here, elsewhere])
+    run.side_stream.hold([here, elsewhere])
     run.steps(run.optimizer().step, number=2)
     assert elsewhere.streams == ()
     (stream,) = here.streams
@@ -474,7 +474,7 @@ def test_memory_is_held_on_the_stream_of_the_work(gpu):
 def test_copies_and_pickles_are_lanes_without_work(gpu):
     run = Run(gpu)
     run.steps(run.optimizer().step)
-    for other in (copy.deepcopy(run.lane), pickle.loads(pickle.dumps(run.lane))):
+    for other in (copy.deepcopy(run.side_stream), pickle.loads(pickle.dumps(run.side_stream))):
         before = [len(stream.queue) for stream in gpu.streams]
         other.wait()
         assert [len(stream.queue) for stream in gpu.streams] == before
@@ -485,14 +485,14 @@ def test_without_a_gpu_work_is_done_at_once():
     code = """
 import torch
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-from ema.torch_backend.gpu.lane import Lane
+from ema.torch_backend.gpu.side_stream import SideStream
 from tests.torch_backend.gpu.simulation import GPU, OTHER, Wait
 done = []
-lane = Lane([torch.device("cpu"), torch.device("meta")])
-lane.run(lambda: done.append(1))
-lane.wait()
-lane.synchronize()
-lane.hold([torch.zeros(1)])
+side_stream = SideStream([torch.device("cpu"), torch.device("meta")])
+side_stream.run(lambda: done.append(1))
+side_stream.wait()
+side_stream.synchronize()
+side_stream.hold([torch.zeros(1)])
 assert done == [1]
 assert not _global_optimizer_pre_hooks
 """
