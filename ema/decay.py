@@ -16,7 +16,6 @@ __all__ = [
     "decay_from_half_life",
     "half_life_from_decay",
     "scale_decay",
-    "weight_from_half_life",
     "window_from_decay",
 ]
 
@@ -34,15 +33,6 @@ def decay_from_half_life(half_life: float) -> float:
     0.9993070929904525
     """
     return math.pow(0.5, 1.0 / validate.positive("half_life", half_life))
-
-
-def weight_from_half_life(half_life: float) -> float:
-    """``1 − 2**(-1/half_life)``, with all its digits also where the decay is next to 1.
-
-    >>> weight_from_half_life(1e6)
-    6.931469403334938e-07
-    """
-    return -math.expm1(-math.log(2.0) / validate.positive("half_life", half_life))
 
 
 def half_life_from_decay(decay: float) -> float:

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ema
-from ema.decay import weight_from_half_life
 
 decays = st.floats(1e-9, 1 - 1e-12)
 half_lives = st.floats(1e-2, 1e9)
@@ -35,7 +34,6 @@ def test_a_value_counts_half_after_its_half_life(half_life):
     with mpmath.workdps(40):
         exact = mpmath.power(2, -1 / mpmath.mpf(half_life))
         assert abs(ema.decay_from_half_life(half_life) / exact - 1) < 1e-13
-        assert abs(weight_from_half_life(half_life) / (1 - exact) - 1) < 1e-15
 
 
 @given(decays)
@@ -82,6 +80,5 @@ def test_the_ends_have_no_memory_and_endless_memory():
 
 
 @given(st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False))
-def test_every_half_life_gives_a_decay_and_a_weight_in_the_unit_interval(half_life):
+def test_every_half_life_gives_a_decay_in_the_unit_interval(half_life):
     assert 0.0 <= ema.decay_from_half_life(half_life) <= 1.0
-    assert 0.0 <= weight_from_half_life(half_life) <= 1.0

@@ -10,7 +10,6 @@ import pytest
 
 import ema
 from ema import profiles, validate
-from ema.decay import weight_from_half_life
 
 BELOW_0 = math.nextafter(0.0, -1.0)
 ABOVE_1 = math.nextafter(1.0, 2.0)
@@ -37,7 +36,6 @@ REAL_ARGUMENTS = {
     ),
     "validate.non_negative": (lambda v: validate.non_negative("x", v), "x", "non_negative"),
     "decay_from_half_life": (ema.decay_from_half_life, "half_life", "positive"),
-    "weight_from_half_life": (weight_from_half_life, "half_life", "positive"),
     "half_life_from_decay": (ema.half_life_from_decay, "decay", "fraction"),
     "window_from_decay": (ema.window_from_decay, "decay", "fraction"),
     "scale_decay, decay": (lambda v: ema.scale_decay(v, 2), "decay", "fraction"),

@@ -129,18 +129,12 @@ def update(
     COMPENSATED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GUARDED: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One block of one tensor, see :class:`ema.torch_backend.gpu.kernels.Fused` for the arguments."""
     if GUARDED:
         if tl.load(finite) == 0:
-            return
-    if ON_DEVICE:
-        weight = tl.load(weight).to(tl.float32)
-        count = tl.load(count)
-        if weight == 0.0:
             return
     offset, start = begin(blocks, 7, BLOCK)
     row = table + offset

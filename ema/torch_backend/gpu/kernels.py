@@ -141,40 +141,29 @@ class Fused:
         ]
         self.tensors = [*averages, *params, *(remainders or ()), *_memory(self._launches)]
 
-    def __call__(
-        self, weight: float | Tensor, count: int | Tensor = 0, finite: Tensor | None = None
-    ) -> None:
+    def __call__(self, weight: float, count: int = 0, finite: Tensor | None = None) -> None:
         """Run it on the current stream.
 
         A weight of 0 leaves everything, one of 1 copies the params, rounded to nearest, and makes
-        the remainders zero. In a CUDA graph numbers stay what they were at capture: there,
-        ``weight`` and ``count`` are tensors on the device, and one call before has compiled.
+        the remainders zero. In a CUDA graph both numbers stay what they were at capture.
 
         Args:
             weight: ``1 − decay`` in [0, 1] and float64; rounded once, to float32.
-            count: the number of the update, which the random bits depend on; a tensor where
-                ``weight`` is one, both of one element.
+            count: the number of the update, which the random bits depend on.
             finite: a bool on the device; where it is false nothing is written.
         """
-        if isinstance(weight, Tensor):
-            count = torch.as_tensor(count, device=self.device)
-        else:
-            if isinstance(count, Tensor):
-                raise TypeError("`count` may be a tensor where `weight` is one")
-            weight = float(np.float32(weight))
-            count = (count + (1 << 31)) % (1 << 32) - (1 << 31)  # always an int32 to the compiler
-            if weight == 0.0:
-                return
+        weight = float(np.float32(weight))
+        if weight == 0.0:
+            return
+        count = (count + (1 << 31)) % (1 << 32) - (1 << 31)  # always an int32 to the compiler
         _launch(self.device, self._calls(weight, count, finite))
 
     def compile(self) -> None:
-        """Compile what calls with a number as their weight launch."""
+        """Compile what a call launches."""
         finite = torch.ones((), dtype=torch.bool, device=self.device) if self._guarded else None
         _compile(self.device, self._calls(0.5, 1, finite))
 
-    def _calls(
-        self, weight: float | Tensor, count: int | Tensor, finite: Tensor | None
-    ) -> Iterator[_Call]:
+    def _calls(self, weight: float, count: int, finite: Tensor | None) -> Iterator[_Call]:
         for dtype, launch in self._launches:
             yield _Call(
                 "update",
@@ -186,7 +175,6 @@ class Fused:
                     "COMPENSATED": self._compensated,
                     "STOCHASTIC": self._stochastic,
                     "GUARDED": finite is not None,
-                    "ON_DEVICE": isinstance(weight, Tensor),
                 },
             )
 

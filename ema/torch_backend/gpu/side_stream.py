@@ -54,7 +54,7 @@ class SideStream:
 
     Every reader and writer of what the work writes calls :meth:`wait` first. Within a CUDA graph
     that is being captured the work is part of the graph, and there is nothing to wait for:
-    ``torch.cuda.graph`` has waited for everything before. Copies and pickles are side_streams without work.
+    ``torch.cuda.graph`` has waited for everything before.
 
     Args:
         devices: of the tensors that the work reads and writes.
@@ -83,9 +83,6 @@ class SideStream:
             module.register_load_state_dict_pre_hook(_BeforeLoading(self))  # type: ignore[no-untyped-call]
             for module in (modules if self._devices else ())
         ]
-
-    def __reduce__(self) -> tuple[type[SideStream], tuple[list[torch.device]]]:
-        return type(self), (list(self._devices),)
 
     def run(self, work: Callable[[], object]) -> None:
         """Do the work after all that the current streams hold by now, beside what comes then.

@@ -471,15 +471,6 @@ def test_memory_is_held_on_the_stream_of_the_work(gpu):
     assert run.update in stream.queue
 
 
-def test_copies_and_pickles_are_lanes_without_work(gpu):
-    run = Run(gpu)
-    run.steps(run.optimizer().step)
-    for other in (copy.deepcopy(run.side_stream), pickle.loads(pickle.dumps(run.side_stream))):
-        before = [len(stream.queue) for stream in gpu.streams]
-        other.wait()
-        assert [len(stream.queue) for stream in gpu.streams] == before
-
-
 def test_without_a_gpu_work_is_done_at_once():
     """Nothing is registered with PyTorch either."""
     code = """
