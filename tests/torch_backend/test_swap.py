@@ -20,6 +20,7 @@ from ema.torch_backend import calls as calls_module
 from ema.torch_backend.swap import places as swap_places_module
 from ema.torch_backend.swap import swap as swap_module
 from ema.torch_backend.tensors.memory import CHUNK
+from tests.torch_backend.interruptions import interrupted_at, raise_interrupt
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["same-dtype", "other-dtype"])
@@ -238,30 +239,7 @@ def test_a_failing_copy_anywhere_leaves_the_live_weights(trained, late, assign):
 def interrupt_at(number, call):
     """Raise KeyboardInterrupt at the n-th bytecode in the swap's own code; False: it ended before."""
     modules = (swap_module, swap_places_module, calls_module, sys.modules[EMAModel.__module__])
-    files = {module.__file__ for module in modules}
-    left = number
-
-    def trace(frame, event, arg):
-        nonlocal left
-        if frame.f_code.co_filename not in files:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks for it only when tracing begins
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(previous)
-    return False
+    return interrupted_at(number, raise_interrupt, call, modules)
 
 
 @pytest.mark.slow
