@@ -165,7 +165,7 @@ class EMAModel(Generic[ModelT]):
         self._model = model
         self._settings = settings
         self._averages = Averages(model, settings)
-        self._modules = AveragedModules(model, self._averages)
+        self._modules = AveragedModules(model, self._averages.look_for_views)
         self._swap: Swap | None = None
         self._blocks: list[Block] = []  # that are open and see the swap, in the order of entering
         self._turns = Turns()
@@ -773,7 +773,7 @@ class EMAModel(Generic[ModelT]):
             name: of the average that goes on from it; None: all.
             metadata: notes to take over as well.
         """
-        found = self._averages.follow()[1]
+        found = self._averages.follow()
         names = self._settings.names if name is None else ()
         loaded = State.from_dict(state, names).under_first_names(found)
         loaded.check_fits(found)
@@ -816,7 +816,7 @@ class EMAModel(Generic[ModelT]):
             self._counters = Counters(loaded.step)
 
     def _warn_where_live_weights_differ(self, loaded: State) -> None:
-        found = self._averages.follow()[1]
+        found = self._averages.follow()
         if first_swapped(found.averaged) is None and (names := loaded.unlike(found)):
             warn(
                 f"the state is of step {loaded.step}, and through step"
@@ -840,11 +840,11 @@ class EMAModel(Generic[ModelT]):
         """For copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
         self._refuse_incomplete()
-        average = self._averages.apart()
+        averages = self._averages.apart()
         return {
             **self.__dict__,
-            "_averages": average,
-            "_modules": AveragedModules(self._model, average),
+            "_averages": averages,
+            "_modules": AveragedModules(self._model, averages.look_for_views),
             "_counters": self._settled(),
             "_swap": None,
             "_blocks": [],
@@ -855,18 +855,16 @@ class EMAModel(Generic[ModelT]):
         """The averages of a name, wherever they are, and the tensors of the live model."""
         index = self._settings.index(name)
         self._refuse_incomplete(index)
-        self._averages.wait()
         swap = self._swap
         if swap is None or not swap.active or not self._averages.started:
-            several, found = self._averages.follow()
+            averages, found = self._averages.look(index)
             if not self._averages.started:  # these are the live weights
                 refuse_if_swapped(found.averaged)
-        elif swap.name == name:
-            return swap.averages(), with_current_buffers(self._model, swap.found)
-        else:  # nothing is selected anew in a model that holds averages
-            found = with_current_buffers(self._model, swap.found)
-            several = self._averages.held()
-        return {key: averages[index] for key, averages in several.items()}, found
+            return averages, found
+        self._averages.wait()
+        # nothing is selected anew in a model that holds averages
+        found = with_current_buffers(self._model, swap.found)
+        return swap.averages() if swap.name == name else self._averages.held(index), found
 
     def _shown(self) -> str:
         if None in self._settings.schedules:
@@ -940,7 +938,7 @@ class EMAModel(Generic[ModelT]):
     def _refuse_others(self) -> None:
         """Another average may be in the model, where this one would take it for live weights."""
         if any_swapped():
-            refuse_if_swapped(self._averages.follow()[1].averaged)
+            refuse_if_swapped(self._averages.follow().averaged)
 
     def _is_swapped_into(self, model: nn.Module) -> bool:
         swap = self._swap

@@ -273,7 +273,7 @@ class TestSmallVectors:
         with pytest.raises(ModelError, match=r"`4` has shape \(10,\)"):
             ema_model.update()
         assert ema_model.step == 0
-        assert all(map(torch.equal, ema_model._averages.held()["0"], [before["averages"]["0"]]))
+        assert torch.equal(ema_model._averages.held(0)["0"], before["averages"]["0"])
 
 
 def test_vectors_cast_to_a_dtype_of_the_same_size_are_followed():

@@ -13,6 +13,7 @@ from torch import nn
 from ema import CheckpointError, ModelError, StateError
 from ema.torch_backend import EMACallback, EMAModel, calls, model
 from ema.torch_backend import averages as average
+from ema.torch_backend.tensors import sharding
 from ema.torch_backend.trainer import run_average
 from tests.torch_backend.interruptions import AtFirstOperation, interrupted_at
 
@@ -291,7 +292,7 @@ def test_a_load_takes_one_tensor_at_a_time(tmp_path):
     read = []
 
     def transform(name, tensor):
-        read.append((name, numbers(ema_model._averages.held()["weight"])))
+        read.append((name, numbers(ema_model._averages.held(0)["weight"])))
         return tensor
 
     ema_model.load(averaged(5).save(tmp_path), transform=transform)
@@ -307,7 +308,7 @@ def test_a_copy_that_breaks_off_while_it_is_unpacked(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(average.Box, "part", fail)
+    monkeypatch.setattr(sharding.Box, "part", fail)
     with pytest.raises(MemoryError):
         ema_model.averaged_parameters()
     monkeypatch.undo()

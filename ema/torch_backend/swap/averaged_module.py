@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema.errors import ModelError, listing
-from ema.torch_backend.averages import Averages
 from ema.torch_backend.swap.deep_copies import copy_of
 from ema.torch_backend.swap.followers import Follower, can_share, sources
 from ema.torch_backend.tensors.names import unwrap
 from ema.torch_backend.tensors.selection import Selection
-from ema.torch_backend.tensors.sharding import fully_sharded, local_of
+from ema.torch_backend.tensors.sharding import fully_sharded
 
 __all__ = ["AveragedModules"]
+
+Look = Callable[[int], tuple[dict[str, Tensor], Selection]]
 
 
 class AveragedModules:
@@ -25,12 +26,12 @@ class AveragedModules:
 
     Args:
         model: the live model.
-        average: the averages.
+        look: gives one of the averages by its index, and the tensors of the live model.
     """
 
-    def __init__(self, model: nn.Module, average: Averages) -> None:
+    def __init__(self, model: nn.Module, look: Look) -> None:
         self._model = model
-        self._average = average
+        self._look = look
         self._followers: list[Follower] = []
 
     def make(self, index: int, given: Mapping[int, Any]) -> nn.Module:
@@ -80,15 +81,6 @@ class AveragedModules:
                 for follower in self._followers:
                     if follower.index == index:
                         follower.follow(averages, found)
-
-    def _look(self, index: int) -> tuple[dict[str, Tensor], Selection]:
-        """The averages, which are the live tensors themselves before the start, and the live tensors."""
-        if not self._average.started:
-            found = self._average.look()
-            return {name: local_of(tensor) for name, tensor in found.averaged.items()}, found
-        several, found = self._average.follow()
-        self._average.wait()
-        return {name: slots[index] for name, slots in several.items()}, found
 
 
 def _check_copyable(found: Selection) -> None:

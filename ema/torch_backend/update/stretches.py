@@ -2,58 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ema.rounding import Stream
-from ema.torch_backend.tensors.memory import CHUNK, NARROW_CHUNK, PLAIN
-from ema.torch_backend.tensors.sharding import Box
+from ema.torch_backend.tensors.memory import CHUNK, NARROW_CHUNK, PLAIN, flat, real
+from ema.torch_backend.tensors.tracked import Tracked
 from ema.torch_backend.update.rounding import Indices, StretchBits
 
-__all__ = ["Entry", "Stretch", "neighbors"]
-
-
-class Entry(NamedTuple):
-    """What an update needs to know of one tensor.
-
-    Attributes:
-        slots: its averages and, where they are compensated, as many remainders after them; dense
-            and alike.
-        live: the tensor, of the same shape; it may have any strides, dtype and device.
-        box: where in a whole tensor it lies.
-        stream: of its random bits; None rounds to nearest.
-    """
-
-    slots: tuple[Tensor, ...]
-    live: Tensor
-    box: Box
-    stream: Stream | None
+__all__ = ["Stretch", "neighbors"]
 
 
 class Stretch(NamedTuple):
-    """Slots and params of an entry, or a chunk of them, as real tensors."""
+    """A tracked tensor, or a chunk of one, as real tensors.
 
-    slots: tuple[Tensor, ...]
+    Attributes:
+        averages: of the tensor.
+        remainders: one for each average if these are compensated, else empty.
+        live: the params.
+        tracked: the tensor that this is, or is a chunk of.
+    """
+
+    averages: tuple[Tensor, ...]
+    remainders: tuple[Tensor, ...]
     live: Tensor
-    entry: Entry
+    tracked: Tracked
+
+    @classmethod
+    def flat(cls, tracked: Tracked) -> Stretch:
+        """All of a tensor as vectors; every tensor in it is dense and in one memory order."""
+        return cls._of(tracked, flat)
+
+    @classmethod
+    def shaped(cls, tracked: Tracked) -> Stretch:
+        """All of a tensor in its own shape."""
+        return cls._of(tracked, real)
+
+    @classmethod
+    def _of(cls, tracked: Tracked, view: Callable[[Tensor], Tensor]) -> Stretch:
+        averages, remainders = tracked.averages, tracked.remainders
+        return cls(
+            tuple(map(view, averages)), tuple(map(view, remainders)), view(tracked.live), tracked
+        )
 
     @property
     def narrow(self) -> bool:
-        """Whether the averages are of fewer bits than they are computed in."""
-        return self.slots[0].dtype == torch.bfloat16
+        """Whether the averages have fewer bits than they are computed in."""
+        return self.averages[0].dtype == torch.bfloat16
 
     @property
     def computed(self) -> torch.dtype:
         """The dtype that the averages are computed in."""
-        return torch.float32 if self.narrow else self.slots[0].dtype
+        return torch.float32 if self.narrow else self.averages[0].dtype
 
     @property
     def source(self) -> Tensor:
         """What to read: the live tensor itself where that is a plain vector, so that it may move."""
-        live = self.entry.live
+        live = self.tracked.live
         plain = type(live) in PLAIN and not live.is_complex()
         return live if plain and live.dim() == 1 else self.live
 
@@ -64,36 +71,37 @@ class Stretch(NamedTuple):
 
     @property
     def indices(self) -> Indices:
-        """Of the whole entry."""
-        return Indices.of(self.entry.slots[0], self.entry.box)
+        """Those of the whole tensor."""
+        return Indices.of(self.tracked.averages[0], self.tracked.box)
 
     def random_bits(self) -> StretchBits | None:
-        """Those of the random bits, where there are any."""
-        if not self.narrow or self.entry.stream is None:
+        """The random bits of stochastic rounding; None where it rounds to nearest or not at all."""
+        if not self.narrow or self.tracked.stream is None:
             return None
-        start = int(self.slots[0].storage_offset() - self.entry.slots[0].storage_offset())
-        return StretchBits(self.entry.stream, self.indices, start)
+        offset = self.averages[0].storage_offset() - self.tracked.averages[0].storage_offset()
+        return StretchBits(self.tracked.stream, self.indices, int(offset))
 
     def chunks(self) -> Iterator[Stretch]:
-        """Pieces that fit into a buffer; what is not contiguous stays whole."""
-        slots, live = self.slots, self.live
+        """Pieces that fit into a buffer; a tensor that is not contiguous stays whole."""
+        kept, live = self.averages + self.remainders, self.live
         if live.dim() == 0:
-            slots, live = tuple(slot.view(1) for slot in slots), live.view(1)
+            kept, live = tuple(each.view(1) for each in kept), live.view(1)
         rows = len(live)
-        if slots[0].is_contiguous():  # otherwise a slice of it need not be dense
+        if kept[0].is_contiguous():  # otherwise a slice of it need not be dense
             rows = max(1, self.chunk * rows // live.numel())
-        parts = zip(*(torch.split(slot, rows) for slot in slots), strict=True)
-        for those, source in zip(parts, torch.split(live, rows), strict=True):
-            yield Stretch(those, source, self.entry)
+        number = len(self.averages)
+        pieces = zip(*(torch.split(each, rows) for each in kept), strict=True)
+        for piece, source in zip(pieces, torch.split(live, rows), strict=True):
+            yield Stretch(piece[:number], piece[number:], source, self.tracked)
 
 
 def neighbors(stretches: list[Stretch]) -> Iterator[list[Stretch]]:
-    """Runs of stretches whose slots lie side by side and whose params have one dtype."""
+    """Groups of stretches whose averages lie side by side and whose params have one dtype."""
     together: list[Stretch] = []
     size = 0
     for stretch in stretches:
         if together and (
-            not all(map(_follows, stretch.slots, together[-1].slots))
+            not _follows(stretch, together[-1])
             or stretch.live.dtype != together[-1].live.dtype
             or size + stretch.live.numel() > stretch.chunk
         ):
@@ -105,7 +113,17 @@ def neighbors(stretches: list[Stretch]) -> Iterator[list[Stretch]]:
         yield together
 
 
-def _follows(average: Tensor, last: Tensor) -> bool:
-    """Whether ``average`` begins where ``last`` ends."""
-    same = average.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-    return same and average.storage_offset() == last.storage_offset() + last.numel()
+def _follows(stretch: Stretch, last: Stretch) -> bool:
+    """Whether everything that is kept for ``stretch`` begins where that of ``last`` ends."""
+    return all(
+        map(
+            _begins_at_end,
+            stretch.averages + stretch.remainders,
+            last.averages + last.remainders,
+        )
+    )
+
+
+def _begins_at_end(tensor: Tensor, last: Tensor) -> bool:
+    same = tensor.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    return same and tensor.storage_offset() == last.storage_offset() + last.numel()

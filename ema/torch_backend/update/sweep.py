@@ -20,20 +20,29 @@ from ema.torch_backend.tensors.memory import (
     SMALL,
     flat,
     is_dense,
-    real,
 )
+from ema.torch_backend.tensors.tracked import Tracked
 from ema.torch_backend.update.equation import compensated, lerp, narrow
 from ema.torch_backend.update.rounding import GatheredBits, RandomBits, Scratch
-from ema.torch_backend.update.stretches import Entry, Stretch, neighbors
+from ema.torch_backend.update.stretches import Stretch, neighbors
 
 __all__ = ["Sweep"]
 
 
 class _Pass(NamedTuple):
-    """Params once the loads are done, in the dtype of the computation, and the slots for them."""
+    """Memory that is updated together.
+
+    Attributes:
+        loads: calls that bring the params into ``params``.
+        averages: for each average, its tensors.
+        remainders: for each average, its remainder; empty if it has none.
+        params: in the dtype of the computation, once the loads are done.
+        bits: random bits for stochastic rounding.
+    """
 
     loads: tuple[Call, ...]
-    slots: tuple[list[Tensor], ...]
+    averages: Sequence[list[Tensor]]
+    remainders: Sequence[Tensor]
     params: list[Tensor]
     bits: RandomBits | None
 
@@ -51,8 +60,7 @@ class Sweep:
     On a GPU kernels take what PyTorch would need several passes for.
 
     Args:
-        entries: the tensors and their averages.
-        number: averages of each tensor.
+        tracked: the tensors and their averages, all of one number.
         guarded: whether calls say by a flag on the device if anything is to be done, as far as
             :attr:`on_device` allows.
 
@@ -62,27 +70,27 @@ class Sweep:
             then.
     """
 
-    def __init__(self, entries: Sequence[Entry], number: int, *, guarded: bool = False) -> None:
-        self._number = number
+    def __init__(self, tracked: Sequence[Tracked], *, guarded: bool = False) -> None:
+        self._number = max((len(each.averages) for each in tracked), default=0)
         self._guarded = guarded
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         self._scratch: dict[torch.device, Scratch] = {}
         self._passes: list[_Pass] = []
         self.read: set[int] = set()
         stretches: list[Stretch] = []
-        for entry in entries:
-            first, live = entry.slots[0], entry.live
-            if first.numel() == 0:
+        for each in tracked:
+            average, live = each.averages[0], each.live
+            if average.numel() == 0:
                 continue
-            if is_dense(live) and live.stride() == first.stride():
-                stretches.append(Stretch(tuple(map(flat, entry.slots)), flat(live), entry))
+            if is_dense(live) and live.stride() == average.stride():
+                stretches.append(Stretch.flat(each))
             else:
-                self._convert_rows(Stretch(tuple(map(real, entry.slots)), real(live), entry))
-        self._kernels: list[list[kernels.Fused]] = [[] for _ in range(number)]
+                self._convert_rows(Stretch.shaped(each))
+        self._kernels: list[list[kernels.Fused]] = [[] for _ in range(self._number)]
         small: list[Stretch] = []
         large: list[Stretch] = []
         for stretch in self._without_kernel(stretches):
-            average, live = stretch.slots[0], stretch.live
+            average, live = stretch.averages[0], stretch.live
             here = average.device == live.device
             if here and average.numel() <= SMALL and _in_order(stretch):
                 small.append(stretch)
@@ -145,15 +153,14 @@ class Sweep:
 
     def _moves(self, step: _Pass, index: int, weight: float, count: int) -> list[Call]:
         """The calls that update one average in one pass."""
-        averages, params = step.slots[index], step.params
-        remainders = step.slots[index + self._number] if len(step.slots) > self._number else None
+        averages, params = step.averages[index], step.params
         if averages[0].dtype == torch.bfloat16:
             (average,), (source,) = averages, params
             scratch = self._scratch[average.device].first(average.numel())
             return narrow(average, source, weight, count=count, bits=step.bits, scratch=scratch)
-        if remainders is None:
+        if not step.remainders:
             return lerp(averages, params, weight)
-        (average,), (remainder,), (source,) = averages, remainders, params
+        (average,), remainder, (source,) = averages, step.remainders[index], params
         y, total = (self._buffer(average, average.dtype, index) for index in (1, 2))
         return compensated(average, remainder, source, weight, (y, total))
 
@@ -176,16 +183,16 @@ class Sweep:
         """The kernels of one average on one device."""
         alike: dict[torch.dtype, list[Stretch]] = {}
         for stretch in stretches:
-            alike.setdefault(stretch.slots[0].dtype, []).append(stretch)
+            alike.setdefault(stretch.averages[0].dtype, []).append(stretch)
         for group in alike.values():
-            runs = [run for run in map(Stretch.random_bits, group) if run is not None]
-            compensated = len(group[0].slots) > self._number
+            bits = [each for each in map(Stretch.random_bits, group) if each is not None]
+            compensated = bool(group[0].remainders)
             yield kernels.Fused(
-                [stretch.slots[index] for stretch in group],
+                [stretch.averages[index] for stretch in group],
                 [stretch.live for stretch in group],
-                [stretch.slots[self._number + index] for stretch in group] if compensated else None,
-                [run.stream for run in runs] if runs else None,
-                [run.indices.offset for run in runs] if runs else None,
+                [stretch.remainders[index] for stretch in group] if compensated else None,
+                [each.stream for each in bits] if bits else None,
+                [each.indices.offset for each in bits] if bits else None,
                 guarded=self._guarded,
             )
 
@@ -193,65 +200,73 @@ class Sweep:
         """Average params without a copy: in one call, or a chunk at a time while it is in cache."""
         together: dict[tuple[torch.device, torch.dtype], list[Stretch]] = {}
         for stretch in stretches:
-            if len(stretch.slots) == 1 and not stretch.narrow:
+            alone = len(stretch.averages) == 1 and not stretch.remainders
+            if alone and not stretch.narrow:
                 kind = stretch.live.device, stretch.live.dtype
                 together.setdefault(kind, []).append(stretch)
                 continue
             for chunk in stretch.chunks():
-                self._add((), chunk.slots, chunk.live, chunk.random_bits())
+                self._add((), chunk, chunk.live, chunk.random_bits())
         for alike in together.values():
-            averages = [average for stretch in alike for average in stretch.slots]
-            self._passes.append(_Pass((), (averages,), [each.live for each in alike], None))
+            averages = [average for stretch in alike for average in stretch.averages]
+            self._passes.append(_Pass((), (averages,), (), [each.live for each in alike], None))
 
     def _convert_rows(self, stretch: Stretch) -> None:
         """Copy the params into the dtype, device and memory order of the averages."""
         for chunk in stretch.chunks():
-            like = chunk.slots[0]
+            like = chunk.averages[0]
             buffer = self._buffer(like, chunk.computed)
             load = partial(buffer.as_strided(like.shape, like.stride()).copy_, chunk.live)
-            self._add((load,), tuple(map(flat, chunk.slots)), buffer, chunk.random_bits())
+            self._add((load,), chunk, buffer, chunk.random_bits())
 
     def _gather(self, stretches: list[Stretch]) -> None:
         """Copy small params side by side, as their averages lie."""
         sources = [stretch.source for stretch in stretches]
-        self.read.update(id(each.source) for each in stretches if each.source is each.entry.live)
+        self.read.update(id(each.source) for each in stretches if each.source is each.tracked.live)
         size = sum(source.numel() for source in sources)
-        slots = tuple(slot.as_strided((size,), (1,)) for slot in stretches[0].slots)
-        like = slots[0]
+        first = stretches[0]._replace(
+            averages=tuple(each.as_strided((size,), (1,)) for each in stretches[0].averages),
+            remainders=tuple(each.as_strided((size,), (1,)) for each in stretches[0].remainders),
+        )
+        like = first.averages[0]
         gathered = self._buffer(like, sources[0].dtype)
         loads = tuple(_side_by_side(sources, gathered))
-        if gathered.dtype != stretches[0].computed:
-            converted = self._buffer(like, stretches[0].computed)
+        if gathered.dtype != first.computed:
+            converted = self._buffer(like, first.computed)
             loads += (partial(converted.copy_, gathered),)
             gathered = converted
-        counted = [each for each in map(Stretch.random_bits, stretches) if each is not None]
-        if counted:
-            self._add(loads, slots, gathered, GatheredBits(counted, like.device))
-        elif len(slots) > self._number or stretches[0].narrow:
-            self._add(loads, slots, gathered, None)
+        bits = [each for each in map(Stretch.random_bits, stretches) if each is not None]
+        if bits:
+            self._add(loads, first, gathered, GatheredBits(bits, like.device))
+        elif first.remainders or first.narrow:
+            self._add(loads, first, gathered, None)
         else:
             # pieces that stay on this thread: waiting for another core costs more than it saves
-            pieces = tuple(list(torch.split(slot, SERIAL)) for slot in slots)
-            self._passes.append(_Pass(loads, pieces, list(torch.split(gathered, SERIAL)), None))
+            pieces = [list(torch.split(average, SERIAL)) for average in first.averages]
+            self._passes.append(_Pass(loads, pieces, (), list(torch.split(gathered, SERIAL)), None))
 
     def _add(
         self,
         loads: tuple[Call, ...],
-        slots: tuple[Tensor, ...],
+        chunk: Stretch,
         params: Tensor,
         bits: RandomBits | None,
     ) -> None:
         """One chunk, with the scratch that it needs."""
-        like = slots[0]
+        averages = [flat(average) for average in chunk.averages]
+        remainders = [flat(remainder) for remainder in chunk.remainders]
+        like = averages[0]
         if like.dtype == torch.bfloat16:
             scratch = self._scratch.get(like.device)
             if scratch is None or len(scratch.bits) < len(like):
                 size = max(len(like), NARROW_CHUNK)
                 self._scratch[like.device] = Scratch.allocate(size, like.device)
-        elif len(slots) > self._number:
+        elif remainders:
             for index in (1, 2):
                 self._buffer(like, like.dtype, index)
-        self._passes.append(_Pass(loads, tuple([slot] for slot in slots), [params], bits))
+        self._passes.append(
+            _Pass(loads, [[average] for average in averages], remainders, [params], bits)
+        )
 
     def _buffer(self, like: Tensor, dtype: torch.dtype, index: int = 0) -> Tensor:
         """As many elements as ``like`` has of a buffer of that dtype, on its device."""
@@ -268,7 +283,7 @@ def _in_order(stretch: Stretch) -> bool:
 
 def _has_kernel(stretch: Stretch) -> bool:
     """Whether a kernel can do it."""
-    average, live = stretch.slots[0], stretch.live
+    average, live = stretch.averages[0], stretch.live
     return (
         average.device == live.device
         and kernels.supports(average.dtype, live.dtype)

@@ -7,9 +7,9 @@ from torch import nn
 import ema
 from ema import EMAModel
 from ema.errors import EMAWarning, StateError
-from ema.torch_backend import averages as average
+from ema.torch_backend import averages
 from ema.torch_backend.gpu import kernels, offload
-from ema.torch_backend.update import guard
+from ema.torch_backend.update import guard, prepared
 from tests.torch_backend.gpu.runs import differences, make, train
 
 
@@ -20,11 +20,13 @@ def capture(monkeypatch):
     def begin(ema_model):
         bound = ema_model._averages._bound
         if bound is not None:
-            object.__setattr__(bound, "on_cuda", True)
-        monkeypatch.setattr(average, "capturing", lambda: True)
+            bound.update.on_cuda = True
+        for module in (averages, prepared):
+            monkeypatch.setattr(module, "capturing", lambda: True)
 
     def end():
-        monkeypatch.setattr(average, "capturing", lambda: False)
+        for module in (averages, prepared):
+            monkeypatch.setattr(module, "capturing", lambda: False)
 
     begin.end = end
     return begin
@@ -76,7 +78,7 @@ def test_an_update_after_the_model_has_changed_is_refused(capture):
 
 
 def test_an_average_on_the_host_is_refused(capture, monkeypatch):
-    monkeypatch.setattr(average, "_is_offloaded", lambda entry: True)
+    monkeypatch.setattr(prepared, "_is_offloaded", lambda entry: True)
     model = make()
     one = EMAModel(model, 0.9)
     one.update()
@@ -118,8 +120,8 @@ class Elsewhere:
 
 def test_overlap_without_streams_is_said_once():
     with pytest.warns(EMAWarning, match="needs streams of CUDA or ROCm: on `mps`, `xpu`"):
-        assert average._warn_without_streams([Elsewhere("mps"), Elsewhere("xpu"), torch.ones(1)])
-    assert not average._warn_without_streams([torch.ones(1), Elsewhere("cuda")])
+        assert prepared.warn_without_streams([Elsewhere("mps"), Elsewhere("xpu"), torch.ones(1)])
+    assert not prepared.warn_without_streams([torch.ones(1), Elsewhere("cuda")])
 
 
 def test_hosts_wait_asleep(gpu, monkeypatch):

@@ -68,7 +68,7 @@ def test_an_update_overlaps():
     model = large()
     average = EMAModel(model, 0.9, overlap=True)
     run(model, average, whole(model), steps=3)
-    side_stream = average._averages._bound.beside
+    side_stream = average._averages._bound.update._beside
     assert side_stream._streams
     assert all(done.query() for done in side_stream._done.values())
 

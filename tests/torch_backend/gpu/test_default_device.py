@@ -9,15 +9,15 @@ import sys, torch
 from torch import nn
 from ema import EMAModel
 from ema.torch_backend import batch_norm
-from ema.torch_backend import averages as average
+from ema.torch_backend.update import prepared
 from ema.torch_backend.gpu import offload
 
 folder = sys.argv[1]
 model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-average._is_offloaded, behind = lambda entry: True, average._is_offloaded
+prepared._is_offloaded, behind = lambda entry: True, prepared._is_offloaded
 torch.set_default_device("meta")
 for offloaded in (True, False):
-    average._is_offloaded = (lambda entry: True) if offloaded else behind
+    prepared._is_offloaded = (lambda entry: True) if offloaded else behind
     for how in ({}, {"compensated": True}, {"dtype": torch.bfloat16}, {"on_nonfinite": "skip"},
                 {"on_nonfinite": "raise"}, {"buffers": "average"}):
         one = EMAModel(model, 0.9, **how)

@@ -200,7 +200,7 @@ def test_without_a_compiler_pytorch_averages_and_one_warning_says_so(options):
     for step in range(1, 9):
         train((first, second), (one, other), step)
     assert differences(one.state_dict(), other.state_dict()) == []
-    assert one._averages._bound.sweep._kernels == [[]]
+    assert one._averages._bound.update._sweep._kernels == [[]]
 
 
 def test_kernels_are_compiled_before_the_first_update(monkeypatch, interpreted):

@@ -15,7 +15,7 @@ from ema.rounding import stream_of
 from ema.torch_backend.gpu.offload import Offload
 from ema.torch_backend.swap.swap import Swap
 from ema.torch_backend.tensors.sharding import box_of
-from ema.torch_backend.update.stretches import Entry
+from ema.torch_backend.tensors.tracked import Tracked
 from ema.torch_backend.update.sweep import Sweep
 from tests import processes
 
@@ -23,14 +23,13 @@ from tests import processes
 def sweep(kind, params, read):
     """Averages that start as ``params``, and their update from what is read."""
     dtype = torch.bfloat16 if kind == "stochastic" else torch.float32
-    slots = [(p.detach().to(dtype, copy=True),) for p in params]
-    if kind == "compensated":
-        slots = [(a, torch.zeros_like(a)) for (a,) in slots]
-    entries = [
-        Entry(several, live, box_of(live), stream_of(str(index), 0))
-        for index, (several, live) in enumerate(zip(slots, read, strict=True))
+    averages = [p.detach().to(dtype, copy=True) for p in params]
+    remainders = [(torch.zeros_like(a),) if kind == "compensated" else () for a in averages]
+    tracked = [
+        Tracked((average,), rest, live, box_of(live), stream_of(str(index), 0), live.data_ptr())
+        for index, (average, rest, live) in enumerate(zip(averages, remainders, read, strict=True))
     ]
-    return slots, Sweep(entries, 1)
+    return [each.kept for each in tracked], Sweep(tracked)
 
 
 def tensors(dtype):

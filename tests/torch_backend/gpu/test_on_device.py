@@ -11,9 +11,8 @@ import torch
 
 import ema
 from ema import EMAModel
-from ema.torch_backend import averages as average
 from ema.torch_backend.gpu import kernels
-from ema.torch_backend.update import guard
+from ema.torch_backend.update import guard, prepared
 from ema.torch_backend.update.counters import Counters
 from tests.torch_backend.gpu.runs import differences, make, train
 
@@ -64,9 +63,9 @@ def test_kernels_give_the_bits_of_the_plain_update(options, live, monkeypatch):
 def test_an_average_on_the_host_is_brought_up_to_date_behind_the_step(options, monkeypatch):
     first, second = make(), make()
     plain = EMAModel(first, **{"decay": 0.9, **options})
-    monkeypatch.setattr(average, "_is_offloaded", lambda entry: True)
+    monkeypatch.setattr(prepared, "_is_offloaded", lambda entry: True)
     behind = EMAModel(second, **{"decay": 0.9, **options})
-    assert behind._averages._bound.beside is not None
+    assert behind._averages._bound.update._beside is not None
     name = next(iter(behind.schedules))
     for step in range(1, 60):
         train((first, second), (plain, behind), step)
@@ -80,14 +79,14 @@ def test_an_average_on_the_host_is_brought_up_to_date_behind_the_step(options, m
 
 
 def test_what_fails_behind_the_step_is_raised_at_the_next_use(monkeypatch):
-    monkeypatch.setattr(average, "_is_offloaded", lambda entry: True)
+    monkeypatch.setattr(prepared, "_is_offloaded", lambda entry: True)
     model = make()
     behind = EMAModel(model, 0.9)
 
     def fail(*_):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(type(behind._averages._bound.sweep), "__call__", fail)
+    monkeypatch.setattr(type(behind._averages._bound.update._sweep), "__call__", fail)
     behind.update()
     with pytest.raises(MemoryError, match="no memory"):
         behind.averaged_parameters()
