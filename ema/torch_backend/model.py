@@ -886,12 +886,11 @@ class EMAModel(Generic[ModelT]):
         every = self._settings.update_every
         if since <= 0 or since % every:
             return []
+        counters = self._counters
         if self._settings.depends_on_count:
             counters = self._settled()
-        elif self._averages.is_captured:
-            counters = self._counters
-        else:
-            counters = self._learn(self._counters.arrived())
+        elif counters.pending and not self._averages.is_captured:
+            counters = self._learn(counters.arrived())
         number = counters.count + 1
         return [weight_of(each, number, every) for each in self._settings.schedules.values()]
 

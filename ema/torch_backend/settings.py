@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Settings:
         """Whether averages are rounded by chance."""
         return self.dtype == torch.bfloat16 and self.precision.stochastic_rounding
 
-    @property
+    @cached_property
     def depends_on_count(self) -> bool:
         """Whether an update is another one than that before it, for the same tensors."""
         constant = all(type(each) is ConstantDecay for each in self.schedules.values())
