@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, cast
 
+from ema.options import OnNonfinite
 from ema.plan.model import plan_ema
 from ema.plan.quantities import parse_quantity
-from ema.precision import OnNonfinite
 
 if TYPE_CHECKING:
     import typer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from ema.errors import ArgumentError, ModelError, difference, listing
 from ema.jax_backend.placement import check_placement
 from ema.jax_backend.selection import is_array, is_hole, is_inexact, named_leaves, plain, unboxed
 from ema.jax_backend.state import ParamsEMAState
+from ema.options import unknown_name
 
 __all__ = ["choose_states", "get_params_ema"]
 
@@ -107,20 +107,16 @@ def choose_states(
             f" {type(opt_state).__name__} without one: optax.chain(..., params_ema(...))"
         )
     names = list(dict.fromkeys(label for state in states for label in state.averages()))
-    if name is None:
-        if len(names) > 1:
-            raise ArgumentError(
-                f"`name` must choose one of the averages {_names(names)}"
-                + (": give each a name in params_ema" if None in names else "")
-            )
+    if name is None and len(names) == 1:
         return states, names[0]
+    if name is None and None in names:
+        raise ArgumentError(
+            f"`name` must choose one of {len(names)} averages, of which one has no name: give each"
+            " a name in params_ema"
+        )
     if name not in names:
-        raise ArgumentError(f"`name` must be one of {_names(names)}, got {name!r}")
+        raise unknown_name(name, [each for each in names if each is not None])
     return [state for state in states if name in state.averages()], name
-
-
-def _names(names: Sequence[str | None]) -> str:
-    return ", ".join("(unnamed)" if name is None else repr(name) for name in names)
 
 
 def _is_masked(node: Any) -> bool:

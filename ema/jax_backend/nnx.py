@@ -6,7 +6,7 @@ the chain of an ``nnx.Optimizer``, which :func:`use_ema` brings into the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast, final
 
@@ -19,12 +19,12 @@ from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError,
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
 from ema.jax_backend.selection import is_hole, is_inexact, require_match
-from ema.jax_backend.settings import accumulator, named_schedules, precision_of, steps
+from ema.jax_backend.settings import Settings
 from ema.jax_backend.state import ParamsEMAState, trees_of
-from ema.jax_backend.static import StaticSchedule
+from ema.jax_backend.static import StaticSettings
 from ema.jax_backend.transform import transform_of
-from ema.precision import OnNonfinite
-from ema.schedules import Schedule, as_schedule
+from ema.options import OnNonfinite, Precision
+from ema.schedules import Schedule
 
 require("flax", "jax")
 
@@ -119,19 +119,20 @@ class EMA(nnx.Pytree):
         on_nonfinite: OnNonfinite = "propagate",
         graph: bool | None = None,
     ) -> None:
-        self.decay = decay
         self.only = only
         self.graph = graph
-        self.update_after_step = update_after_step
-        self.update_every = update_every
-        self.accumulator_dtype = accumulator_dtype
-        self.precision = precision_of(
-            accumulator(accumulator_dtype),
-            {None: self.decay},
-            compensated=compensated,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            on_nonfinite=on_nonfinite,
+        self._static = StaticSettings(
+            Settings(
+                decay=_one(decay),
+                update_after_step=update_after_step,
+                update_every=update_every,
+                accumulator_dtype=accumulator_dtype,
+                name=None,
+                compensated=compensated,
+                stochastic_rounding=stochastic_rounding,
+                seed=seed,
+                on_nonfinite=on_nonfinite,
+            )
         )
         live = self._select(model)
         if not live:
@@ -167,11 +168,20 @@ class EMA(nnx.Pytree):
     @property
     def decay(self) -> Schedule:
         """The schedule of the decay; a plain number is a ``ConstantDecay``."""
-        return self._schedule.schedule
+        return self._settings.schedules[None]
 
     @decay.setter
     def decay(self, decay: float | Schedule) -> None:
-        self._schedule = StaticSchedule(as_schedule(decay))
+        self._static = StaticSettings(self._settings.with_decay(_one(decay)))
+
+    @property
+    def precision(self) -> Precision:
+        """The precision options."""
+        return self._settings.precision
+
+    @property
+    def _settings(self) -> Settings:
+        return self._static.settings
 
     def update(self, model: Any) -> None:
         """Count a step and, if one is due, make an update: call it after ``optimizer.update``.
@@ -207,8 +217,8 @@ class EMA(nnx.Pytree):
             ArgumentError: it is of other options; nothing has changed.
             ModelError: it is of other Variables; nothing has changed.
         """
-        trees, _ = trees_of(state, named_schedules(self.decay, None), self.precision)
-        chosen = accumulator(self.accumulator_dtype)
+        trees, _ = trees_of(state, self._settings.schedules, self.precision)
+        chosen = self._settings.accumulator_dtype
         require_match(trees[None], self.averaged_parameters(), chosen)
         self._take(state)
 
@@ -265,13 +275,7 @@ class EMA(nnx.Pytree):
         )
 
     def _transform(self) -> optax.GradientTransformation:
-        return transform_of(
-            named_schedules(self.decay, None),
-            steps("update_after_step", self.update_after_step, minimum=0),
-            steps("update_every", self.update_every, minimum=1),
-            accumulator(self.accumulator_dtype),
-            self.precision,
-        )
+        return transform_of(self._settings)
 
     def _select(self, model: Any) -> Any:
         def is_averaged(path: Path, value: Any) -> bool:
@@ -343,6 +347,14 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
         nnx.update(model, live)
     if any(map(_is_deleted, jax.tree.leaves(average))):
         raise StateError("the average was donated while it was in the model: it is lost")
+
+
+def _one(decay: object) -> object:
+    if isinstance(decay, Mapping):
+        raise ArgumentTypeError(
+            "`decay` must be a number or a schedule: for several averages make several EMA"
+        )
+    return decay
 
 
 def _value(variable: Any) -> Any:

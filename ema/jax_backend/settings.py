@@ -1,9 +1,8 @@
-"""What ``params_ema`` is told: decay, steps, dtype, precision and names, checked once."""
+"""Validated options of ``params_ema`` and ``EMA``."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, final
 
 import jax
@@ -12,10 +11,10 @@ import numpy as np
 
 from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError, shown
-from ema.precision import OnNonfinite, Precision
+from ema.options import OnNonfinite, Precision, check_dtype, require_name, schedules_by_name
 from ema.schedules import FLOAT_MATH, Namespace, Scalar, Schedule, as_schedule
 
-__all__ = ["NARROW", "accumulator", "named_schedules", "precision_of", "steps"]
+__all__ = ["NARROW", "Settings"]
 
 NARROW: np.dtype[Any] = jnp.dtype(jnp.bfloat16)
 """The one dtype of an average that is too coarse for plain arithmetic."""
@@ -33,51 +32,114 @@ class _TracedDecay(Schedule):
         return 1.0 - self.decay.astype(jnp.float64)
 
 
-def named_schedules(decay: object, name: str | None) -> dict[str | None, Schedule]:
-    """The schedule of each average by its name; ``None`` is the name of one without.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Validated options of ``params_ema`` and ``EMA``.
+
+    The arguments are those of :func:`~ema.jax_backend.params_ema`, which documents them.
+
+    Attributes:
+        schedules: the schedule of each average by its name; an average without one has the name
+            None.
+        update_after_step: as given; a traced int32 scalar where it was traced.
+        update_every: likewise.
+        accumulator_dtype: of all averages; None leaves it to each parameter.
+        precision: how exactly the params are averaged.
 
     Raises:
-        ArgumentError: a decay or a name is out of its range, or there are none.
-        ArgumentTypeError: a decay or a name has the wrong type.
+        ArgumentError: an option is out of its range.
+        ArgumentTypeError: an option has the wrong type.
+
+    Warns:
+        EMAWarning: a bfloat16 average is rounded to nearest and will not move.
     """
-    if not isinstance(decay, Mapping):
-        if name is not None:
-            _require_name("name", name)
-        return {name: _schedule(decay)}
-    if name is not None:
-        raise ArgumentError(f"`name` must not be given where `decay` holds the names, got {name!r}")
-    if not decay:
-        raise ArgumentError(f"`decay` must name at least one average, got {decay!r}")
-    for key in decay:
-        _require_name("decay", key)
-    return {key: _schedule(decay[key]) for key in sorted(decay)}  # the order of a jax.tree
+
+    decay: dataclasses.InitVar[object]
+    update_after_step: int | jax.Array
+    update_every: int | jax.Array
+    accumulator_dtype: Any
+    name: dataclasses.InitVar[str | None]
+    compensated: dataclasses.InitVar[bool]
+    stochastic_rounding: dataclasses.InitVar[bool]
+    seed: dataclasses.InitVar[Any]
+    on_nonfinite: dataclasses.InitVar[OnNonfinite]
+    schedules: dict[str | None, Schedule] = dataclasses.field(init=False)
+    precision: Precision = dataclasses.field(init=False)
+
+    def __post_init__(  # noqa: PLR0917  # dataclasses pass all of these by position
+        self,
+        decay: object,
+        name: str | None,
+        compensated: bool,
+        stochastic_rounding: bool,
+        seed: Any,
+        on_nonfinite: OnNonfinite,
+    ) -> None:
+        schedules = _schedules(decay, name)
+        dtype = _dtype(self.accumulator_dtype)
+        checked = {
+            "schedules": schedules,
+            "update_after_step": _steps("update_after_step", self.update_after_step, 0),
+            "update_every": _steps("update_every", self.update_every, 1),
+            "accumulator_dtype": dtype,
+            "precision": Precision(
+                compensated=compensated,
+                stochastic_rounding=stochastic_rounding,
+                seed=_seed(seed, is_used=dtype == NARROW),
+                on_nonfinite=on_nonfinite,
+            ),
+        }
+        for field, value in checked.items():
+            object.__setattr__(self, field, value)
+        if dtype == NARROW:
+            known = [s for s in schedules.values() if not isinstance(s, _TracedDecay)]
+            self.precision.check_narrow("accumulator_dtype", known)
+
+    def with_decay(self, decay: object) -> Settings:
+        """The same options of one average without a name, with another decay."""
+        return Settings(
+            decay=decay,
+            update_after_step=self.update_after_step,
+            update_every=self.update_every,
+            accumulator_dtype=self.accumulator_dtype,
+            name=None,
+            **dataclasses.asdict(self.precision),
+        )
 
 
-def _schedule(decay: object) -> Schedule:
+def _schedules(decay: object, name: str | None) -> dict[str | None, Schedule]:
+    """The schedule of each average by its name, in the order of the keys of a JAX tree."""
+    schedules = schedules_by_name(decay, _schedule)
+    if name is None:
+        return dict(sorted(schedules.items())) if None not in schedules else schedules
+    if None not in schedules:
+        raise ArgumentError(
+            f"`name` must not be given where `decay` holds the names, got {shown(name)}"
+        )
+    require_name("name", name)
+    return {name: schedules[None]}
+
+
+def _schedule(decay: object, argument: str) -> Schedule:
     if not isinstance(decay, jax.Array | np.ndarray | np.generic):
-        return as_schedule(decay)
-    _require_scalar("decay", decay)
+        return as_schedule(decay, argument)
+    _require_scalar(argument, decay)
     dtype = decay.dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise ArgumentTypeError(f"`decay` must be a real number, got an array of {dtype}")
+        raise ArgumentTypeError(f"`{argument}` must be a real number, got an array of {dtype}")
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ArgumentError(
-            f"`decay` must be at least float32, got {dtype}, in which 0.9999 is"
+            f"`{argument}` must be at least float32, got {dtype}, in which 0.9999 is"
             f" {float(np.asarray(0.9999, dtype))}: optax.inject_hyperparams takes the dtype of the"
             " params for it unless told hyperparam_dtype=jnp.float32"
         )
     if isinstance(decay, jax.core.Tracer):
         return _TracedDecay(decay=decay)
-    return as_schedule(decay.item())
+    return as_schedule(decay.item(), argument)
 
 
-def steps(name: str, value: Any, *, minimum: int) -> int | jax.Array:
-    """A static number of steps, or a traced one, whose value nobody can check yet.
-
-    Raises:
-        ArgumentError: it is below the minimum, or no int32.
-        ArgumentTypeError: it is no integer.
-    """
+def _steps(name: str, value: Any, minimum: int) -> int | jax.Array:
+    """A static number of steps, or a traced one, whose value cannot be checked yet."""
     if isinstance(value, jax.Array | np.ndarray):
         _require_scalar(name, value)
         if not jnp.issubdtype(value.dtype, jnp.integer):
@@ -85,11 +147,7 @@ def steps(name: str, value: Any, *, minimum: int) -> int | jax.Array:
         if isinstance(value, jax.core.Tracer):
             return value.astype(jnp.int32)
         value = value.item()
-    if (number := validate.integer(name, value, minimum)) >= 1 << 31:
-        raise ArgumentError(
-            f"`{name}` must be below 2**31, where JAX counts no further, got {shown(number)}"
-        )
-    return number
+    return validate.integer(name, value, minimum, bits=31)  # JAX counts in int32
 
 
 def _require_scalar(name: str, value: Any) -> None:
@@ -97,13 +155,7 @@ def _require_scalar(name: str, value: Any) -> None:
         raise ArgumentTypeError(f"`{name}` must be a scalar, got an array of shape {value.shape}")
 
 
-def accumulator(dtype: Any) -> np.dtype[Any] | None:
-    """The dtype asked for; ``None`` leaves it to each parameter.
-
-    Raises:
-        ArgumentError: it is neither float32 nor float64 nor bfloat16.
-        ArgumentTypeError: it is no dtype.
-    """
+def _dtype(dtype: Any) -> np.dtype[Any] | None:
     if dtype is None:
         return None
     if isinstance(dtype, jax.Array):
@@ -114,63 +166,22 @@ def accumulator(dtype: Any) -> np.dtype[Any] | None:
     try:
         chosen: np.dtype[Any] = jnp.dtype(dtype)
     except TypeError:
-        raise ArgumentTypeError(f"`accumulator_dtype` must be a dtype, got {dtype!r}") from None
-    if chosen not in (np.float32, np.float64, NARROW):
-        reason = ""
-        if chosen == np.float16:
-            reason = ": its range ends at 65504, and weights overflow; bfloat16 is as small"
-        raise ArgumentError(
-            f"`accumulator_dtype` must be float32, float64 or bfloat16, got {chosen}{reason}"
-        )
+        raise ArgumentTypeError(
+            f"`accumulator_dtype` must be a dtype, got {shown(dtype)}"
+        ) from None
+    check_dtype("accumulator_dtype", str(chosen))
     return chosen
 
 
-def precision_of(
-    chosen: np.dtype[Any] | None,
-    schedules: Mapping[str | None, Schedule],
-    *,
-    compensated: bool,
-    stochastic_rounding: bool,
-    seed: Any,
-    on_nonfinite: OnNonfinite,
-) -> Precision:
-    """The options on precision, for averages of the dtype ``chosen``.
-
-    Raises:
-        ArgumentError: one is out of its range, or they exclude each other.
-        ArgumentTypeError: one has the wrong type.
-
-    Warns:
-        EMAWarning: the average will not move.
-    """
-    narrow = chosen == NARROW
-    if isinstance(seed, jax.Array | np.ndarray):
-        _require_scalar("seed", seed)
-        if not isinstance(seed, jax.core.Tracer):
-            seed = seed.item()
-        elif not narrow:
-            seed = 0  # nothing asks for it, and optax.inject_hyperparams traces defaults too
-        else:
-            raise ArgumentTypeError(
-                "`seed` must be an integer, got a traced array: optax.inject_hyperparams traces it"
-                ' unless told static_args=("accumulator_dtype", "seed")'
-            )
-    precision = Precision(
-        compensated=compensated,
-        stochastic_rounding=stochastic_rounding,
-        seed=seed,
-        on_nonfinite=on_nonfinite,
+def _seed(seed: Any, *, is_used: bool) -> Any:
+    if not isinstance(seed, jax.Array | np.ndarray):
+        return seed
+    _require_scalar("seed", seed)
+    if not isinstance(seed, jax.core.Tracer):
+        return seed.item()
+    if not is_used:  # optax.inject_hyperparams traces defaults too
+        return 0
+    raise ArgumentTypeError(
+        "`seed` must be an integer, got a traced array: optax.inject_hyperparams traces it"
+        ' unless told static_args=("accumulator_dtype", "seed")'
     )
-    if narrow:
-        known = [s for s in schedules.values() if not isinstance(s, _TracedDecay)]
-        precision.check_narrow("accumulator_dtype", known)
-    return precision
-
-
-def _require_name(argument: str, name: object) -> None:
-    if not isinstance(name, str):
-        raise ArgumentTypeError(
-            f"`{argument}` must name averages by a string, got {name!r} ({type(name).__name__})"
-        )
-    if not name:
-        raise ArgumentError(f"`{argument}` must not hold an empty name, got ''")

@@ -10,7 +10,7 @@ import optax
 
 from ema.errors import ArgumentError
 from ema.jax_backend.selection import require_alike
-from ema.precision import Precision
+from ema.options import Precision
 from ema.schedules import Schedule
 
 __all__ = ["ParamsEMAState", "as_field", "trees_of"]

@@ -1,43 +1,52 @@
-"""A schedule as a static attribute of an nnx object, whatever class it is of."""
+"""Validated options as a static attribute of an nnx object, whatever schedule they hold."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, final
 
-from ema.schedules import Schedule
+from ema.jax_backend.settings import Settings
 
-__all__ = ["StaticSchedule"]
+__all__ = ["StaticSettings"]
 
 
 @final
-class StaticSchedule:
+class StaticSettings:
     """A holder that nnx can hash and compare, as it does with every static attribute.
 
     nnx compiles a function anew for an object whose static attributes differ. Fields of a schedule
-    of the user's own may have no hash (a list) or no single answer to ``==`` (arrays); then it
-    equals only itself.
+    of the user's own may have no hash (a list) or no single answer to ``==`` (arrays); then the
+    schedule equals only itself.
 
     Args:
-        schedule: any schedule.
+        settings: any options.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, StaticSchedule):
+        if not isinstance(other, StaticSettings):
             return NotImplemented
-        return self.schedule is other.schedule or _are_equal(self.schedule, other.schedule)
+        ours, theirs = _fields(self.settings), _fields(other.settings)
+        return all(map(_are_equal, ours, theirs))
 
     def __hash__(self) -> int:
-        return hash(type(self.schedule))
+        return hash(tuple(map(type, self.settings.schedules.values())))
 
     def __repr__(self) -> str:
-        return repr(self.schedule)
+        return repr(self.settings)
+
+
+def _fields(settings: Settings) -> list[Any]:
+    """The options, in the order of the fields; there is one schedule."""
+    fields = [getattr(settings, each.name) for each in dataclasses.fields(settings)]
+    (schedule,) = settings.schedules.values()
+    return [schedule if field is settings.schedules else field for field in fields]
 
 
 def _are_equal(one: Any, other: Any) -> bool:
     try:
-        return type(one) is type(other) and bool(one == other)
+        return one is other or (type(one) is type(other) and bool(one == other))
     except Exception:  # of arrays in a field
         return False

@@ -23,19 +23,13 @@ from ema.jax_backend.selection import (
     require_match,
     without_hooks,
 )
-from ema.jax_backend.settings import (
-    NARROW,
-    accumulator,
-    named_schedules,
-    precision_of,
-    steps,
-)
+from ema.jax_backend.settings import NARROW, Settings
 from ema.jax_backend.state import ParamsEMAState, as_field, trees_of
 from ema.jax_backend.update.equation import update_weight
 from ema.jax_backend.update.guard import raise_where_not_finite
 from ema.jax_backend.update.rounding import key_of
 from ema.jax_backend.update.sweep import Kept, keep, real_dtype, sweep
-from ema.precision import OnNonfinite, Precision
+from ema.options import OnNonfinite, Precision
 from ema.rounding import stream_of
 from ema.schedules import Schedule
 
@@ -134,29 +128,26 @@ def params_ema(
         >>> opt_state[-1].params_ema  # 1 → 0.9 → 0.77 on the way 1 → 0.8 → 0.64
         Array([0.77, 1.54], dtype=float32)
     """
-    schedules = named_schedules(decay, name)
-    after = steps("update_after_step", update_after_step, minimum=0)
-    every = steps("update_every", update_every, minimum=1)
-    chosen = accumulator(accumulator_dtype)
-    precision = precision_of(
-        chosen,
-        schedules,
-        compensated=compensated,
-        stochastic_rounding=stochastic_rounding,
-        seed=seed,
-        on_nonfinite=on_nonfinite,
+    return transform_of(
+        Settings(
+            decay=decay,
+            update_after_step=update_after_step,
+            update_every=update_every,
+            accumulator_dtype=accumulator_dtype,
+            name=name,
+            compensated=compensated,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
+        )
     )
-    return transform_of(schedules, after, every, chosen, precision)
 
 
-def transform_of(
-    schedules: Mapping[str | None, Schedule],
-    after: int | jax.Array,
-    every: int | jax.Array,
-    chosen: np.dtype[Any] | None,
-    precision: Precision,
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`params_ema` of arguments that were checked."""
+def transform_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
+    """:func:`params_ema` of options that have been validated already."""
+    schedules, precision = settings.schedules, settings.precision
+    after, every = settings.update_after_step, settings.update_every
+    chosen: np.dtype[Any] | None = settings.accumulator_dtype
 
     def init_fn(params: optax.Params) -> ParamsEMAState:
         held = without_hooks(params)

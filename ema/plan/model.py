@@ -12,8 +12,8 @@ from typing import get_args
 
 from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError
+from ema.options import OnNonfinite
 from ema.plan.table import table
-from ema.precision import OnNonfinite
 
 __all__ = ["CHUNK", "Plan", "Traffic", "plan_ema"]
 

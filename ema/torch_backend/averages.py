@@ -385,7 +385,7 @@ class Averages:
                 dtype = torch.promote_types(dtype, old)
         elif tensor.is_complex():  # there is no complex dtype of two bfloat16
             dtype = torch.promote_types(dtype, torch.float32).to_complex()
-        return self._settings.device or tensor.device, dtype
+        return self._settings.home or tensor.device, dtype
 
 
 def _copy(values: Mapping[str, Tensor], name: str, target: Tensor, tracked: Tracked) -> None:

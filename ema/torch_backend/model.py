@@ -18,7 +18,7 @@ from ema.checkpoint import MAX_SHARD_SIZE
 from ema.checkpoint.paths import errors_of
 from ema.checkpoint.renaming import Rename, Transform
 from ema.errors import StateError, listing, warn
-from ema.precision import OnNonfinite
+from ema.options import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend.averages import Averages
 from ema.torch_backend.calls import eager, run, uninterrupted
@@ -48,7 +48,7 @@ from ema.torch_backend.turns import Turns, in_eager_turn, in_turn
 from ema.torch_backend.update.counters import Counters
 from ema.weights import weight_of
 
-__all__ = ["EMAModel"]
+__all__ = ["EMAModel", "with_settings"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -147,7 +147,7 @@ class EMAModel(Generic[ModelT]):
         on_nonfinite: OnNonfinite = "propagate",
         overlap: bool = False,
     ) -> None:
-        settings = Settings.of(
+        settings = Settings(
             decay=decay,
             update_after_step=update_after_step,
             update_every=update_every,
@@ -162,6 +162,9 @@ class EMAModel(Generic[ModelT]):
             on_nonfinite=on_nonfinite,
             overlap=overlap,
         )
+        self._set_up(model, settings)
+
+    def _set_up(self, model: ModelT, settings: Settings) -> None:
         self._model = model
         self._settings = settings
         self._averages = Averages(model, settings)
@@ -978,6 +981,13 @@ class EMAModel(Generic[ModelT]):
             self._blocks = []
         if swap.model is self._model and swap.again() is not None:
             self._averages.swaps[swap.name] = swap
+
+
+def with_settings(model: ModelT, settings: Settings) -> EMAModel[ModelT]:
+    """An ``EMAModel`` of ``model`` whose options have been validated already."""
+    average: EMAModel[ModelT] = object.__new__(EMAModel)
+    average._set_up(model, settings)  # noqa: SLF001  # of this very file
+    return average
 
 
 def _wrapped(averages: Mapping[str, Tensor], found: Selection) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What ``EMAModel`` and ``EMACallback`` are told, checked once and in one place."""
+"""Validated options of ``EMAModel`` and ``EMACallback``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ema import validate
-from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing
-from ema.precision import Precision
+from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing, shown
+from ema.options import OnNonfinite, Precision, check_dtype, schedules_by_name, unknown_name
 from ema.schedule_descriptions import describe_schedule, same_description
-from ema.schedules import ConstantDecay, Schedule, as_schedule
+from ema.schedules import ConstantDecay, Schedule
 from ema.torch_backend.tensors.selection import Rules
 
 __all__ = ["Settings"]
@@ -21,60 +21,76 @@ __all__ = ["Settings"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of :class:`EMAModel`, which documents them, as they are used.
+    """Validated options of ``EMAModel`` and ``EMACallback``.
+
+    The arguments are those of :class:`EMAModel`, which documents them.
+
+    Attributes:
+        schedules: the schedule of each average by its name; a single average has the name None.
+        update_after_step: as given.
+        update_every: as given.
+        dtype: of all averages, or None.
+        home: the device of all averages, or None.
+        rules: which tensors are averaged.
+        precision: how exactly they are averaged.
+        overlap: as given.
 
     Raises:
-        ArgumentError: one of them is out of range.
-        ArgumentTypeError: one of them has the wrong type.
+        ArgumentError: an option is out of its range.
+        ArgumentTypeError: an option has the wrong type.
     """
 
-    schedules: dict[str | None, Schedule]
+    decay: dataclasses.InitVar[object]
     update_after_step: int
     update_every: int
     dtype: torch.dtype | None
-    device: torch.device | None
-    rules: Rules
-    precision: Precision
+    device: dataclasses.InitVar[object]
+    include: dataclasses.InitVar[object]
+    exclude: dataclasses.InitVar[object]
+    buffers: dataclasses.InitVar[object]
+    compensated: dataclasses.InitVar[bool]
+    stochastic_rounding: dataclasses.InitVar[bool]
+    seed: dataclasses.InitVar[int]
+    on_nonfinite: dataclasses.InitVar[OnNonfinite]
     overlap: bool
+    schedules: dict[str | None, Schedule] = dataclasses.field(init=False)
+    home: torch.device | None = dataclasses.field(init=False)
+    rules: Rules = dataclasses.field(init=False)
+    precision: Precision = dataclasses.field(init=False)
 
-    @classmethod
-    def of(
-        cls,
-        *,
+    def __post_init__(  # noqa: PLR0917  # dataclasses pass all of these by position
+        self,
         decay: object,
-        update_after_step: object,
-        update_every: object,
-        dtype: object,
         device: object,
         include: object,
         exclude: object,
         buffers: object,
-        compensated: Any,
-        stochastic_rounding: Any,
-        seed: Any,
-        on_nonfinite: Any,
-        overlap: object,
-    ) -> Settings:
-        """Check the arguments of the constructor."""
-        schedules = _schedules(decay)
+        compensated: bool,
+        stochastic_rounding: bool,
+        seed: int,
+        on_nonfinite: OnNonfinite,
+    ) -> None:
+        schedules = schedules_by_name(decay)
         precision = Precision(
             compensated=compensated,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             on_nonfinite=on_nonfinite,
         )
-        if dtype == torch.bfloat16:
+        if self.dtype == torch.bfloat16:
             precision.check_narrow("dtype", schedules.values())
-        return cls(
-            schedules=schedules,
-            update_after_step=validate.integer("update_after_step", update_after_step, 0, bits=63),
-            update_every=validate.integer("update_every", update_every, 1, bits=63),
-            dtype=_dtype(dtype),
-            device=_device(device),
-            rules=Rules.of(include, exclude, buffers),
-            precision=precision,
-            overlap=validate.boolean("overlap", overlap),
-        )
+        checked = {
+            "schedules": schedules,
+            "update_after_step": _steps("update_after_step", self.update_after_step, 0),
+            "update_every": _steps("update_every", self.update_every, 1),
+            "dtype": _dtype(self.dtype),
+            "home": _device(device),
+            "rules": Rules.of(include, exclude, buffers),
+            "precision": precision,
+            "overlap": validate.boolean("overlap", self.overlap),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def schedule(self) -> Schedule:
@@ -94,26 +110,23 @@ class Settings:
 
     @property
     def rounds(self) -> bool:
-        """Whether averages are rounded by chance."""
+        """Whether averages are rounded stochastically."""
         return self.dtype == torch.bfloat16 and self.precision.stochastic_rounding
 
     @cached_property
     def depends_on_count(self) -> bool:
-        """Whether an update is another one than that before it, for the same tensors."""
+        """Whether an update of the same tensors depends on its number."""
         constant = all(type(each) is ConstantDecay for each in self.schedules.values())
         return self.rounds or not constant
 
     def index(self, name: str | None) -> int:
-        """Which average a name means.
+        """The index of the average that ``name`` chooses.
 
         Raises:
-            ArgumentError: there is none of that name, or there are several and none was given.
+            ArgumentError: no average has this name, or there are several and none was given.
         """
         if name not in self.schedules:
-            rule = (
-                f"be one of {listing(self.names)}" if self.names else "not be given for one average"
-            )
-            raise ArgumentError(f"`name` must {rule}, got {name!r}")
+            raise unknown_name(name, self.names)
         return list(self.schedules).index(name)
 
     def timing(self, name: str | None = None) -> dict[str, Any]:
@@ -147,25 +160,15 @@ class Settings:
         )
 
 
-def _schedules(decay: object) -> dict[str | None, Schedule]:
-    if not isinstance(decay, Mapping):
-        return {None: as_schedule(decay)}
-    if not decay:
-        raise ArgumentError(f"`decay` must name at least one average, got {decay!r}")
-    for name in decay:
-        if not isinstance(name, str) or not name:
-            raise ArgumentTypeError(f"`decay` must name averages by strings, got {name!r}")
-    return {name: as_schedule(each, f"decay[{name!r}]") for name, each in decay.items()}
+def _steps(name: str, value: object, minimum: int) -> int:
+    return validate.integer(name, value, minimum, bits=63)
 
 
 def _dtype(dtype: object) -> torch.dtype | None:
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ArgumentTypeError(f"`dtype` must be a torch.dtype, got {dtype!r}")
-    if dtype not in {None, torch.float32, torch.float64, torch.bfloat16}:
-        raise ArgumentError(
-            "`dtype` must be torch.float32, torch.float64 or torch.bfloat16 (rounded"
-            f" stochastically), got {dtype}"
-        )
+        raise ArgumentTypeError(f"`dtype` must be a dtype, got {shown(dtype)}")
+    if dtype is not None:
+        check_dtype("dtype", str(dtype).removeprefix("torch."))
     return dtype
 
 

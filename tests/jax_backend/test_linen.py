@@ -75,7 +75,7 @@ def test_one_of_several():
     state = step(state, X)
     close(state.ema_params, state.params)
     close(state.replace(ema_name="long").ema_params, first)
-    with pytest.raises(ema.ArgumentError, match="must choose one"):
+    with pytest.raises(ema.ArgumentError, match="must be one of"):
         _ = state.replace(ema_name=None).ema_params
 
 

@@ -331,7 +331,7 @@ def test_use_ema_by_name():
         np.testing.assert_array_equal(model.kernel[...], live)
     with use_ema(model, optimizer, "long"):
         assert not np.array_equal(model.kernel[...], live)
-    with pytest.raises(ema.ArgumentError, match="must choose one of"), use_ema(model, optimizer):
+    with pytest.raises(ema.ArgumentError, match="must be one of"), use_ema(model, optimizer):
         pass
     np.testing.assert_array_equal(model.kernel[...], live)
 

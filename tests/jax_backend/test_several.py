@@ -85,9 +85,9 @@ def test_the_new_params_are_widened_once(params):
 
 def test_one_must_be_chosen(params):
     state = params_ema({"short": 0.9, "long": 0.99}).init(params)
-    with pytest.raises(ema.ArgumentError, match="must choose one of the averages 'long', 'short'"):
+    with pytest.raises(ema.ArgumentError, match="must be one of `long`, `short`, got None"):
         get_params_ema(state)
-    with pytest.raises(ema.ArgumentError, match="must be one of 'long', 'short', got 'lnog'"):
+    with pytest.raises(ema.ArgumentError, match="must be one of `long`, `short`, got 'lnog'"):
         get_params_ema(state, name="lnog")
 
 

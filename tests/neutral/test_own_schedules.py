@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import ema
+from ema.options import Precision
 from ema.plain_values import number_from_plain, plain
-from ema.precision import Precision
 from ema.schedule_descriptions import describe_schedule, known_schedule, same_description
 from ema.weights import ask, weight_of, weights_of
 from tests.own_schedules import (

@@ -35,9 +35,9 @@ def make(request, model):
         (
             {"dtype": torch.float16},
             ArgumentError,
-            "`dtype` must be torch.float32, torch.float64 or torch.bfloat16",
+            "`dtype` must be float32, float64 or bfloat16",
         ),
-        ({"dtype": "float32"}, ArgumentTypeError, "`dtype` must be a torch.dtype"),
+        ({"dtype": "float32"}, ArgumentTypeError, "`dtype` must be a dtype"),
         ({"device": "gpu"}, ArgumentError, "`device` must name a device, got 'gpu'"),
         ({"device": 1.0}, ArgumentTypeError, "`device` must be a torch.device"),
     ],

@@ -10,36 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
-from ema.checkpoint import open_state
-from ema.errors import ArgumentError, ArgumentTypeError, CheckpointError, StateError, warn
-from ema.info import describe_ema
-from ema.precision import OnNonfinite
+from ema import validate
+from ema.errors import ArgumentError, ArgumentTypeError, StateError, shown
+from ema.options import OnNonfinite
 from ema.schedules import Schedule
 from ema.torch_backend.model import EMAModel
-from ema.torch_backend.swap.swap import holds_averages
+from ema.torch_backend.settings import Settings
+from ema.torch_backend.trainer import advice
 from ema.torch_backend.trainer.attachment import Attachment
 from ema.torch_backend.trainer.checkpoints import Checkpoints, wait_for_everyone
 from ema.torch_backend.trainer.claims import claim
 from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate, live_weights
 from ema.torch_backend.trainer.export import processing_class_of, save_pretrained
 from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, applied
+from ema.torch_backend.trainer.resuming import Resuming
 from ema.torch_backend.trainer.run_average import RunAverage
-from ema.torch_backend.trainer.run_folder import (
-    belongs_to,
-    checkpoint_folder,
-    discard,
-    file_name,
-    is_incomplete,
-    is_there,
-    model_folder,
-)
-from ema.torch_backend.trainer.surroundings import surroundings
+from ema.torch_backend.trainer.run_folder import file_name, model_folder
 
 __all__ = ["EMACallback"]
-
-_TOO_MUCH_LEFT = 0.2  # of the initial weights at the end of a run: the average lags far behind
 
 
 class EMACallback(TrainerCallback):
@@ -112,12 +101,6 @@ class EMACallback(TrainerCallback):
         on_missing_average: str = "warn",
         name: str | None = None,
     ) -> None:
-        for argument, value in (
-            ("eval_with_ema", eval_with_ema),
-            ("save_ema_model", save_ema_model),
-        ):
-            if not isinstance(value, bool):
-                raise ArgumentTypeError(f"`{argument}` must be True or False, got {value!r}")
         if isinstance(decay, Mapping):
             raise ArgumentTypeError(
                 "`decay` must be a number or a schedule: for several averages take several"
@@ -125,11 +108,14 @@ class EMACallback(TrainerCallback):
             )
         if on_missing_average not in ("warn", "error"):
             raise ArgumentError(
-                f"`on_missing_average` must be 'warn' or 'error', got {on_missing_average!r}"
+                f"`on_missing_average` must be 'warn' or 'error', got {shown(on_missing_average)}"
             )
         if name is not None and not (isinstance(name, str) and name.isidentifier()):
-            raise ArgumentError(f"`name` must be an identifier, got {name!r}")
-        self._run = RunAverage(
+            raise ArgumentError(f"`name` must be an identifier, got {shown(name)}")
+        self.eval_with_ema = validate.boolean("eval_with_ema", eval_with_ema)
+        self.save_ema_model = validate.boolean("save_ema_model", save_ema_model)
+        self.name = name
+        settings = Settings(
             decay=decay,
             update_after_step=update_after_step,
             update_every=update_every,
@@ -144,17 +130,17 @@ class EMACallback(TrainerCallback):
             on_nonfinite=on_nonfinite,
             overlap=overlap,
         )
+        self._run = RunAverage(settings)
         self._checkpoints = Checkpoints(self._run, name)
+        self._resuming = Resuming(
+            self._run, self._checkpoints, name, missing_is_error=on_missing_average == "error"
+        )
         self._evaluation = EvaluationSwap()
         self._optimizer = RunOptimizer()
         self._applied = ExitStack()  # from apply_ema to restore_original
         self._attachment: Attachment | None = None
         self._processing_class: Any = None  # of the Trainer, or the tokenizer of its data collator
         self._batch_size: int | None = None  # of the training that has begun and not ended
-        self._missing_is_error = on_missing_average == "error"
-        self.eval_with_ema = eval_with_ema
-        self.save_ema_model = save_ema_model
-        self.name = name
 
     @property
     def has_average(self) -> bool:
@@ -345,28 +331,20 @@ class EMACallback(TrainerCallback):
                 may_begin_again=args.auto_find_batch_size,
             )
             if state.global_step > 0 and not go_on:
-                self._resume(args, state)
+                told = None if self._attachment is None else self._attachment.resumed_from
+                self._resuming.resume(args, state, told)
         self._checkpoints.begin(args, state)
-        self._warn_if_too_slow(state.max_steps)
+        advice.on_slow_decay(self._run.settings, state.max_steps)
         if args.eval_on_start:
             self._begin_evaluation()
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Train with the live weights."""
         self._evaluation.end()
         self._complete(args, state, control)
-        if state.global_step >= state.max_steps:  # the Trainer looks at that after a step only
-            warn(
-                f"training goes on from step {state.global_step}, and max_steps={state.max_steps}:"
-                " the Trainer takes one step more, which the average follows; attach(trainer)"
-                " ends training instead"
-            )
+        advice.on_step_beyond_the_last(state)
 
     def on_pre_optimizer_step(
         self,
@@ -395,57 +373,32 @@ class EMACallback(TrainerCallback):
         self._expect(args, state, control)
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """See to the evaluation and the save that follow, if they do."""
+        """Prepare for an evaluation or a save at the end of the epoch."""
         self._evaluation.end()
         self._complete(args, state, control)
         self._expect(args, state, control)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the averages to the callbacks that come later too, then the live weights."""
         self._evaluation.end_after_event()
-        self._warn_if_live()
+        if self.eval_with_ema and self._run.exists:
+            advice.on_live_evaluation(self.ema_model)
 
-    def on_predict(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
-        """Do the same after a prediction."""
-        self._evaluation.end_after_event()
-        self._warn_if_live()
+    on_predict = on_evaluate  # type: ignore[assignment]  # its metrics are among `kwargs`
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average into the checkpoint, as its last file."""
         self._evaluation.end()
         self._checkpoints.announced(args, state)
 
     def _told(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look whether a checkpoint was saved without an event."""
         self._complete(args, state, control)
@@ -465,113 +418,39 @@ class EMACallback(TrainerCallback):
         self._batch_size = None
         self._complete(args, state, control)
         average = self.ema_model
-        if average.step > 0 and average.count == 0:
-            warn(
-                f"no update was made in {average.step} steps with update_after_step="
-                f"{self._run.settings.update_after_step} and update_every="
-                f"{self._run.settings.update_every}: the average is no average"
-            )
+        advice.on_no_update(average, self._run.settings)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and self.eval_with_ema and best is not None:
             wait_for_everyone()  # the main process may still be writing the average of this step
-            self._load_from(Path(best), "the last average is kept")
+            self._resuming.load_from(Path(best), "the last average is kept")
         writes = args.should_save or average.sharded
         if self.save_ema_model and writes and model is not None:
             self.save_pretrained(model, model_folder(args, state, self.name))
 
-    def _expect(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Prepare what the Trainer does next."""
-        may_save = control.should_save or (
-            control.should_evaluate and args.save_strategy == SaveStrategy.BEST
-        )
-        if may_save and args.should_save and not state.is_hyper_param_search:
-            discard(checkpoint_folder(args, state) / file_name(self.name))
-        self._begin_evaluation()  # a callback that comes later may ask for one
-
     def _complete(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
-        """For a Trainer that is attached the wrapped methods do it."""
-        if not (self._attachment is not None and self._attachment.trains):
+        """Complete checkpoints, unless the wrapped methods of an attached Trainer do it."""
+        if not self._serves_attached():
             self._checkpoints.complete(args, state, control)
 
+    def _expect(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Prepare for the save or the evaluation that may follow."""
+        self._checkpoints.expect(args, state, control)
+        self._begin_evaluation()  # a callback that comes later may ask for one
+
     def _begin_evaluation(self) -> None:
-        """Be ready for an evaluation; for a Trainer that is attached the wrapped methods do it."""
-        attached = self._attachment is not None and self._attachment.trains
-        if self.eval_with_ema and not attached:
+        """Prepare for an evaluation, unless the wrapped methods of an attached Trainer do it."""
+        if self.eval_with_ema and not self._serves_attached():
             self._evaluation.arm(self.ema_model, self._optimizer)
 
+    def _serves_attached(self) -> bool:
+        """Whether the Trainer that trains now is the attached one."""
+        return self._attachment is not None and self._attachment.trains
+
     def _optimizers(self) -> list[Any]:
-        """What may rewrite the live weights while averages are in the model."""
+        """The optimizers that may rewrite the live weights while averages are in the model."""
         attached = None if self._attachment is None else self._attachment.optimizer
         return [self._optimizer.get(), attached]
-
-    def _warn_if_live(self) -> None:
-        """Say that an evaluation of the run that is over was one of the live weights."""
-        if self.eval_with_ema and self._run.exists and surroundings().training:
-            average = self.ema_model
-            if average.count > 0 and not holds_averages(average.model):
-                warn(
-                    "this evaluation saw live weights in spite of `eval_with_ema`: it was run by a"
-                    " callback, or it did not call `model.eval()`; attach(trainer) gives the"
-                    " averaged weights to every evaluation"
-                )
-
-    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Find the average of the checkpoint that training goes on from."""
-        otherwise = (
-            f"training goes on from step {state.global_step} and the average starts anew from the"
-            " weights of that step"
-        )
-        if self._attachment is not None and self._attachment.resumed_from is not None:
-            self._load_from(self._attachment.resumed_from, otherwise)
-            return
-        folder = Path(args.resume_from_checkpoint or checkpoint_folder(args, state))
-        otherwise += (
-            ". A callback is not told which checkpoint that is: attach(trainer) finds it in any"
-            " folder, and load_ema_state before train() goes on with a state that was saved"
-        )
-        if belongs_to(folder, state):
-            self._load_from(folder, otherwise)
-        else:
-            self._miss(f"{folder} is not the checkpoint that training goes on from: {otherwise}")
-
-    def _load_from(self, folder: Path, otherwise: str) -> None:
-        file = folder / file_name(self.name)
-        if is_incomplete(folder):
-            self._miss(
-                f"{folder} is incomplete, the Trainer was interrupted while it saved there:"
-                " last_complete_checkpoint finds the latest complete one"
-            )
-        if is_there(file):
-            self.ema_model.load(file)
-            self._checkpoints.notes = open_state(file).record.extra
-        else:
-            self._miss(f"there is no average in {folder} ({file.name}): {otherwise}")
-
-    def _miss(self, message: str) -> None:
-        if self._missing_is_error:
-            raise CheckpointError(message)
-        warn(message)
-
-    def _warn_if_too_slow(self, max_steps: int) -> None:
-        settings = self._run.settings
-        steps = max_steps - settings.update_after_step
-        if steps < 1:
-            return
-        try:
-            about = describe_ema(settings.schedule, steps, update_every=settings.update_every)
-        except Exception as error:  # training may end before the update in question
-            warn(
-                f"{settings.schedule} does not give a weight for every update of {max_steps} steps:"
-                f" {error!r}"
-            )
-            return
-        if about.initial_share > _TOO_MUCH_LEFT:
-            warn(
-                f"after {max_steps} steps {about.initial_share:.0%} of the average will still be"
-                f" the initial weights: {settings.schedule} is slow for so short a run,"
-                f" decay={about.recommended_decay:.4g} suits it"
-            )

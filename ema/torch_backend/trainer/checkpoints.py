@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ema.errors import warn
 from ema.torch_backend.trainer.evaluation import live_weights
@@ -75,6 +76,14 @@ class Checkpoints:
         if self._ahead != step:
             self._update(optimizer)
         self._followed, self._ahead = step, None
+
+    def expect(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Before a save that may follow: discard the file of another run in its folder."""
+        may_save = control.should_save or (
+            control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        )
+        if may_save and args.should_save and not state.is_hyper_param_search:
+            discard(checkpoint_folder(args, state) / self._file)
 
     def saving(self, args: TrainingArguments, folder: Path, step: int, optimizer: Any) -> None:
         """A checkpoint is about to be written: make the update of its step, if it is due."""

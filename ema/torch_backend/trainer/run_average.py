@@ -9,7 +9,7 @@ from torch import nn
 
 from ema.errors import StateError
 from ema.torch_backend.calls import uninterrupted
-from ema.torch_backend.model import EMAModel
+from ema.torch_backend.model import EMAModel, with_settings
 from ema.torch_backend.saving.state import State
 from ema.torch_backend.settings import Settings
 
@@ -20,16 +20,11 @@ class RunAverage:
     """The average of the model that is trained, or a state that waits for its model.
 
     Args:
-        **options: for ``EMAModel``.
-
-    Raises:
-        ArgumentError: one of them is out of range.
-        ArgumentTypeError: one of them has the wrong type.
+        settings: the options of the average.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.settings = Settings.of(**options)
-        self._options = options
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self._ema_model: EMAModel[nn.Module] | None = None
         self._loaded: Mapping[str, Any] | None = None  # a state that has not seen its model yet
         self._go_on = False  # a state was loaded for the next train()
@@ -54,7 +49,7 @@ class RunAverage:
     def fit(self, model: nn.Module | None) -> EMAModel[nn.Module]:
         """The average, which a loaded state gets with the first model that it fits."""
         if self._ema_model is None and self._loaded is not None and model is not None:
-            average = EMAModel(model, **self._options)
+            average = with_settings(model, self.settings)
             average.load_state_dict(self._loaded)
             self._ema_model, self._loaded = average, None
         return self.ema_model
@@ -97,7 +92,7 @@ class RunAverage:
         if self._loaded is not None:
             self.fit(model)
         elif self._ema_model is None:
-            self._ema_model = EMAModel(model, **self._options)
+            self._ema_model = with_settings(model, self.settings)
         elif not go_on:
             self._ema_model.reset()
         self._go_on = False

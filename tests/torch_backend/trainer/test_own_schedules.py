@@ -62,7 +62,7 @@ def test_the_note_beside_averaged_weights_describes_the_schedule_or_says_null(
 
 def test_a_note_is_written_where_the_schedule_has_no_weight_yet(gpt2, train, tmp_path):
     callback = EMACallback(Answers(2.0), update_after_step=100)
-    with pytest.warns(EMAWarning, match="the average is no average"):
+    with pytest.warns(EMAWarning, match="the average still equals weights of the run"):
         train(gpt2, [callback])
     callback.save_pretrained(gpt2, tmp_path / "averaged")
     note = json.loads((tmp_path / "averaged" / "ema.json").read_text())
