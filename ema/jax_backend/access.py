@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,14 @@ import optax
 
 from ema.errors import ArgumentError, ModelError, difference, listing
 from ema.jax_backend.placement import check_placement
-from ema.jax_backend.selection import is_array, is_hole, is_inexact, named_leaves, plain, unboxed
+from ema.jax_backend.selection import is_array, is_inexact
 from ema.jax_backend.state import ParamsEMAState
+from ema.jax_backend.trees import Flat, is_hole, plain, unboxed
 from ema.options import unknown_name
 
 __all__ = ["choose_states", "get_params_ema"]
+
+Key = tuple[str, ...]
 
 
 def get_params_ema(
@@ -71,8 +75,7 @@ def get_params_ema(
             f"`params` must be given to put {len(averages)} averages of one name together; to tell"
             " them apart give each its own: params_ema(..., name=...)"
         )
-    names, leaves, _ = named_leaves(averages[0])
-    masked = [n for n, leaf in zip(names, leaves, strict=True) if _is_masked(leaf)]
+    masked = [name for name, leaf in Flat.of(averages[0]).items() if _is_masked(leaf)]
     if masked:
         raise ArgumentError(
             f"`params` must be given to fill what is not averaged: {listing(masked)}"
@@ -123,54 +126,84 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+class _Averaged(NamedTuple):
+    """The groups of one average, put together; a key is the path of a leaf.
+
+    Attributes:
+        leaves: the averages.
+        masked: for each group, where it has a mask, which may stand for a whole subtree.
+        absent: where a program had filtered out leaves that it does not train.
+    """
+
+    leaves: dict[Key, Any]
+    masked: list[set[Key]]
+    absent: set[Key]
+
+    def lacks(self, key: Key, live: Any) -> bool:
+        """Whether there should be an average of this live leaf, and is none."""
+        if key in self.leaves:
+            return False
+        if key in self.absent and not (is_inexact(live) and is_array(live)):
+            return False
+        above = [key[:length] for length in range(len(key) + 1)]
+        return not all(any(part in holes for part in above) for holes in self.masked)
+
+
 def _fill(averages: list[Any], params: Any) -> Any:
     """The params with each averaged leaf in place of the live one.
 
     Leaves are matched by path, since a mask may stand for a whole subtree.
     """
-    averaged: dict[Any, Any] = {}
-    masked: list[set[Any]] = []
-    nothing: set[Any] = set()  # where a program had filtered out what it does not train
-    for average in averages:
-        flat, _ = jax.tree_util.tree_flatten_with_path(average, is_leaf=is_hole)
-        leaves = {_key(path): leaf for path, leaf in flat if not is_hole(leaf)}
-        if twice := [".".join(key) for key in leaves if key in averaged]:
-            raise ArgumentError(
-                f"`name` must choose one average, {len(averages)} of one name hold"
-                f" {listing(twice)}: give each its own in params_ema"
-            )
-        averaged |= leaves
-        masked.append({_key(path) for path, leaf in flat if _is_masked(leaf)})
-        nothing |= {_key(path) for path, leaf in flat if leaf is None}
-
+    averaged = _put_together(averages)
     structure: Any
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     live = {_key(path): leaf for path, leaf in flat}
-    unknown = [
-        key
-        for key in live
-        if key not in averaged
-        and not (key in nothing and not (is_inexact(live[key]) and is_array(live[key])))
-        and not all(any(key[:n] in holes for n in range(len(key) + 1)) for holes in masked)
-    ]
-    mismatched = [
-        f"`{'.'.join(key)}` has shape {jnp.shape(live[key])}, its average has {jnp.shape(average)}"
-        for key, average in averaged.items()
-        if key in live and jnp.shape(live[key]) != jnp.shape(average)
-    ]
-    missing = [".".join(key) for key in averaged if key not in live]
-    unexpected = [".".join(key) for key in unknown]
-    if missing or unexpected or mismatched:
-        raise ModelError(
-            "`params` are not those of the average: " + difference(missing, unexpected, mismatched)
-        )
+    if text := _separates(averaged, live):
+        raise ModelError(f"`params` are not those of the average: {text}")
     return structure.unflatten(
         [
-            jnp.asarray(averaged[key]).astype(jnp.result_type(leaf)) if key in averaged else leaf
+            jnp.asarray(averaged.leaves[key]).astype(jnp.result_type(leaf))
+            if key in averaged.leaves
+            else leaf
             for key, leaf in live.items()
         ]
     )
 
 
-def _key(path: Any) -> tuple[str, ...]:
+def _put_together(averages: list[Any]) -> _Averaged:
+    """One average of all its groups.
+
+    Raises:
+        ArgumentError: two groups have an average of one leaf.
+    """
+    together = _Averaged({}, [], set())
+    for average in averages:
+        flat, _ = jax.tree_util.tree_flatten_with_path(average, is_leaf=is_hole)
+        leaves = {_key(path): leaf for path, leaf in flat if not is_hole(leaf)}
+        if twice := [".".join(key) for key in leaves if key in together.leaves]:
+            raise ArgumentError(
+                f"`name` must choose one average, {len(averages)} of one name hold"
+                f" {listing(twice)}: give each its own in params_ema"
+            )
+        together.leaves.update(leaves)
+        together.masked.append({_key(path) for path, leaf in flat if _is_masked(leaf)})
+        together.absent.update(_key(path) for path, leaf in flat if leaf is None)
+    return together
+
+
+def _separates(averaged: _Averaged, live: Mapping[Key, Any]) -> str:
+    """The difference between an average and live params; empty if they fit."""
+    mismatched = [
+        f"`{'.'.join(key)}` has shape {jnp.shape(live[key])}, its average has {jnp.shape(average)}"
+        for key, average in averaged.leaves.items()
+        if key in live and jnp.shape(live[key]) != jnp.shape(average)
+    ]
+    return difference(
+        [".".join(key) for key in averaged.leaves if key not in live],
+        [".".join(key) for key, leaf in live.items() if averaged.lacks(key, leaf)],
+        mismatched,
+    )
+
+
+def _key(path: Any) -> Key:
     return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)

@@ -18,11 +18,12 @@ from jax.typing import DTypeLike
 from ema.errors import ArgumentError, ArgumentTypeError, ModelError, StateError, difference
 from ema.extras import require
 from ema.jax_backend.access import get_params_ema
-from ema.jax_backend.selection import is_hole, is_inexact, require_match
+from ema.jax_backend.selection import is_inexact, require_match
 from ema.jax_backend.settings import Settings
-from ema.jax_backend.state import ParamsEMAState, trees_of
+from ema.jax_backend.state import ParamsEMAState, flats_of
 from ema.jax_backend.static import StaticSettings
 from ema.jax_backend.transform import transform_of
+from ema.jax_backend.trees import Flat, is_hole
 from ema.options import OnNonfinite, Precision
 from ema.schedules import Schedule
 
@@ -217,9 +218,9 @@ class EMA(nnx.Pytree):
             ArgumentError: it is of other options; nothing has changed.
             ModelError: it is of other Variables; nothing has changed.
         """
-        trees, _ = trees_of(state, self._settings.schedules, self.precision)
-        chosen = self._settings.accumulator_dtype
-        require_match(trees[None], self.averaged_parameters(), chosen)
+        averages, _ = flats_of(state, self._settings.schedules, self.precision)
+        ours = Flat.of(self.averaged_parameters())
+        require_match(averages[None], ours, self._settings.accumulator_dtype)
         self._take(state)
 
     def _take(self, state: ParamsEMAState) -> None:

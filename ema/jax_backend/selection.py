@@ -7,7 +7,6 @@ bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import jax
@@ -17,31 +16,22 @@ import optax
 from jax import lax
 
 from ema.errors import ArgumentError, ModelError, difference
+from ema.jax_backend.trees import Flat, is_hole
 
 __all__ = [
     "accumulator_of",
     "initial_average",
     "initial_remainder",
     "is_array",
-    "is_hole",
     "is_inexact",
-    "named_leaves",
     "new_params",
-    "plain",
     "require_alike",
     "require_match",
-    "unboxed",
     "widen",
-    "without_hooks",
 ]
 
 MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float32): 23}
 """The dtypes with the 8 exponent bits of float32, whose subnormals XLA flushes anyway."""
-
-
-def is_hole(node: Any) -> bool:
-    """Whether there is nothing here: ``None`` or a leaf that somebody masked out."""
-    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -58,64 +48,6 @@ def is_inexact(leaf: Any) -> bool:
 def is_array(leaf: Any) -> bool:
     """Whether the leaf is an array, and no number of Python's or NumPy's."""
     return isinstance(leaf, jax.Array | np.ndarray)
-
-
-def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
-    """Names (``layers.0.kernel``), leaves and structure of a tree, holes being leaves.
-
-    A leaf in a box has the name of the box.
-    """
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_hole)
-    paths, _ = jax.tree_util.tree_flatten_with_path(unboxed(tree), is_leaf=is_hole)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    return names, leaves, structure
-
-
-def unboxed(tree: Any) -> Any:
-    """The tree with the leaves of linen's boxes (``nn.Partitioned``) in place of these.
-
-    A box is metadata around one leaf; names and files are those of the leaf.
-    """
-    meta = sys.modules.get("flax.core.meta")  # who holds a box has imported it
-    if meta is None:
-        return tree
-
-    def content(node: Any) -> Any:
-        while isinstance(node, meta.AxisMetadata):
-            node = node.unbox()
-        return node
-
-    return jax.tree.map(
-        content, tree, is_leaf=lambda node: is_hole(node) or isinstance(node, meta.AxisMetadata)
-    )
-
-
-def plain(tree: Any) -> Any:
-    """The tree with arrays in place of nnx Variables."""
-    nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
-    return tree if nnx is None else nnx.as_pure(tree)
-
-
-def without_hooks(tree: Any) -> Any:
-    """The tree with plain nnx Variables in place of those that show other values than they hold.
-
-    ``nnx.Optimizer`` makes the Variables of its state out of what these show.
-    """
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return tree
-
-    def plain_variable(node: Any) -> Any:
-        if not isinstance(node, nnx.Variable):
-            return node
-        metadata = node.get_metadata()
-        hooks = {name for name in metadata if name.startswith("on_")}
-        if not hooks and type(node).get_value is nnx.Variable.get_value:
-            return node
-        kept = {name: value for name, value in metadata.items() if name not in hooks}
-        return nnx.Variable.from_metadata(nnx.as_pure(node), {**kept, "ref": False})
-
-    return jax.tree.map(plain_variable, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -146,8 +78,8 @@ def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
     Raises:
         ModelError: there are leaves, and none of them can be averaged.
     """
-    _, leaves, structure = named_leaves(params)
-    present = [leaf for leaf in leaves if not is_hole(leaf)]
+    flat = Flat.of(params)
+    present = flat.pick()
     # No leaf at all is no mistake: under optax.masked and optax.partition a group may be empty.
     if present and not any(map(is_inexact, present)):
         dtypes = sorted({_kind(leaf) for leaf in present})
@@ -155,12 +87,10 @@ def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
             "`params` must hold a floating-point leaf to average,"
             f" got {len(present)} of dtype {', '.join(dtypes)}"
         )
-    return structure.unflatten([_initial_leaf(leaf, chosen) for leaf in leaves])
+    return flat.fill(_initial_leaf(leaf, chosen) for leaf in present)
 
 
 def _initial_leaf(leaf: Any, chosen: np.dtype[Any] | None) -> Any:
-    if is_hole(leaf):
-        return leaf
     if not is_inexact(leaf):
         return optax.MaskedNode()
     dtype = accumulator_of(leaf, chosen)
@@ -184,21 +114,20 @@ def initial_remainder(average: Any) -> Any:
     return jax.tree.map(zeros, average, is_leaf=is_hole)
 
 
-def require_alike(average: Any, remainder: Any) -> None:
+def require_alike(average: Flat, remainder: Flat) -> None:
     """Refuse a remainder that is not one of this average.
 
     Raises:
         ModelError: it has other leaves, or one of another shape or dtype.
     """
-    ours, averages, structure = named_leaves(average)
-    theirs, remainders, other = named_leaves(remainder)
     wrong = [
         f"`{name}` has a remainder of {_describe(c)}, its average is {_describe(a)}"
-        for name, a, c in zip(ours, averages, remainders, strict=False)
+        for (name, a), c in zip(average.items(), remainder.leaves, strict=False)
         if _describe(a) != _describe(c)
     ]
-    if structure != other or wrong:
-        missing, unexpected = set(ours) - set(theirs), set(theirs) - set(ours)
+    if average.structure != remainder.structure or wrong:
+        ours, theirs = set(average.names), set(remainder.names)
+        missing, unexpected = ours - theirs, theirs - ours
         raise ModelError(
             "the remainder is not that of the average: "
             + (difference(sorted(missing), sorted(unexpected), wrong) or "other containers")
@@ -209,14 +138,13 @@ def _describe(leaf: Any) -> str:
     return "nothing" if is_hole(leaf) else f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
-def require_match(average: Any, params: Any, chosen: np.dtype[Any] | None) -> None:
+def require_match(average: Flat, params: Flat, chosen: np.dtype[Any] | None) -> None:
     """Refuse parameters that are not those that the average was made of.
 
     Raises:
         ModelError: lists every leaf that is missing, unexpected, or of another shape or dtype.
     """
-    theirs, average_leaves, average_structure = named_leaves(average)
-    ours, params_leaves, params_structure = named_leaves(params)
+    theirs, ours = average.names, params.names
     if theirs != ours:
         separates = difference(
             [name for name in theirs if name not in set(ours)],
@@ -226,12 +154,12 @@ def require_match(average: Any, params: Any, chosen: np.dtype[Any] | None) -> No
             "`params` are not those of the average: "
             + (separates or "the same leaves in another order")
         )
-    if average_structure != params_structure:
+    if average.structure != params.structure:
         raise ModelError(
             "`params` are not those of the average: the same leaves in other containers,"
-            f" {params_structure} in place of {average_structure}"
+            f" {params.structure} in place of {average.structure}"
         )
-    pairs = zip(ours, average_leaves, params_leaves, strict=True)
+    pairs = zip(ours, average.leaves, params.leaves, strict=True)
     wrong = [text for pair in pairs if (text := _mismatch(*pair, chosen))]
     if wrong:
         raise ModelError(f"`params` are not those of the average: {difference([], [], wrong)}")

@@ -10,10 +10,11 @@ import optax
 
 from ema.errors import ArgumentError
 from ema.jax_backend.selection import require_alike
+from ema.jax_backend.trees import Flat
 from ema.options import Precision
 from ema.schedules import Schedule
 
-__all__ = ["ParamsEMAState", "as_field", "trees_of"]
+__all__ = ["ParamsEMAState", "as_field", "flats_of"]
 
 Label = dict[str, tuple[()]] | tuple[()]
 
@@ -56,35 +57,38 @@ class ParamsEMAState(NamedTuple):
         return dict.fromkeys(self.name or (None,), self.remainder)
 
 
-def trees_of(
+def flats_of(
     state: ParamsEMAState, schedules: Mapping[str | None, Schedule], precision: Precision
-) -> tuple[dict[str | None, Any], dict[str | None, Any]]:
-    """Averages and remainders of a state.
+) -> tuple[dict[str | None, Flat], dict[str | None, Flat]]:
+    """Averages and remainders of a state by name, flattened; no remainders if not compensated.
 
     Raises:
-        ArgumentError: it has other ones than these options keep.
+        ArgumentError: the state has other averages or fields than these options keep.
+        ModelError: the remainders are not those of the averages.
     """
-    trees, remainders = state.averages(), state.remainders()
-    if trees.keys() != schedules.keys():
+    averages = {label: Flat.of(tree) for label, tree in state.averages().items()}
+    if averages.keys() != schedules.keys():
         raise ArgumentError(
-            f"`opt_state` must hold the averages {_names(schedules)}, got {_names(trees)}"
+            f"`opt_state` must hold the averages {_names(schedules)}, got {_names(averages)}"
         )
     for option, field, asked in (
         ("compensated", "remainder", precision.compensated),
         ("on_nonfinite", "skipped", precision.on_nonfinite == "skip"),
     ):
-        # a tree without leaves is no remainder of anything
         found = not _is_empty(getattr(state, field))
-        if asked != found and (field == "skipped" or jax.tree.leaves(trees)):
+        # a tree without leaves has no remainder
+        if asked != found and (field == "skipped" or any(map(Flat.pick, averages.values()))):
             raise ArgumentError(
                 f"`opt_state` must {'' if asked else 'not '}hold `{field}`, for `{option}` is"
                 f" {getattr(precision, option)!r}: adapt_opt_state(opt_state, tx, params) makes a"
                 " state for other options"
             )
-    if precision.compensated:
-        for label, tree in trees.items():
-            require_alike(tree, remainders[label])
-    return trees, remainders
+    if not precision.compensated:
+        return averages, {}
+    remainders = {label: Flat.of(tree) for label, tree in state.remainders().items()}
+    for label, average in averages.items():
+        require_alike(average, remainders[label])
+    return averages, remainders
 
 
 def _is_empty(node: Any) -> bool:

@@ -16,15 +16,12 @@ from ema.errors import ArgumentError
 from ema.jax_backend.selection import (
     initial_average,
     initial_remainder,
-    is_hole,
-    named_leaves,
     new_params,
-    plain,
     require_match,
-    without_hooks,
 )
 from ema.jax_backend.settings import NARROW, Settings
-from ema.jax_backend.state import ParamsEMAState, as_field, trees_of
+from ema.jax_backend.state import ParamsEMAState, as_field, flats_of
+from ema.jax_backend.trees import Flat, without_hooks
 from ema.jax_backend.update.equation import update_weight
 from ema.jax_backend.update.guard import raise_where_not_finite
 from ema.jax_backend.update.rounding import key_of
@@ -170,48 +167,23 @@ def transform_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
                 "`params` must be given to average them: tx.update(updates, opt_state, params), or"
                 " tx.update(None, opt_state, params) for an average without an optimizer"
             )
-        trees, remainders = trees_of(state, schedules, precision)
-        for tree in trees.values():
-            require_match(tree, params, chosen)
+        averages, remainders = flats_of(state, schedules, precision)
+        live = Flat.of(params)
+        for average in averages.values():
+            require_match(average, live, chosen)
+        first = next(iter(averages.values()))
+        news = _after_step(first, live, updates)
 
         step = _next(state.step, every)
         elapsed = step - after
         due = (elapsed > 0) & (elapsed % every == 0)
         number = jnp.where(due, optax.safe_increment(state.count), state.count)
-
-        first = next(iter(trees))
-        names, leaves, structure = named_leaves(trees[first])
-        present = [not is_hole(leaf) for leaf in leaves]
-        changes = [None] * len(leaves) if updates is None else structure.flatten_up_to(updates)
-        news = [
-            new_params(leaf, update)
-            for leaf, update, here in zip(
-                structure.flatten_up_to(params), changes, present, strict=True
-            )
-            if here
-        ]
-        averages = [_present(tree) for tree in trees.values()]
-        kept = Kept(
-            averages,
-            [_present(r) for r in remainders.values()]
-            if precision.compensated
-            else [[None] * len(news)] * len(averages),
-        )
         if precision.on_nonfinite == "raise":
-            raise_where_not_finite(
-                due, [n for n, here in zip(names, present, strict=True) if here], news
-            )
+            raise_where_not_finite(due, first.pick(first.names), news)
 
-        def weight(schedule: Schedule, dtype: str) -> jax.Array:
-            # Before the first update the count is 0, where schedules divide by it.
-            scheduled = update_weight(schedule, jnp.maximum(number, 1), every, dtype)
-            if isinstance(after, int) and after == 0:  # a plain decay stays a constant for XLA
-                return scheduled
-            return jnp.where(elapsed > 0, scheduled, jnp.ones([], dtype))
-
-        dtypes = sorted({real_dtype(average) for average in averages[0]})
-        weights = [{d: weight(schedule, d) for d in dtypes} for schedule in schedules.values()]
-        keys = _keys(precision, trees[first], number)
+        kept = _kept(averages, remainders)
+        weights = _weights(settings, number, elapsed, kept.averages[0])
+        keys = _keys(precision, first, number)
         anyway = elapsed <= 0 if precision.on_nonfinite == "skip" else None
         if isinstance(every, int) and every == 1:
             kept, made = sweep(kept, news, weights, keys, anyway)
@@ -220,27 +192,59 @@ def transform_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
             kept, made = lax.cond(
                 due | (elapsed <= 0), sweep, keep, kept, news, weights, keys, anyway
             )
-
-        def filled(lists: list[list[Any]]) -> Any:
-            return as_field(
-                {
-                    label: _with_present(tree, values)
-                    for (label, tree), values in zip(trees.items(), lists, strict=True)
-                }
-            )
-
-        before = state
-        state = state._replace(step=step, count=number, params_ema=filled(kept.averages))
+        after_update = state._replace(
+            step=step, count=number, params_ema=_filled(averages, kept.averages)
+        )
         if precision.compensated:
-            state = state._replace(remainder=filled(kept.remainders))
+            after_update = after_update._replace(remainder=_filled(remainders, kept.remainders))
         if made is not None:
-            state = state._replace(
-                count=jnp.where(made, number, before.count),
+            after_update = after_update._replace(
+                count=jnp.where(made, number, state.count),
                 skipped=jnp.where(made, state.skipped, optax.safe_increment(state.skipped)),
             )
-        return updates, state
+        return updates, after_update
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
+
+
+def _after_step(average: Flat, live: Flat, updates: optax.Updates) -> list[Any]:
+    """The params after the step of the optimizer, of those that are averaged."""
+    params = average.pick(live.leaves)
+    if updates is None:
+        return [new_params(leaf, None) for leaf in params]
+    changes = average.pick(average.structure.flatten_up_to(updates))
+    return [new_params(leaf, change) for leaf, change in zip(params, changes, strict=True)]
+
+
+def _kept(averages: dict[str | None, Flat], remainders: dict[str | None, Flat]) -> Kept:
+    several = [average.pick() for average in averages.values()]
+    if remainders:
+        return Kept(several, [remainder.pick() for remainder in remainders.values()])
+    return Kept(several, [[None] * len(leaves) for leaves in several])
+
+
+def _filled(flats: dict[str | None, Flat], values: list[list[Any]]) -> Any:
+    """A field of the state with these values."""
+    return as_field(
+        {label: flat.fill(new) for (label, flat), new in zip(flats.items(), values, strict=True)}
+    )
+
+
+def _weights(
+    settings: Settings, number: jax.Array, elapsed: jax.Array, leaves: list[Any]
+) -> list[dict[str, jax.Array]]:
+    """The weight of each average in this update, by the dtype of the arithmetic."""
+    after, every = settings.update_after_step, settings.update_every
+
+    def weight(schedule: Schedule, dtype: str) -> jax.Array:
+        # Before the first update the count is 0, where schedules divide by it.
+        scheduled = update_weight(schedule, jnp.maximum(number, 1), every, dtype)
+        if isinstance(after, int) and after == 0:  # a plain decay stays a constant for XLA
+            return scheduled
+        return jnp.where(elapsed > 0, scheduled, jnp.ones([], dtype))
+
+    dtypes = sorted({real_dtype(leaf) for leaf in leaves})
+    return [{d: weight(schedule, d) for d in dtypes} for schedule in settings.schedules.values()]
 
 
 def _next(step: jax.Array, every: int | jax.Array) -> jax.Array:
@@ -251,23 +255,11 @@ def _next(step: jax.Array, every: int | jax.Array) -> jax.Array:
     return after
 
 
-def _keys(precision: Precision, average: Any, number: jax.Array) -> list[jax.Array | None]:
-    """For each leaf that is averaged what decides its rounding; None where nothing has to."""
-    names, leaves, _ = named_leaves(plain(average))
+def _keys(precision: Precision, average: Flat, number: jax.Array) -> list[jax.Array | None]:
+    """The keys of stochastic rounding, one for each averaged leaf; None where it is not rounded so."""
     return [
         key_of(stream_of(name, precision.seed), number)
         if precision.stochastic_rounding and jnp.result_type(leaf) == NARROW
         else None
-        for name, leaf in zip(names, leaves, strict=True)
-        if not is_hole(leaf)
+        for name, leaf in zip(average.pick(average.names), average.pick(), strict=True)
     ]
-
-
-def _present(tree: Any) -> list[Any]:
-    return [leaf for leaf in named_leaves(tree)[1] if not is_hole(leaf)]
-
-
-def _with_present(tree: Any, values: list[Any]) -> Any:
-    _, leaves, structure = named_leaves(tree)
-    rest = iter(values)
-    return structure.unflatten([leaf if is_hole(leaf) else next(rest) for leaf in leaves])

@@ -29,8 +29,8 @@ from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed,
 from ema.errors import ArgumentError, CheckpointError, difference, listing, warn
 from ema.jax_backend.access import choose_states
 from ema.jax_backend.saving.gather import Whole, is_everywhere, is_here, on_first_process
-from ema.jax_backend.selection import is_hole, named_leaves, plain
 from ema.jax_backend.state import ParamsEMAState
+from ema.jax_backend.trees import Flat, is_hole, plain
 from ema.schedules import Schedule, as_schedule
 
 __all__ = ["load_params_ema", "save_params_ema", "source_of"]
@@ -194,14 +194,11 @@ def load_params_ema(
         )
 
     def fill(tree: Any, tensors: Mapping[str, StoredTensor]) -> Any:
-        keys, _, _ = named_leaves(plain(tree))
-        structure: Any
-        olds, structure = jax.tree.flatten(tree, is_leaf=is_hole)
-        return structure.unflatten(
-            [
-                old if is_hole(old) else _read(old, key, tensors.get(key), transform)
-                for key, old in zip(keys, olds, strict=True)
-            ]
+        flat = Flat.of(tree)
+        return flat.fill(
+            _read(old, key, tensors.get(key), transform)
+            for key, old in flat.items()
+            if not is_hole(old)
         )
 
     def replace(node: Any) -> Any:
@@ -250,8 +247,7 @@ def _leaves(trees: list[Any]) -> tuple[dict[str, Any], list[str]]:
     leaves: dict[str, Any] = {}
     holes: dict[str, None] = {}
     for tree in trees:
-        names, values, _ = named_leaves(plain(tree))
-        for key, value in zip(names, values, strict=True):
+        for key, value in Flat.of(plain(tree)).items():
             if value is None:
                 continue
             if is_hole(value):

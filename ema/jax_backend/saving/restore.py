@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from ema.errors import ArgumentError, ModelError, difference
-from ema.jax_backend.selection import plain
 from ema.jax_backend.state import ParamsEMAState
+from ema.jax_backend.trees import plain
 
 __all__ = ["adapt_opt_state"]
 
@@ -132,15 +132,36 @@ def _take_averages(
 ) -> list[ParamsEMAState]:
     """The old average for each fresh one; those of one name are told apart by where they are."""
     places = sorted(range(len(fresh)), key=lambda index: _split(fresh[index][0]))
-    nodes = [node for _, node in sorted(old, key=lambda pair: _split(pair[0]))]
     ours = [tuple(fresh[place][1].name) for place in places]
+    states = _states(old, ours)
+    _check_names(ours, [tuple(state.name) for state in states])
+    waiting: dict[Labels, list[ParamsEMAState]] = {}
+    for state in states:
+        waiting.setdefault(tuple(state.name), []).append(state)
+    result = [state for _, state in fresh]
+    for place, labels in zip(places, ours, strict=True):
+        if labels in waiting:
+            result[place] = _adapted(fresh[place][1], waiting[labels].pop(0))
+    return result
+
+
+def _states(old: list[tuple[Any, Any]], ours: list[Labels]) -> list[ParamsEMAState]:
+    """The old averages, in the order of where they are."""
+    nodes = [node for _, node in sorted(old, key=lambda pair: _split(pair[0]))]
     # an nnx.State keeps only what holds arrays, and so loses the names
     unknown = ours if len(nodes) == len(ours) else [()] * len(nodes)
-    states = [
+    return [
         node if isinstance(node, ParamsEMAState) else _state(node, labels)
         for node, labels in zip(nodes, unknown, strict=True)
     ]
-    theirs = [tuple(state.name) for state in states]
+
+
+def _check_names(ours: list[Labels], theirs: list[Labels]) -> None:
+    """Make sure that averages were only added or only removed.
+
+    Raises:
+        ArgumentError: some would go and others come.
+    """
     gone = [labels for labels in theirs if labels not in ours]
     come = [labels for labels in ours if labels not in theirs]
     uneven = [x for x in ours if x in theirs and ours.count(x) != theirs.count(x)]
@@ -149,23 +170,18 @@ def _take_averages(
             f"`opt_state` must hold the averages of `tx` ({_names(ours)}) or differ by additions or"
             f" removals alone, got {_names(theirs)}"
         )
-    result = [state for _, state in fresh]
-    for place, labels in zip(places, ours, strict=True):
-        if labels in come:
-            continue
-        state = fresh[place][1]
-        found = states.pop(next(i for i, s in enumerate(states) if tuple(s.name) == labels))
-        adapted = state._replace(
-            step=found.step,
-            count=found.count,
-            params_ema=_take_tree(state.params_ema, found.params_ema),
-        )
-        if _both_have("remainder", state, found):
-            adapted = adapted._replace(remainder=_take_tree(state.remainder, found.remainder))
-        if _both_have("skipped", state, found):
-            adapted = adapted._replace(skipped=found.skipped)
-        result[place] = adapted
-    return result
+
+
+def _adapted(fresh: ParamsEMAState, old: ParamsEMAState) -> ParamsEMAState:
+    """A fresh state with the old average in it, and all else that both have."""
+    adapted = fresh._replace(
+        step=old.step, count=old.count, params_ema=_take_tree(fresh.params_ema, old.params_ema)
+    )
+    if _both_have("remainder", fresh, old):
+        adapted = adapted._replace(remainder=_take_tree(fresh.remainder, old.remainder))
+    if _both_have("skipped", fresh, old):
+        adapted = adapted._replace(skipped=old.skipped)
+    return adapted
 
 
 def _take_tree(fresh: Any, old: Any) -> Any:
