@@ -14,7 +14,7 @@ from ema.errors import ArgumentError, EMAError
 from ema.plain_values import plain
 from ema.schedules import Schedule, schedule_from_dict
 
-__all__ = ["describe_schedule", "known_schedule", "same_description"]
+__all__ = ["describe_schedule", "describe_schedules", "known_schedule", "same_description"]
 
 _LONGEST = 1 << 16
 """Characters of a description: a table of a million decays does not belong in every header."""
@@ -44,6 +44,13 @@ def describe_schedule(schedule: object) -> dict[str, Any] | None:
         return None
     description: dict[str, Any] = fields
     return description
+
+
+def describe_schedules(schedules: Any, *, several: bool) -> dict[str, Any] | None:
+    """:func:`describe_schedule`, or a mapping of these from the names of several averages."""
+    if several and isinstance(schedules, Mapping):
+        return {name: describe_schedule(schedule) for name, schedule in schedules.items()}
+    return describe_schedule(schedules)
 
 
 def same_description(one: object, other: object) -> bool:

@@ -130,16 +130,8 @@ def convert(
                 f"`name` must be None: {found.kind} holds one average, got {name!r}"
             )
         tensors = _with_names(found, names)
-        patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        kept = {
-            key: tensor
-            for key, tensor in tensors.items()
-            if tensor.dtype in _AVERAGES and not any(fnmatchcase(key, p) for p in patterns)
-        }
-        if not kept:
-            raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
-        kept = widened(kept, tensors)
-        new_names = renamed([*kept, *found.not_averaged], rename)
+        kept = _averages_among(tensors, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+        new_names = renamed([*kept, *found.told.get("not_averaged", ())], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
         if not written:
             raise CheckpointError(f"`rename` leaves out all of its {len(kept)} averages")
@@ -149,13 +141,15 @@ def convert(
             if new_names[new] in found.remainders
         }
         stored, parts = joined(written, remainders)
-        record = _record(
-            found,
-            step=step,
-            count=count,
-            schedule=None if decay is None else as_schedule(decay),
-            after=update_after_step,
-            every=update_every,
+        given = {
+            "step": step,
+            "count": count,
+            "schedule": None if decay is None else as_schedule(decay),
+            "update_after_step": update_after_step,
+            "update_every": update_every,
+        }
+        record = dataclasses.replace(
+            _record(found, {field: value for field, value in given.items() if value is not None}),
             not_averaged=tuple(new for new, old in new_names.items() if old not in kept),
             parts=parts,
         )
@@ -165,6 +159,18 @@ def convert(
     used = {*new_names.values()}
     left_out = (*(key for key in tensors if key not in used), *found.left_out)
     return Conversion(place, found.kind, record, tuple(written), left_out, found.notes)
+
+
+def _averages_among(tensors: dict[str, Source], exclude: tuple[str, ...]) -> dict[str, Source]:
+    """The tensors that are averages by their dtype and name, in dtypes that the format holds."""
+    kept = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if tensor.dtype in _AVERAGES and not any(fnmatchcase(key, p) for p in exclude)
+    }
+    if not kept:
+        raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
+    return widened(kept, tensors)
 
 
 def _check_free(target: str | os.PathLike[str], force: bool) -> None:
@@ -282,41 +288,20 @@ def _with_names(found: Found, names: Any) -> dict[str, Source]:
     return dict(zip(names, found.tensors, strict=True))
 
 
-def _record(
-    found: Found,
-    *,
-    step: int | None,
-    count: int | None,
-    schedule: Schedule | None,
-    after: int | None,
-    every: int | None,
-    not_averaged: tuple[str, ...],
-    parts: Mapping[str, tuple[str, str, str]],
-) -> Record:
-    after = found.update_after_step if after is None else after
-    every = found.update_every if every is None else every
-    told = (found.step, found.count)
-    if step is None:
-        step = found.step
-    else:
-        validate.integer("step", step, minimum=0)
-        told = (None, None)
-    if step is None:
+def _record(found: Found, given: Mapping[str, Any]) -> Record:
+    """The record of the source, with what the user gives in place of what it tells.
+
+    Without a count it is the one that the steps and the timing give.
+    """
+    told = {field: value for field, value in found.told.items() if value is not None}
+    if "step" in given:
+        validate.integer("step", given["step"], minimum=0)
+        told.pop("count", None)
+    facts = {**told, **given}
+    if "step" not in facts:
         warn(f"{found.kind} does not tell how many steps there were: the file says 0; pass step=")
-        step = 0
-    if count is None:
-        count = told[1]
-    if count is None:
-        count = max(0, step - (after or 0)) // (every or 1)
-    return Record(
-        step=step,
-        count=count,
-        schedule=found.schedule if schedule is None else schedule,
-        update_after_step=after,
-        update_every=every,
-        not_averaged=not_averaged,
-        skipped=found.skipped,
-        seed=found.seed,
-        parts=parts,
-        extra=found.metadata,
-    )
+        facts["step"] = 0
+    if "count" not in facts:
+        since = facts["step"] - facts.get("update_after_step", 0)
+        facts["count"] = max(0, since) // (facts.get("update_every") or 1)
+    return Record(**facts)

@@ -21,22 +21,14 @@ _COUNTING = ("I", "U", "BOOL")  # such as the counter that AveragedModel has bes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """An average of another library, in our terms; None is what it does not tell.
+    """An average of another library, in our terms.
 
     Attributes:
         kind: what wrote it.
         tensors: by name, or a list where the source has no names.
         name: of the average, where the source has one for it.
-        step: steps so far.
-        count: updates so far.
-        schedule: of ours that gives the same decays, or the description of another one.
-        update_after_step: likewise.
-        update_every: likewise.
-        not_averaged: names of parameters that the source says are not averaged.
+        told: fields of a :class:`~ema.checkpoint.Record` that the source tells.
         remainders: of compensated averages, by the names of those.
-        skipped: updates that were due and not made.
-        seed: of stochastic rounding.
-        metadata: notes of the source.
         notes: what the user should know of how it was read.
         at_users_word: nothing in the source says that these are averages.
         left_out: names of what is in the source beside the averages.
@@ -45,16 +37,8 @@ class Found:
     kind: str
     tensors: dict[str, Source] | list[Source]
     name: str | None = None
-    step: int | None = None
-    count: int | None = None
-    schedule: Schedule | Mapping[str, Any] | None = None
-    update_after_step: int | None = None
-    update_every: int | None = None
-    not_averaged: tuple[str, ...] = ()
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     remainders: Mapping[str, Source] = dataclasses.field(default_factory=dict)
-    skipped: int | None = None
-    seed: int | None = None
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     at_users_word: bool = False
     left_out: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ def read_safetensors(file: Path, *, key: str | None = None, averaged: bool = Fal
         raise CheckpointError("it is a file of `ema`, which needs no conversion")
     notes = {name: text for name, text in mapped.header.metadata.items() if name not in OWN_KEYS}
     found = _chosen(_sources(mapped), "safetensors", key, averaged)
-    return dataclasses.replace(found, metadata=notes)
+    return dataclasses.replace(found, told={**found.told, "extra": notes})
 
 
 def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False) -> Found | None:
@@ -73,7 +73,9 @@ def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False)
                 f" saved there, or saved from there: {error}"
             ) from None
         raise
-    return dataclasses.replace(found, **_told_beside(folder)) if found.at_users_word else found
+    if not found.at_users_word:
+        return found
+    return dataclasses.replace(found, told={**found.told, **_told_beside(folder)})
 
 
 def _told_beside(folder: Path) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _chosen(tensors: dict[str, Source], kind: str, key: str | None, averaged: bo
             notes=chosen.notes,
             at_users_word=chosen.at_users_word,
             left_out=tuple(name for name in tensors if name not in used),
-            **fields,
+            told=fields,
         )
     )
 

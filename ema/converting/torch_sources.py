@@ -136,7 +136,7 @@ def read_state(
             return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
         if isinstance(part, list | tuple) and all(map(_is_tensor, part)):  # names must be given
             kind, listed = f"{chosen.kind} of torch.save", _listed(chosen.kind, part)
-            return Found(kind=kind, tensors=listed, **counters(values))
+            return Found(kind=kind, tensors=listed, told=counters(values))
         tensors = {}
         for path, tensor in flattened(part, _is_tensor):
             if (joined := ".".join(path)) in tensors:
@@ -150,7 +150,7 @@ def read_state(
             notes=chosen.notes,
             at_users_word=chosen.at_users_word,
             left_out=left_out,
-            **fields,
+            told=fields,
         )
     )
 
@@ -179,24 +179,30 @@ def _ours(state: Mapping[str, Any], name: str | None) -> Found:
     label = name if labels else None
     if labels and label not in labels:
         raise ArgumentError(f"`name` must choose one of the averages {listing(labels)}")
-    described = (checked.schedule or {}).get(label) if label else checked.schedule
+    record = checked.record
+    described: Any = record.schedule
+    if label is not None and described is not None:
+        described = described.get(label)
     try:
         schedule = None if described is None else known_schedule(described)
     except EMAError as error:
         raise CheckpointError(f"`schedule` does not describe one: {error}") from None
+    facts = (
+        "step",
+        "count",
+        "update_after_step",
+        "update_every",
+        "not_averaged",
+        "skipped",
+        "seed",
+    )
+    told = {"schedule": schedule, **{fact: getattr(record, fact) for fact in facts}}
     return Found(
         kind="EMAModel.state_dict()",
         tensors=_named(checked.averages[label]),
         name=label,
-        step=checked.step,
-        count=checked.count,
-        schedule=schedule,
-        update_after_step=checked.update_after_step,
-        update_every=checked.update_every,
-        not_averaged=tuple(checked.not_averaged),
+        told=told,
         remainders=_named(checked.remainders.get(label, {})),
-        skipped=checked.skipped,
-        seed=checked.seed,
     )
 
 
@@ -210,7 +216,7 @@ def _labels(averages: Any) -> list[str]:
 
 def _diffusers(state: Mapping[str, Any]) -> Found:
     tensors = _listed("`shadow_params`", state["shadow_params"])
-    return Found(kind="diffusers EMAModel", tensors=tensors, **diffusers_fields(state))
+    return Found(kind="diffusers EMAModel", tensors=tensors, told=diffusers_fields(state))
 
 
 def _torch_ema(state: Mapping[str, Any]) -> Found:
@@ -222,19 +228,20 @@ def _torch_ema(state: Mapping[str, Any]) -> Found:
     try:
         if state["num_updates"] is None:
             schedule = ConstantDecay(decay=state["decay"])
-            return Found(kind="torch-ema", tensors=tensors, schedule=schedule)
+            return Found(kind="torch-ema", tensors=tensors, told={"schedule": schedule})
         schedule = RampWarmup(decay=state["decay"])
     except EMAError as error:
         raise CheckpointError(f"this is no state of torch-ema: {error}") from None
     step = whole("num_updates", state["num_updates"])
-    return Found(kind="torch-ema", tensors=tensors, schedule=schedule, step=step, count=step)
+    told = {"schedule": schedule, "step": step, "count": step}
+    return Found(kind="torch-ema", tensors=tensors, told=told)
 
 
 def _ema_pytorch(state: Mapping[str, Any]) -> Found:
     return Found(
         kind="ema-pytorch",
         tensors=_named(_below("ema_model.", state)),
-        step=whole("step", state["step"]),
+        told={"step": whole("step", state["step"])},
     )
 
 
@@ -242,7 +249,9 @@ def _averaged_model(state: Mapping[str, Any]) -> Found:
     """It counts the copy that it starts with, and so does ``UniformAverage``."""
     step = whole("n_averaged", state["n_averaged"])
     return Found(
-        kind="AveragedModel", tensors=_named(_below("module.", state)), step=step, count=step
+        kind="AveragedModel",
+        tensors=_named(_below("module.", state)),
+        told={"step": step, "count": step},
     )
 
 
@@ -251,7 +260,8 @@ def _lightning(state: Mapping[str, Any]) -> Found:
     if not isinstance(averaging, Mapping) or not isinstance(tensors, Mapping):
         raise CheckpointError("`averaging_state` and `state_dict` must be dicts")
     step = whole("n_averaged", averaging.get("n_averaged"))
-    return Found(kind="Lightning WeightAveraging", tensors=_named(tensors), step=step, count=step)
+    told = {"step": step, "count": step}
+    return Found(kind="Lightning WeightAveraging", tensors=_named(tensors), told=told)
 
 
 def _is_exchanged(state: Mapping[str, Any]) -> bool:
@@ -270,8 +280,7 @@ def _mmengine(state: Mapping[str, Any]) -> Found:
     return Found(
         kind="mmengine EMAHook",
         tensors=_named({name: tensors[name] for name in names}),
-        step=step,
-        count=step,
+        told={"step": step, "count": step},
         left_out=tuple(name for name in tensors if name not in set(names)),
     )
 

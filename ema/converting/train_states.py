@@ -111,8 +111,10 @@ def _from_part(tree: Any, chosen: Chosen, source: str) -> Found:
     return Found(
         kind=f"{chosen.kind} in {source}",
         tensors=tensors,
-        step=None if step is None else _count("step", step),
-        not_averaged=tuple(others),
+        told={
+            "step": None if step is None else _count("step", step),
+            "not_averaged": tuple(others),
+        },
         notes=chosen.notes,
     )
 
@@ -179,11 +181,13 @@ def _from_states(
         kind=kind,
         tensors=tensors,
         name=label,
-        step=step,
-        count=count,
-        skipped=skipped,
+        told={
+            "step": step,
+            "count": count,
+            "skipped": skipped,
+            "not_averaged": tuple(n for n in dict.fromkeys(others) if n not in tensors),
+        },
         remainders=remainders,
-        not_averaged=tuple(n for n in dict.fromkeys(others) if n not in tensors),
     )
 
 
@@ -301,11 +305,13 @@ def _our_ema(tree: Any, source: str, *, averaged: bool) -> Found | None:
     return Found(
         kind=f"EMA in {source}",
         tensors={**tensors, **finer},
+        told={
+            "step": _count("step", tree["step"]),
+            "count": _count("count", tree["count"]),
+            "skipped": _count("skipped", skipped) if is_leaf(skipped) else None,
+            "not_averaged": tuple(others),
+        },
         remainders=_tensors(tree.get("remainder"))[0],
-        not_averaged=tuple(others),
-        step=_count("step", tree["step"]),
-        count=_count("count", tree["count"]),
-        skipped=_count("skipped", skipped) if is_leaf(skipped) else None,
     )
 
 

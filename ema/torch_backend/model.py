@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from ema.checkpoint import MAX_SHARD_SIZE
+from ema.checkpoint import MAX_SHARD_SIZE, Record
 from ema.checkpoint.paths import errors_of
 from ema.checkpoint.renaming import Rename, Transform
 from ema.errors import StateError, listing, warn
@@ -25,7 +25,7 @@ from ema.torch_backend.calls import eager, run, uninterrupted
 from ema.torch_backend.distance import relative_distance
 from ema.torch_backend.saving import files
 from ema.torch_backend.saving.ranks import verify_ranks
-from ema.torch_backend.saving.state import STATE_VERSION, State
+from ema.torch_backend.saving.state import State
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.swap.averaged_module import AveragedModules
 from ema.torch_backend.swap.blocks import ENDED_BESIDE, Block, ended_inside, report
@@ -590,13 +590,8 @@ class EMAModel(Generic[ModelT]):
             if rest := self._averages.remainders(index):
                 own = {key: remainder.clone() for key, remainder in rest.items()}
                 remainders[label] = _wrapped(own, found)
-        return State(
-            averages=copies,
-            remainders=remainders,
-            not_averaged=list(found.others),
-            **self._progress(),
-            **self._settings.timing(),
-        ).to_dict()
+        state = State(record=self._record(found), averages=copies, remainders=remainders)
+        return state.to_dict()
 
     @in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -619,7 +614,7 @@ class EMAModel(Generic[ModelT]):
                 equals the live weights, and these differ from those in the state.
         """
         self._refuse_while_swapped("load_state_dict")
-        self._go_on(state)
+        self._go_on(State.from_dict(state, self._settings.names))
 
     @in_turn
     def save(
@@ -653,21 +648,14 @@ class EMAModel(Generic[ModelT]):
         """
         averages, found = self._look(name)
         files.check_some(averages, found)
-        state = {
-            **self._progress(),
-            "not_averaged": list(found.others),
-            **self._settings.timing(name),
-        }
         remainders = self._averages.remainders(self._settings.index(name))
-        notes = self._file_metadata if metadata is None else metadata
-        return files.save(
-            path,
-            _wrapped(averages, found),
-            _wrapped(remainders, found),
-            state,
-            metadata=notes,
-            max_shard_size=max_shard_size,
+        state = State(
+            record=self._record(found, name),
+            averages={None: _wrapped(averages, found)},
+            remainders={None: _wrapped(remainders, found)},
         )
+        notes = self._file_metadata if metadata is None else metadata
+        return files.save(path, state, metadata=notes, max_shard_size=max_shard_size)
 
     @in_turn
     def load(
@@ -706,13 +694,12 @@ class EMAModel(Generic[ModelT]):
         """
         self._refuse_while_swapped("load")
         self._settings.index(name)
-        ours = self._settings.timing(name)
         for label in self._settings.names if name is not None else ():
             if label != name:
                 self._refuse_incomplete(self._settings.index(label))
-        state, stored = files.load(path, ours, rename, transform)
+        expected = self._settings.names if name is None else []
+        state, stored = files.load(path, rename, transform, expected)
         with errors_of(stored.place, "read"):
-            state["format_version"] = STATE_VERSION
             self._go_on(state, name, metadata=stored.record.extra)
 
     @in_turn
@@ -764,7 +751,7 @@ class EMAModel(Generic[ModelT]):
 
     def _go_on(
         self,
-        state: Mapping[str, Any],
+        state: State,
         name: str | None = None,
         *,
         metadata: Mapping[str, str] | None = None,
@@ -777,22 +764,18 @@ class EMAModel(Generic[ModelT]):
             metadata: notes to take over as well.
         """
         found = self._averages.follow()
-        names = self._settings.names if name is None else ()
-        loaded = State.from_dict(state, names).under_first_names(found)
+        loaded = state.under_first_names(found)
         loaded.check_fits(found)
-        ours = self._settings.timing(name)
-        if other := self._settings.differing(state, name):
-            warn(
-                f"the state was made with {other}, from now on it is"
-                f" { {key: ours[key] for key in other} }"
-            )
+        theirs, ours = self._settings.differing(loaded.record, name)
+        if theirs:
+            warn(f"the state was made with {theirs}, from now on it is {ours}")
         labels = [label if name is None else None for label in self._settings.schedules]
         values = [loaded.averages[label] for label in labels]
         if self._settings.precision.compensated:
             values += [loaded.remainders.get(label, {}) for label in labels]
         elif any(loaded.remainders.values()):
             warn("the state holds the remainders of compensated averages, which are dropped")
-        if loaded.step < self._settings.update_after_step:
+        if loaded.record.step < self._settings.update_after_step:
             self._warn_where_live_weights_differ(loaded)
         self._averages.wait()
         with uninterrupted():
@@ -805,38 +788,41 @@ class EMAModel(Generic[ModelT]):
         self, loaded: State, values: list[Mapping[str, Tensor]], only: int | None
     ) -> None:
         """Go on from a state that fits, as a run with these settings would from its step."""
-        after = self._settings.update_after_step
-        if loaded.step < after:
+        record, after = loaded.record, self._settings.update_after_step
+        if record.step < after:
             self._averages.forget()
-        elif loaded.step == after and loaded.update_after_step < after:
+        elif record.step == after and _began_before(record, after):
             self._refuse_others()
             self._averages.start()  # the state's average is older than the start
         else:
             self._averages.assign(values, only)
-        if loaded.step > after:
-            self._counters = Counters(loaded.step, loaded.count, loaded.skipped or 0)
+        if record.step > after:
+            self._counters = Counters(record.step, record.count, record.skipped or 0)
         else:  # updates count from there
-            self._counters = Counters(loaded.step)
+            self._counters = Counters(record.step)
 
     def _warn_where_live_weights_differ(self, loaded: State) -> None:
         found = self._averages.follow()
         if first_swapped(found.averaged) is None and (names := loaded.unlike(found)):
             warn(
-                f"the state is of step {loaded.step}, and through step"
+                f"the state is of step {loaded.record.step}, and through step"
                 f" {self._settings.update_after_step} (`update_after_step`) the average equals the"
                 f" live weights. They differ from those in the state: {listing(names)}. Load the"
                 " weights of the model as well"
             )
 
-    def _progress(self) -> dict[str, Any]:
-        """How far the averages are, and the seed that their next rounding depends on."""
+    def _record(self, found: Selection, name: str | None = None) -> Record:
+        """Counters, schedules and timing, of one average or of all, and the seed of the rounding."""
         counters = self._settled()
-        progress: dict[str, Any] = {"step": counters.step, "count": counters.count}
-        if self._settings.precision.on_nonfinite == "skip":
-            progress["skipped"] = counters.skipped
-        if self._settings.rounds:
-            progress["seed"] = self._settings.precision.seed
-        return progress
+        looks = self._settings.precision.on_nonfinite == "skip"
+        return Record(
+            step=counters.step,
+            count=counters.count,
+            skipped=counters.skipped if looks else None,
+            seed=self._settings.precision.seed if self._settings.rounds else None,
+            not_averaged=tuple(found.others),
+            **self._settings.timing(name),
+        )
 
     @in_turn
     def __getstate__(self) -> dict[str, Any]:
@@ -981,6 +967,11 @@ class EMAModel(Generic[ModelT]):
             self._blocks = []
         if swap.model is self._model and swap.again() is not None:
             self._averages.swaps[swap.name] = swap
+
+
+def _began_before(record: Record, after: int) -> bool:
+    """Whether the average of a record began before step ``after``, as far as the record tells."""
+    return record.update_after_step is not None and record.update_after_step < after
 
 
 def with_settings(model: ModelT, settings: Settings) -> EMAModel[ModelT]:

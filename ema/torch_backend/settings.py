@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from ema import validate
+from ema.checkpoint import Record
 from ema.errors import ArgumentError, ArgumentTypeError, StateError, listing, shown
 from ema.options import OnNonfinite, Precision, check_dtype, schedules_by_name, unknown_name
-from ema.schedule_descriptions import describe_schedule, same_description
+from ema.schedule_descriptions import describe_schedules, same_description
 from ema.schedules import ConstantDecay, Schedule
 from ema.torch_backend.tensors.selection import Rules
 
@@ -130,25 +130,36 @@ class Settings:
         return list(self.schedules).index(name)
 
     def timing(self, name: str | None = None) -> dict[str, Any]:
-        """When and how much is averaged, of one average or of all, as plain values for a state."""
-        plain = {name: describe_schedule(schedule) for name, schedule in self.schedules.items()}
+        """When and how much is averaged, of one average or of all: fields of a ``Record``."""
+        several: Any = self.schedules
         return {
-            "schedule": plain.get(name, plain),
+            "schedule": several.get(name, several),
             "update_after_step": self.update_after_step,
             "update_every": self.update_every,
         }
 
-    def differing(self, state: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
-        """What :meth:`timing` of a state says where that is not what these settings say.
+    def differing(
+        self, record: Record, name: str | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The timing of a record and of these settings where they differ, as plain values.
 
         Args:
-            state: of the average of this name, or of all.
+            record: of the average of this name, or of all; None in it is not known.
             name: of the average.
         """
+        several = name is None and bool(self.names)
         ours = self.timing(name)
-        same = {key: state[key] == ours[key] for key in ours if key != "schedule"}
-        same["schedule"] = self._has_schedules(state["schedule"], name)
-        return {key: state[key] for key in ours if not same[key]}
+        theirs = {field: getattr(record, field) for field in ours}
+        differ = [
+            field
+            for field in ("update_after_step", "update_every")
+            if theirs[field] is not None and theirs[field] != ours[field]
+        ]
+        if not self._has_schedules(theirs["schedule"], name):
+            differ.insert(0, "schedule")
+        for timing in (ours, theirs):
+            timing["schedule"] = describe_schedules(timing["schedule"], several=several)
+        return {field: theirs[field] for field in differ}, {field: ours[field] for field in differ}
 
     def _has_schedules(self, described: Any, name: str | None) -> bool:
         if name is not None or not self.names:

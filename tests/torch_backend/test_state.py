@@ -247,7 +247,7 @@ def damage(**changes):
     ("spoil", "message"),
     [
         (lambda state: [state], "a state is a dict, got list"),
-        (lambda state: state["averages"], "no state of an EMAModel: missing: `format_version`"),
+        (lambda state: state["averages"], "not a state of an EMAModel: missing: `format_version`"),
         (lambda state: {k: v for k, v in state.items() if k != "count"}, "missing: `count`"),
         (damage(format_version=2), "`format_version` must be 1, got 2"),
         (damage(step=-1), r"`step` must be an integer in \[0, 2\*\*63\), got -1"),

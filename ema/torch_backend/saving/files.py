@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from ema.checkpoint import (
     MAX_SHARD_SIZE,
-    Record,
     Source,
     StoredState,
     StoredTensor,
@@ -25,8 +25,8 @@ from ema.checkpoint.paths import errors_of
 from ema.checkpoint.remainders import joined, separated
 from ema.checkpoint.renaming import Rename, Transform, check_transform, renamed, transformed
 from ema.errors import CheckpointError, ModelError, listing
-from ema.schedule_descriptions import describe_schedule
 from ema.torch_backend.saving.gather import Whole, on_first_rank
+from ema.torch_backend.saving.state import State
 from ema.torch_backend.tensors.copying import has_memory, host_copy, kind_of, without_values
 from ema.torch_backend.tensors.memory import in_form_of, row_major
 from ema.torch_backend.tensors.selection import Selection
@@ -71,42 +71,27 @@ _NAMES = {dtype: name for name, dtype in {**DTYPES, **OTHER_DTYPES}.items()}
 
 def save(
     path: str | os.PathLike[str],
-    averages: Mapping[str, Tensor],
-    remainders: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    state: State,
     *,
     metadata: Mapping[str, str],
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
-    """Write averages, and what else a :class:`~ema.torch_backend.saving.state.State` holds.
+    """Write the state of one average.
 
     Sharded averages are gathered to rank 0, which writes them: every rank must call this.
 
     Args:
         path: the file or folder.
-        averages: by canonical name.
-        remainders: likewise; none where they are not compensated.
-        state: the rest of the state.
+        state: the average, which has the name None in it.
         metadata: notes of the user.
         max_shard_size: bytes in one file.
 
     Raises:
-        CheckpointError: it cannot be written; what was there still is.
+        CheckpointError: it cannot be written; the file that was there still is.
     """
     with errors_of(path, "written"):
-        tensors, parts = joined(averages, remainders)
-        record = Record(
-            step=state["step"],
-            count=state["count"],
-            schedule=state["schedule"],
-            update_after_step=state["update_after_step"],
-            update_every=state["update_every"],
-            not_averaged=tuple(state["not_averaged"]),
-            skipped=state.get("skipped"),
-            seed=state.get("seed"),
-            parts=parts,
-            extra=metadata,
-        )
+        tensors, parts = joined(state.averages[None], state.remainders.get(None, {}))
+        record = dataclasses.replace(state.record, parts=parts, extra=metadata)
 
     def write(whole: Whole) -> Path:
         sources = {key: source_of(key, tensor, None, whole) for key, tensor in tensors.items()}
@@ -116,29 +101,21 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str],
-    timing: Mapping[str, Any],
-    rename: Rename,
-    transform: Transform,
-) -> tuple[dict[str, Any], StoredState]:
-    """The state in a file, in the form of ``EMAModel.state_dict()``, its tensors read when asked for.
+    path: str | os.PathLike[str], rename: Rename, transform: Transform, expected: Sequence[str]
+) -> tuple[State, StoredState]:
+    """The state in a file; its tensors are read when asked for.
 
     Args:
         path: the file or folder.
-        timing: schedule and the like, where the file does not know.
         rename: see :meth:`EMAModel.load`.
         transform: likewise.
+        expected: the names of several averages, which no file holds; none for a single one.
 
     Raises:
         CheckpointError: it cannot be read or is damaged.
     """
     stored = read_state(path)
     record = stored.record
-    known = {
-        "schedule": describe_schedule(record.schedule),
-        "update_after_step": record.update_after_step,
-        "update_every": record.update_every,
-    }
     with errors_of(stored.place, "read"):
         averages, remainders = separated(stored)
         if odd := [name for name, tensor in stored.tensors.items() if tensor.dtype not in DTYPES]:
@@ -150,18 +127,14 @@ def load(
         new = {new: tensors[old] for new, old in names.items() if old in tensors}
         return _Averages(new, transform)
 
-    state = {
-        "step": record.step,
-        "count": record.count,
-        **{key: timing[key] if value is None else value for key, value in known.items()},
-        "averages": under_new_names(averages),
-        "not_averaged": [new for new, old in names.items() if old not in averages],
-    }
-    if remainders:
-        state["remainders"] = under_new_names(remainders)
-    for key in ("skipped", "seed"):
-        if (value := getattr(record, key)) is not None:
-            state[key] = value
+    others = tuple(new for new, old in names.items() if old not in averages)
+    with errors_of(stored.place, "read"):
+        state = State.of(
+            dataclasses.replace(record, not_averaged=others),
+            under_new_names(averages),
+            under_new_names(remainders) if remainders else {},
+            expected,
+        )
     return state, stored
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, strided
 
+from ema.checkpoint import Record
 from ema.errors import CheckpointError, difference, listing, shown
+from ema.schedule_descriptions import describe_schedules
 from ema.torch_backend.tensors.memory import in_form_of
 from ema.torch_backend.tensors.selection import Selection
 from ema.torch_backend.tensors.sharding import box_of, local_of
@@ -21,51 +23,54 @@ from ema.torch_backend.tensors.sharding import box_of, local_of
 __all__ = ["STATE_VERSION", "State"]
 
 STATE_VERSION = 1
+"""The version of the dict; a file has a version of its own."""
 
-_OPTIONAL = ("remainders", "skipped", "seed")
-"""What only some averages have; a state without them is as good."""
+_NEEDED = {
+    "step": object,
+    "count": object,
+    "schedule": Mapping,
+    "update_after_step": object,
+    "update_every": object,
+    "averages": Mapping,
+    "not_averaged": list,
+}
+"""The keys that every state has, and the types of the containers among their values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """What a run needs to go on as if it had not been interrupted.
+    """Everything that a run needs to go on as if it had not been interrupted.
 
     Attributes:
-        step: calls of ``update``.
-        count: averages made by them.
-        schedule: class and fields, see :meth:`ema.Schedule.to_dict`, or None where these are not
-            plain values; of several averages by name.
-        update_after_step: as given to the constructor.
-        update_every: likewise.
+        record: counters, schedule and timing. The schedule of several averages is a mapping from
+            their names. A parameter that is neither averaged nor in ``not_averaged`` is missing;
+            one in ``not_averaged`` was frozen or excluded.
         averages: name of the average (None for a single one) to canonical name to tensor.
-        not_averaged: names of the model's other parameters. A parameter that stands in neither
-            is missing; one that stands here was frozen or excluded.
-        remainders: of compensated averages, as ``averages``; absent where there are none.
-        skipped: updates that were due and not made, since the live weights were not finite;
-            absent where nobody looked.
-        seed: of stochastic rounding; absent where nothing is rounded so.
+        remainders: of compensated averages, in the same form; empty if there are none.
     """
 
-    step: int
-    count: int
-    schedule: Mapping[str, Any] | None
-    update_after_step: int
-    update_every: int
+    record: Record
     averages: Mapping[str | None, Mapping[str, Tensor]]
-    not_averaged: list[str]
     remainders: Mapping[str | None, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
-    skipped: int | None = None
-    seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The state with its version, as one flat dict."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("averages", "remainders"):
-            fields[name] = fields[name].get(None, fields[name])
-        absent = [name for name in _OPTIONAL if fields[name] is None or fields[name] == {}]
+        """The state with its version, as one flat dict of plain values and tensors."""
+        record = self.record
+        optional = {
+            "remainders": self.remainders.get(None, self.remainders) or None,
+            "skipped": record.skipped,
+            "seed": record.seed,
+        }
         return {
             "format_version": STATE_VERSION,
-            **{name: value for name, value in fields.items() if name not in absent},
+            "step": record.step,
+            "count": record.count,
+            "schedule": describe_schedules(record.schedule, several=None not in self.averages),
+            "update_after_step": record.update_after_step,
+            "update_every": record.update_every,
+            "averages": self.averages.get(None, self.averages),
+            "not_averaged": list(record.not_averaged),
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
     @classmethod
@@ -77,76 +82,69 @@ class State:
             expected: the names of several averages; none for a single one.
 
         Raises:
-            CheckpointError: this is no state of ours, of a newer version, or damaged.
+            CheckpointError: it is not a state of ours, is of a newer version, or is damaged.
         """
         if not isinstance(state, Mapping):
             raise CheckpointError(f"a state is a dict, got {type(state).__name__}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        needed = [name for name in ("format_version", *names) if name not in _OPTIONAL]
-        absent = [name for name in needed if name not in state]
-        if absent:
-            raise CheckpointError(f"this is no state of an EMAModel: {difference(absent, ())}")
-        version = state["format_version"]
-        if type(version) is not int or version != STATE_VERSION:
-            raise CheckpointError(f"`format_version` must be {STATE_VERSION}, got {shown(version)}")
-        self = cls(**{name: state[name] for name in names if name in state})
-        self._check_numbers()
-        for name, kind in (
-            ("averages", Mapping),
-            ("remainders", Mapping),
-            ("schedule", Mapping),
-            ("not_averaged", list),
-        ):
-            unknown = name == "schedule" and self.schedule is None
-            if not unknown and not isinstance(getattr(self, name), kind):
-                raise CheckpointError(
-                    f"`{name}` must be a {kind.__name__.lower()}, got {shown(getattr(self, name))}"
-                )
-        if odd := [name for name in self.not_averaged if not isinstance(name, str)]:
-            raise CheckpointError(f"`not_averaged` must hold names, got {shown(odd[0])}")
-        averages = _by_name("averages", self.averages, expected)
-        others = set(self.not_averaged)
-        if both := [name for name in next(iter(averages.values())) if name in others]:
+        _check_form(state)
+        remainders = state.get("remainders", {})
+        if not isinstance(remainders, Mapping):
+            raise CheckpointError(f"`remainders` must be a mapping, got {shown(remainders)}")
+        record = Record(
+            step=state["step"],
+            count=state["count"],
+            schedule=state["schedule"],
+            update_after_step=state["update_after_step"],
+            update_every=state["update_every"],
+            not_averaged=tuple(state["not_averaged"]),
+            skipped=state.get("skipped"),
+            seed=state.get("seed"),
+        )
+        return cls.of(record, state["averages"], remainders, expected)
+
+    @classmethod
+    def of(
+        cls,
+        record: Record,
+        averages: Mapping[Any, Any],
+        remainders: Mapping[Any, Any],
+        expected: Sequence[str] = (),
+    ) -> State:
+        """Check the tensors of a state.
+
+        Args:
+            record: the rest of it.
+            averages: canonical name to tensor, of several averages by name.
+            remainders: in the same form; empty if there are none.
+            expected: the names of several averages; none for a single one.
+
+        Raises:
+            CheckpointError: these are not the averages, or not tensors.
+        """
+        checked = _by_name("averages", averages, expected)
+        others = set(record.not_averaged)
+        if both := [name for name in next(iter(checked.values())) if name in others]:
             raise CheckpointError(f"{listing(both)} are averaged and not averaged")
-        remainders = {}
-        if self.remainders:
-            some = [name for name in expected if name in self.remainders]
-            remainders = _by_name("remainders", self.remainders, some)
-        for label, tensors in remainders.items():
-            ours = averages[label]
+        rests = {}
+        if remainders:
+            some = [name for name in expected if name in remainders]
+            rests = _by_name("remainders", remainders, some)
+        for label, tensors in rests.items():
+            ours = checked[label]
             if text := _difference_of(ours, tensors) or "; ".join(_mismatched(tensors, ours)[:10]):
                 raise CheckpointError(f"the remainders are not those of the averages: {text}")
-        return dataclasses.replace(self, averages=averages, remainders=remainders)
-
-    def _check_numbers(self) -> None:
-        for name, minimum, bits in (
-            ("step", 0, 63),
-            ("count", 0, 63),
-            ("update_after_step", 0, 63),
-            ("update_every", 1, 63),
-            ("skipped", 0, 63),
-            ("seed", 0, 64),
-        ):
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if type(value) is not int or not minimum <= value < 1 << bits:
-                raise CheckpointError(
-                    f"`{name}` must be an integer in [{minimum}, 2**{bits}), got {shown(value)}"
-                )
-        if self.count > self.step:
-            raise CheckpointError(f"`count` must not exceed `step` ({self.step}), got {self.count}")
+        return cls(record=record, averages=checked, remainders=rests)
 
     def under_first_names(self, found: Selection) -> State:
         """The same state where each tensor has the name under which ``found`` keeps it.
 
         A tied parameter, or one of a shared module, may have been saved under another of its names.
         """
-        return dataclasses.replace(
-            self,
+        others = tuple(dict.fromkeys(map(found.first_name, self.record.not_averaged)))
+        return State(
+            record=dataclasses.replace(self.record, not_averaged=others),
             averages={label: _Renamed.of(each, found) for label, each in self.averages.items()},
             remainders={label: _Renamed.of(each, found) for label, each in self.remainders.items()},
-            not_averaged=list(dict.fromkeys(map(found.first_name, self.not_averaged))),
         )
 
     def check_fits(self, found: Selection) -> None:
@@ -160,7 +158,7 @@ class State:
             live.pop(name, None)
         parameters = (*found.averaged, *found.others)
         for label, averages in self.averages.items():
-            known = {*averages, *self.not_averaged}
+            known = {*averages, *self.record.not_averaged}
             text = difference(
                 [name for name in parameters if name not in known],
                 [name for name in averages if name not in live],
@@ -217,6 +215,26 @@ class _Renamed(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._old_names  # Mapping's own would read the tensor
+
+
+def _check_form(state: Mapping[Any, Any]) -> None:
+    """Check the keys of a state, its version and its containers."""
+    needed = ("format_version", *_NEEDED)
+    if absent := [name for name in needed if name not in state]:
+        raise CheckpointError(f"this is not a state of an EMAModel: {difference(absent, ())}")
+    version = state["format_version"]
+    if type(version) is not int or version != STATE_VERSION:
+        raise CheckpointError(f"`format_version` must be {STATE_VERSION}, got {shown(version)}")
+    for name, kind in _NEEDED.items():
+        value = state[name]
+        unknown = name == "schedule" and value is None
+        if value is None and not unknown:
+            raise CheckpointError(f"`{name}` must be given, got None")
+        if not unknown and not isinstance(value, kind):
+            word = kind.__name__.lower()
+            raise CheckpointError(f"`{name}` must be a {word}, got {shown(value)}")
+    if odd := [name for name in state["not_averaged"] if not isinstance(name, str)]:
+        raise CheckpointError(f"`not_averaged` must hold names, got {shown(odd[0])}")
 
 
 def _by_name(

@@ -66,7 +66,7 @@ class RunAverage:
             if self._ema_model is not None:
                 self._ema_model.load_state_dict(state)
             else:
-                State.from_dict(state)
+                State.from_dict(state)  # refuses what can be refused now
                 self._loaded = state
             self._go_on = True
 

@@ -158,7 +158,7 @@ def test_bad_input(gpt2, new_gpt2, train):
             call(gpt2)
     with pytest.raises(StateError, match="there is no average"):
         callback.get_ema_state()
-    with pytest.raises(CheckpointError, match="no state of an EMAModel"):
+    with pytest.raises(CheckpointError, match="not a state of an EMAModel"):
         callback.load_ema_state(gpt2.state_dict())
     train(gpt2, [callback])
     with pytest.raises(StateError, match="needs an apply_ema"):
