@@ -117,30 +117,20 @@ def convert(
     Warns:
         EMAWarning: neither the source nor ``step`` tells how many steps there were.
     """
-    from_path = isinstance(source, str | os.PathLike)
-    where = source if from_path else f"the {type(source).__name__}"
+    where = source if _is_path(source) else f"the {type(source).__name__}"
     if max_bytes is not None:
         validate.integer("max_bytes", max_bytes, minimum=1)
     _check_free(target, force)
     with errors_of(where, "read"):
         options = _Options(name, key, averaged, max_bytes)
-        found = _read_path(path_of(source), options) if from_path else _read_object(source, options)
-        if name is not None and name != found.name:
-            raise ArgumentError(
-                f"`name` must be None: {found.kind} holds one average, got {name!r}"
-            )
+        found = _read(source, options)
         tensors = _with_names(found, names)
-        kept = _averages_among(tensors, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+        kept = _averages_among(tensors, exclude)
         new_names = renamed([*kept, *found.told.get("not_averaged", ())], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
         if not written:
             raise CheckpointError(f"`rename` leaves out all of its {len(kept)} averages")
-        remainders = {
-            new: found.remainders[new_names[new]]
-            for new in written
-            if new_names[new] in found.remainders
-        }
-        stored, parts = joined(written, remainders)
+        stored, parts = joined(written, _remainders(found, written, new_names))
         given = {
             "step": step,
             "count": count,
@@ -148,11 +138,8 @@ def convert(
             "update_after_step": update_after_step,
             "update_every": update_every,
         }
-        record = dataclasses.replace(
-            _record(found, {field: value for field, value in given.items() if value is not None}),
-            not_averaged=tuple(new for new, old in new_names.items() if old not in kept),
-            parts=parts,
-        )
+        others = tuple(new for new, old in new_names.items() if old not in kept)
+        record = dataclasses.replace(_record(found, given), not_averaged=others, parts=parts)
     if found.at_users_word and not averaged:
         warn(f"{where}: {'; '.join(found.notes)}")
     place = write_state(target, record, stored)
@@ -161,12 +148,42 @@ def convert(
     return Conversion(place, found.kind, record, tuple(written), left_out, found.notes)
 
 
-def _averages_among(tensors: dict[str, Source], exclude: tuple[str, ...]) -> dict[str, Source]:
+def _remainders(
+    found: Found, written: Iterable[str], old_names: Mapping[str, str]
+) -> dict[str, Source]:
+    """The remainders of the averages that are written, by their new names."""
+    rests = {new: found.remainders.get(old_names[new]) for new in written}
+    return {new: rest for new, rest in rests.items() if rest is not None}
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike)
+
+
+def _read(source: Any, options: _Options) -> Found:
+    """The average in a source of any kind.
+
+    Raises:
+        ArgumentError: the source has one average, and ``name`` is another one.
+    """
+    if _is_path(source):
+        found = _read_path(path_of(source), options)
+    else:
+        found = _read_object(source, options)
+    if options.name is not None and options.name != found.name:
+        raise ArgumentError(
+            f"`name` must be None: {found.kind} holds one average, got {options.name!r}"
+        )
+    return found
+
+
+def _averages_among(tensors: dict[str, Source], exclude: str | Iterable[str]) -> dict[str, Source]:
     """The tensors that are averages by their dtype and name, in dtypes that the format holds."""
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     kept = {
         key: tensor
         for key, tensor in tensors.items()
-        if tensor.dtype in _AVERAGES and not any(fnmatchcase(key, p) for p in exclude)
+        if tensor.dtype in _AVERAGES and not any(fnmatchcase(key, p) for p in patterns)
     }
     if not kept:
         raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
@@ -293,7 +310,7 @@ def _record(found: Found, given: Mapping[str, Any]) -> Record:
 
     Without a count it is the one that the steps and the timing give.
     """
-    told = {field: value for field, value in found.told.items() if value is not None}
+    told, given = _known_fields(found.told), _known_fields(given)
     if "step" in given:
         validate.integer("step", given["step"], minimum=0)
         told.pop("count", None)
@@ -305,3 +322,8 @@ def _record(found: Found, given: Mapping[str, Any]) -> Record:
         since = facts["step"] - facts.get("update_after_step", 0)
         facts["count"] = max(0, since) // (facts.get("update_every") or 1)
     return Record(**facts)
+
+
+def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record that are known."""
+    return {field: value for field, value in fields.items() if value is not None}

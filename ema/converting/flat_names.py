@@ -26,23 +26,16 @@ def prefixed(
     tree: Any, is_tensor: IsTensor, path: Path, proposed: list[str]
 ) -> Iterator[tuple[str, Chosen]]:
     """``model_ema.…`` beside ``model.…``, ``ema.…`` beside the rest."""
-    shapes = {name: shape_of(child) for name, child in children(tree) if is_tensor(child)}
+    shapes = _shapes(tree, is_tensor)
     plain, shared = without_shared_prefixes(shapes)
-    groups: dict[str, dict[str, str]] = {}
-    for name, old in plain.items():
-        first, separator, rest = name.partition("." if "." in name else "/")
-        if separator and rest:
-            groups.setdefault(first, {})[rest] = old
+    groups = _by_first_word(plain)
     called = {prefix for prefix in groups if words(prefix) & (SURE | MAYBE)}
     live = {new: old for new, old in plain.items() if new.partition(".")[0] not in called}
+    plain_groups = {name: group for name, group in groups.items() if name not in called}
     for prefix in sorted(called):
         said, own = words(prefix), groups[prefix]
         label = ".".join((*path, shared + prefix))
-        others = [
-            group
-            for name, group in groups.items()
-            if name not in called and may_be_of(said, words(name))
-        ]
+        others = [group for name, group in plain_groups.items() if may_be_of(said, words(name))]
         if said <= SURE:
             others.append(live)
         chosen = None
@@ -52,10 +45,28 @@ def prefixed(
         if chosen is None:
             proposed.append(label)
             continue
-        used = set(chosen.values())
-        beside = {short: tree[old] for short, old in own.items() if old not in used}
+        beside = _beside(tree, own, set(chosen.values()))
         kind = f"`{label}.…` of a state dict"
         yield label, Chosen(path=path, kind=kind, names=chosen, beside=beside)
+
+
+def _beside(tree: Any, own: Mapping[str, str], used: set[str]) -> dict[str, Any]:
+    """The entries of a group that are not among its averages, by their short names."""
+    return {short: tree[old] for short, old in own.items() if old not in used}
+
+
+def _shapes(tree: Any, is_tensor: IsTensor) -> dict[str, tuple[int, ...]]:
+    return {name: shape_of(child) for name, child in children(tree) if is_tensor(child)}
+
+
+def _by_first_word(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Names in groups by their first word: the rest of each name to its value."""
+    groups: dict[str, dict[str, str]] = {}
+    for name, value in names.items():
+        first, separator, rest = name.partition("." if "." in name else "/")
+        if separator and rest:
+            groups.setdefault(first, {})[rest] = value
+    return groups
 
 
 def _names_of(

@@ -39,7 +39,7 @@ from ema.converting.trees import (
 from ema.converting.words import MAYBE, NO_WEIGHTS, OF_ALL, OPTIMIZERS, SURE, may_be_of, words
 from ema.errors import CheckpointError, listing
 
-__all__ = ["choose"]
+__all__ = ["Chosen", "choose"]
 
 _WEIGHTS = {"params", "model", "module", "state_dict", "model_state_dict", "weights", "variables"}
 """A part inside one of these is a layer, whatever it is called."""
@@ -283,6 +283,29 @@ def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: Path = ()) -> Cho
 
 def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
     """The only part with tensors that belongs to no optimizer, or the tree itself."""
+    if path := _only_part(tree, is_tensor):
+        label = f"`{'.'.join(path)}`"
+        beside = _beside(subtree(tree, path[:-1]), path[-1], (), is_tensor)
+        kind, what = label, label
+    else:
+        parts = [name for name, child in children(tree) if not is_tensor(child)]
+        if any(words(name) & OPTIMIZERS for name in parts) or not _is_plain(tree, is_tensor):
+            raise CheckpointError(
+                f"it holds {contents(tree, is_tensor)}: key= (--key) names the part that is the"
+                " average"
+            )
+        beside, kind, what = {}, "weights", "the weights"
+    return Chosen(
+        path=path,
+        kind=kind,
+        beside=beside,
+        at_users_word=True,
+        notes=(f"that {what} are averages is taken at your word",),
+    )
+
+
+def _only_part(tree: Mapping[str, Any], is_tensor: IsTensor) -> Path:
+    """The path to the only part with tensors that belongs to no optimizer; empty if there are more."""
     path: Path = ()
     node: Any = tree
     while not any(is_tensor(child) for _, child in children(node)):
@@ -294,24 +317,7 @@ def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
         if len(parts) != 1 or (path and not words(parts[0]) & (SURE | OF_ALL)):
             break
         path, node = (*path, parts[0]), subtree(node, (parts[0],))
-    if not path:
-        parts = [name for name, child in children(tree) if not is_tensor(child)]
-        if any(words(name) & OPTIMIZERS for name in parts) or not _is_plain(tree, is_tensor):
-            raise CheckpointError(
-                f"it holds {contents(tree, is_tensor)}: key= (--key) names the part that is the"
-                " average"
-            )
-    label = ".".join(path)
-    around = subtree(tree, path[:-1]) if path else {}
-    return Chosen(
-        path=path,
-        kind=f"`{label}`" if label else "weights",
-        beside=_beside(around, path[-1], (), is_tensor) if path else {},
-        at_users_word=True,
-        notes=(
-            f"that {f'`{label}`' if label else 'the weights'} are averages is taken at your word",
-        ),
-    )
+    return path
 
 
 def _is_plain(tree: Any, is_tensor: IsTensor) -> bool:

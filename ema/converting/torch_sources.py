@@ -25,7 +25,7 @@ from ema.converting.found import (
     stripped,
     whole,
 )
-from ema.converting.recognize import choose
+from ema.converting.recognize import Chosen, choose
 from ema.converting.trees import flattened, subtree
 from ema.errors import ArgumentError, CheckpointError, EMAError, listing
 from ema.schedule_descriptions import known_schedule
@@ -123,36 +123,55 @@ def read_state(
         return found
     chosen = choose(state, _is_tensor, key=key, averaged=averaged)
     part = subtree(state, chosen.path)
-    values = {each: _number(value) for each, value in chosen.beside.items()}
     if chosen.names is not None:
-        tensors = {new: part[old] for new, old in chosen.names.items()}
-        if (found := _known(tensors, name)) is not None:
-            return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
-        fields = {**counters(values), **lit_ema_fields(values)}
+        part = {new: part[old] for new, old in chosen.names.items()}
+    if isinstance(part, Mapping) and (found := _known(part, name)) is not None:
+        return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
+    return _from_part(part, chosen, subtree(state, chosen.path))
+
+
+def _from_part(part: Any, chosen: Chosen, around: Any) -> Found:
+    """The average that was chosen, which is in no form of its own.
+
+    Args:
+        part: its tensors.
+        chosen: how they were chosen.
+        around: everything in the same place of the state.
+    """
+    values = {each: _number(value) for each, value in chosen.beside.items()}
+    told = counters(values)
+    left_out: tuple[str, ...] = ()
+    if chosen.names is not None:
+        told |= lit_ema_fields(values)
         used = set(chosen.names.values())
-        left_out = tuple(str(each) for each in part if each not in used)
-    else:
-        if isinstance(part, Mapping) and (found := _known(part, name)) is not None:
-            return dataclasses.replace(found, kind=f"{found.kind} in {chosen.kind}")
-        if isinstance(part, list | tuple) and all(map(_is_tensor, part)):  # names must be given
-            kind, listed = f"{chosen.kind} of torch.save", _listed(chosen.kind, part)
-            return Found(kind=kind, tensors=listed, told=counters(values))
-        tensors = {}
-        for path, tensor in flattened(part, _is_tensor):
-            if (joined := ".".join(path)) in tensors:
-                raise CheckpointError(f"it has two tensors that are called {joined!r:.200}")
-            tensors[joined] = tensor
-        fields, left_out = counters(values), ()
+        left_out = tuple(str(each) for each in around if each not in used)
+    elif isinstance(part, list | tuple) and all(map(_is_tensor, part)):  # names must be given
+        kind, listed = f"{chosen.kind} of torch.save", _listed(chosen.kind, part)
+        return Found(kind=kind, tensors=listed, told=told)
     return stripped(
         Found(
             kind="state_dict" if chosen.at_users_word else f"{chosen.kind} of torch.save",
-            tensors=_named(tensors),
+            tensors=_named(part if chosen.names is not None else _flat(part)),
             notes=chosen.notes,
             at_users_word=chosen.at_users_word,
             left_out=left_out,
-            told=fields,
+            told=told,
         )
     )
+
+
+def _flat(part: Any) -> dict[str, Any]:
+    """The tensors of nested dicts by their paths, with dots.
+
+    Raises:
+        CheckpointError: two of them have one path.
+    """
+    tensors: dict[str, Any] = {}
+    for path, tensor in flattened(part, _is_tensor):
+        if (joined := ".".join(path)) in tensors:
+            raise CheckpointError(f"it has two tensors that are called {joined!r:.200}")
+        tensors[joined] = tensor
+    return tensors
 
 
 def _known(state: Mapping[Any, Any], name: str | None) -> Found | None:

@@ -8,7 +8,7 @@ lost, and keys may have become strings. An nnx Variable and a boxed linen param 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ema.checkpoint import Source
@@ -49,25 +49,33 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
     if is_leaf(tree):
         raise CheckpointError("it holds one array without a name: save it in a dict")
     tree = dict(_children(tree)) if isinstance(tree, list) else tree
-    chosen = None if key is None else choose(tree, is_array, key=key)
-    start = () if chosen is None else chosen.path
-    part = subtree(tree, start)
-    if chosen is None or chosen.names is None:
-        if states := list(_states(part, start)):
-            if chosen is None:
-                _refuse_others(tree, states)
-            return _from_states(states, f"params_ema in {source}", name)
-        if (found := _our_ema(part, source, averaged=averaged or chosen is not None)) is not None:
+    if key is not None:
+        chosen = choose(tree, is_array, key=key)
+        if chosen.names is None and (found := _ours(tree, chosen.path, source, name)) is not None:
             return found
-    if chosen is None:
-        ours = [found for node in _nodes(tree) if (found := _our_ema(node, source, averaged=False))]
-        if len(ours) == 1:
-            return ours[0]
-        chosen = choose(_pruned(tree), is_array, averaged=averaged)
-        whole = chosen.path[:-1] if chosen.path[-1:] == ("params",) else chosen.path
-        if (found := _our_ema(subtree(tree, whole), source, averaged=True)) is not None:
-            return dataclasses.replace(found, notes=chosen.notes)
+        return _from_part(tree, chosen, source)
+    if (found := _ours(tree, (), source, name, averaged=averaged)) is not None:
+        return found
+    several = [found for node in _nodes(tree) if (found := _our_ema(node, source, averaged=False))]
+    if len(several) == 1:
+        return several[0]
+    chosen = choose(_pruned(tree), is_array, averaged=averaged)
+    whole = chosen.path[:-1] if chosen.path[-1:] == ("params",) else chosen.path
+    if (found := _our_ema(subtree(tree, whole), source, averaged=True)) is not None:
+        return dataclasses.replace(found, notes=chosen.notes)
     return _from_part(tree, chosen, source)
+
+
+def _ours(
+    tree: Any, path: Path, source: str, name: str | None, *, averaged: bool = True
+) -> Found | None:
+    """An average of this library in a part of a tree: states of ``params_ema``, or an ``EMA``."""
+    part = subtree(tree, path)
+    if states := list(_states(part, path)):
+        if not path:
+            _refuse_others(tree, states)
+        return _from_states(states, f"params_ema in {source}", name)
+    return _our_ema(part, source, averaged=averaged)
 
 
 def _nodes(node: Any) -> Iterator[Any]:
@@ -166,6 +174,30 @@ def _from_states(
             f"it holds averages of several models or steps, {places}: key= (--key) names the one"
             " that is meant"
         )
+    tensors, remainders, others = _together(groups)
+    step, count, skipped = groups[0].counters
+    return Found(
+        kind=kind,
+        tensors=tensors,
+        name=label,
+        told={
+            "step": step,
+            "count": count,
+            "skipped": skipped,
+            "not_averaged": others,
+        },
+        remainders=remainders,
+    )
+
+
+def _together(
+    groups: Iterable[_Group],
+) -> tuple[dict[str, Source], dict[str, Source], tuple[str, ...]]:
+    """Averages and remainders of all groups, and the names of what none of them averages.
+
+    Raises:
+        CheckpointError: two groups have an average of one name.
+    """
     tensors: dict[str, Source] = {}
     remainders: dict[str, Source] = {}
     others: list[str] = []
@@ -176,19 +208,7 @@ def _from_states(
         tensors |= sources
         remainders |= _tensors(group.field("remainder"))[0]
         others += holes
-    step, count, skipped = groups[0].counters
-    return Found(
-        kind=kind,
-        tensors=tensors,
-        name=label,
-        told={
-            "step": step,
-            "count": count,
-            "skipped": skipped,
-            "not_averaged": tuple(n for n in dict.fromkeys(others) if n not in tensors),
-        },
-        remainders=remainders,
-    )
+    return tensors, remainders, tuple(n for n in dict.fromkeys(others) if n not in tensors)
 
 
 def _labels(path: Path, state: Mapping[str, Any], name: str | None) -> list[str | None]:

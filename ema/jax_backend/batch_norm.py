@@ -115,20 +115,7 @@ class _Pool:
 
 
 def _recalibrate_nnx(model: Any, batches: Iterable[Any], forward: Forward) -> None:
-    layers = {
-        path: module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.BatchNorm)
-    }
-    if not layers:
-        raise ModelError("`model` must have a BatchNorm layer, got none")
-    kept = _kept_in_evaluation(model, layers)
-    gathering = {path: layer for path, layer in layers.items() if path not in kept}
-    if not gathering:
-        raise ModelError(
-            "`model` must have a BatchNorm layer that it does not keep in evaluation mode, got"
-            f" {listing('.'.join(map(str, path)) for path in layers)}"
-        )
+    layers, gathering = _layers_of(model)
     pools = {path: _Pool() for path in gathering}
     own = {path: _finite(layer) for path, layer in gathering.items()}
     starts = dict.fromkeys(gathering, _IMPOSSIBLE)
@@ -144,6 +131,29 @@ def _recalibrate_nnx(model: Any, batches: Iterable[Any], forward: Forward) -> No
                 pools[path].add(_length(batch), layer.mean[...], layer.var[...])
     for path, (mean, var) in _results(pools).items():
         _set(layers[path], mean, var)
+
+
+def _layers_of(model: Any) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """All BatchNorm layers, and those whose statistics are recomputed.
+
+    Raises:
+        ModelError: there are none.
+    """
+    layers = {
+        path: module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    }
+    if not layers:
+        raise ModelError("`model` must have a BatchNorm layer, got none")
+    kept = _kept_in_evaluation(model, layers)
+    gathering = {path: layer for path, layer in layers.items() if path not in kept}
+    if not gathering:
+        raise ModelError(
+            "`model` must have a BatchNorm layer that it does not keep in evaluation mode, got"
+            f" {listing('.'.join(map(str, path)) for path in layers)}"
+        )
+    return layers, gathering
 
 
 def _kept_in_evaluation(model: Any, layers: Mapping[Path, Any]) -> set[Path]:

@@ -70,20 +70,7 @@ def recalibrate_batch_norm(
         StateError: a layer saw one value a channel at most, of which there is no variance.
         Exception: what ``model.train()`` raises, where a class overrides it. Nothing has changed.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
-    }
-    if not layers:
-        raise ModelError("`model` must have a BatchNorm layer with running statistics, got none")
-    kept = _kept_in_evaluation(model, layers)
-    if len(kept) == len(layers):
-        raise ModelError(
-            "`model` must have a BatchNorm layer that it does not keep in evaluation mode, got"
-            f" {listing(kept)}"
-        )
-    layers = {name: layer for name, layer in layers.items() if name not in kept}
+    layers = _layers_of(model)
     pools = {name: _Pool() for name in layers}
     with _gathering(model, layers, pools):
         number = 0
@@ -103,6 +90,28 @@ def recalibrate_batch_norm(
         layer.running_var.copy_(var)  # type: ignore[union-attr]
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(pools[name].seen)
+
+
+def _layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers whose statistics are recomputed.
+
+    Raises:
+        ModelError: there are none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+    }
+    if not layers:
+        raise ModelError("`model` must have a BatchNorm layer with running statistics, got none")
+    kept = _kept_in_evaluation(model, layers)
+    if len(kept) == len(layers):
+        raise ModelError(
+            "`model` must have a BatchNorm layer that it does not keep in evaluation mode, got"
+            f" {listing(kept)}"
+        )
+    return {name: layer for name, layer in layers.items() if name not in kept}
 
 
 class _Pool:

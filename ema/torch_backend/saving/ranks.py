@@ -35,28 +35,17 @@ def verify_ranks(
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    digests = {name: str(value).encode() for name, value in counters.items()}
-    groups: dict[str, list[str]] = {"everywhere": list(digests)}
-    for name, (average, live) in averages.items():
-        digests[name] = _digest(average)
-        groups.setdefault(_placement(live), []).append(name)
-    parts = {name: repr(box_of(live)) for name, (_, live) in averages.items()}
-    named = {
-        key: {(name, parts.get(name, "")): digests[name] for name in names}
-        for key, names in groups.items()
-    }
-    # what lies in the same places, and what it is: two numbers for each way of sharding
-    ours = {_digest_of(group): _digest_of(group.values()) for group in named.values()}
-    everyone = _everyone(ours)
-    different = {key for key, values in _by_key(everyone).items() if len(set(values.values())) > 1}
+    groups = _groups(counters, averages)
+    # the places of the tensors in a group, and their values: two digests for each way of sharding
+    ours = {_digest_of(group): _digest_of(group.values()) for group in groups}
+    everyone = _by_key(_everyone(ours))
+    different = {key for key, values in everyone.items() if len(set(values.values())) > 1}
     if not different:
         return
-    details = {
-        part: digest
-        for group in named.values()
-        if _digest_of(group) in different
-        for part, digest in group.items()
-    }
+    details = {}
+    for group in groups:
+        if _digest_of(group) in different:
+            details.update(group)
     found: dict[str, set[int]] = defaultdict(set)
     for (name, _), values in _by_key(_everyone(details)).items():
         found[name] |= _outside_of_most(values)
@@ -66,6 +55,18 @@ def verify_ranks(
         f"the averages differ between ranks: {listing(odd)} on {_spoken(ranks)},"
         " against most of those that should hold the same"
     )
+
+
+def _groups(
+    counters: Mapping[str, int], averages: Mapping[str, tuple[Tensor, Tensor]]
+) -> list[dict[tuple[str, str], bytes]]:
+    """A digest of each counter and tensor by its name and box, in groups that are sharded alike."""
+    everywhere = {(name, ""): str(value).encode() for name, value in counters.items()}
+    groups = {"everywhere": everywhere}
+    for name, (average, live) in averages.items():
+        group = groups.setdefault(_placement(live), {})
+        group[name, repr(box_of(live))] = _digest(average)
+    return list(groups.values())
 
 
 def _placement(live: Any) -> str:

@@ -152,16 +152,22 @@ class _Parameter:
         was_lent, self.lent = self.lent, False
         if not moved and (self._memory is None or not _refers_to(self.tensor, self._memory)):
             self._memory = None  # the user has moved it
-        elif average is not None and can_share(average, live):
+        else:
+            self._choose_memory(was_lent=was_lent)
+        if self._memory is not None and not _refers_to(self.tensor, self._memory):
+            self.tensor.data = self._memory
+            self._stamp = None
+        self._seen = self.tensor.detach()
+
+    def _choose_memory(self, *, was_lent: bool) -> None:
+        """The memory of the average if it can be shared, or memory of its own if it needs any."""
+        live, average = self.live, self._average
+        if average is not None and can_share(average, live):
             self.lent = True
             self._memory = average
         elif was_lent or _kind(self.tensor) != self._kind:
             like = live if average is None else average
             self._memory = torch.empty_like(like, device=live.device, dtype=live.dtype)
-        if self._memory is not None and not _refers_to(self.tensor, self._memory):
-            self.tensor.data = self._memory
-            self._stamp = None
-        self._seen = self.tensor.detach()
 
     def due(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Its memory and what to copy into it, unless nothing can have changed."""

@@ -40,21 +40,7 @@ def call_with(
         ModelError: ``fully_shard`` was called on it, which gathers what it knows of and nothing
             else; a lazy module has not been run yet; or the model is a scripted one.
     """
-    if isinstance(unwrap(model), torch.jit.ScriptModule):
-        raise ModelError(
-            "a scripted or traced model can only be called with its own parameters: call it inside"
-            " use_ema(), or call averaged_module()"
-        )
-    if fully_sharded(selection.modules):
-        raise ModelError(
-            "under fully_shard a model can only be called with its own parameters: call it inside"
-            " use_ema()"
-        )
-    if lazy := [name for name, tensor in selection.others.items() if is_lazy(tensor)]:
-        raise ModelError(
-            f"a lazy model can be called after its own first forward pass, got no shape of"
-            f" {listing(lazy)} yet"
-        )
+    _check_callable(model, selection)
     live = selection.averaged
     buffers = current_buffers(model, selection)
     written = _renormalized(selection.modules)
@@ -74,24 +60,58 @@ def call_with(
         **{name: lent(_without_gradient(t), t) for name, t in selection.others.items()},
         **{name: tensor.clone() for name, tensor in buffers.items()},
     }
-    originals = {**live, **selection.others, **buffers}
     inner = unwrap(model)
     skip = len(next(path for path in _prefix(model, inner)))
     paths = {name: path[skip:] for name, path in selection.paths.items()}
-    holders = {_holder(inner, paths[first]) for first, _ in selection.ties.values()}
-    for name, (first, tied) in selection.ties.items():
-        if (holder := _holder(inner, paths[name])) in holders:
-            continue  # another name of a shared module
-        holders.add(holder)
-        original = originals[first]
-        same = tied.shape == original.shape and tied.stride() == original.stride()
-        tensors[name] = (
-            tensors[first] if same else tensors[first].as_strided(tied.shape, tied.stride())
-        )
+    tensors |= _ties(inner, selection, paths, {**live, **selection.others, **buffers}, tensors)
     by_path = {paths[name]: tensor for name, tensor in tensors.items()}
     with attributes_put_back(selection.modules), parametrizations_put_aside():
         # each place is given: left to functional_call, ties come back wrong where a module is shared
         return functional_call(inner, by_path, args, kwargs, tie_weights=False)
+
+
+def _check_callable(model: nn.Module, selection: Selection) -> None:
+    """Make sure that the model can be called with other tensors than its own.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if isinstance(unwrap(model), torch.jit.ScriptModule):
+        raise ModelError(
+            "a scripted or traced model can only be called with its own parameters: call it inside"
+            " use_ema(), or call averaged_module()"
+        )
+    if fully_sharded(selection.modules):
+        raise ModelError(
+            "under fully_shard a model can only be called with its own parameters: call it inside"
+            " use_ema()"
+        )
+    if lazy := [name for name, tensor in selection.others.items() if is_lazy(tensor)]:
+        raise ModelError(
+            f"a lazy model can be called after its own first forward pass, got no shape of"
+            f" {listing(lazy)} yet"
+        )
+
+
+def _ties(
+    inner: nn.Module,
+    selection: Selection,
+    paths: Mapping[str, str],
+    originals: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What stands for tied tensors, under each name that is not another name of a shared module."""
+    tied_tensors = {}
+    holders = {_holder(inner, paths[first]) for first, _ in selection.ties.values()}
+    for name, (first, tied) in selection.ties.items():
+        if (holder := _holder(inner, paths[name])) in holders:
+            continue
+        holders.add(holder)
+        original, tensor = originals[first], tensors[first]
+        if tied.shape != original.shape or tied.stride() != original.stride():
+            tensor = tensor.as_strided(tied.shape, tied.stride())
+        tied_tensors[name] = tensor
+    return tied_tensors
 
 
 def current_buffers(model: nn.Module, selection: Selection) -> dict[str, Tensor]:

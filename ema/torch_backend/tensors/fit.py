@@ -36,35 +36,52 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
     found = select(model, _NOTHING, written, into=True)
     theirs = {**found.averaged, **found.others, **found.buffers}
     live = {**ours.averaged, **ours.others, **ours.buffers}
-    available = {name for name, tensor in theirs.items() if not is_lazy(tensor)}
     names = dict.fromkeys([*values, *ours.averaged, *ours.others])
     firsts = {name: found.first_name(name) for name in names}  # a tied tensor has several names
-    usable = {name: first for name, first in firsts.items() if first in available}
+    usable = _usable(firsts, theirs)
     takers = {first: name for name, first in reversed(usable.items())}
-    # the tensor of that very name, which may be tied to a view of the first one
-    named = {**theirs, **{name: tied for name, (_, tied) in found.ties.items()}}
+    named = {**theirs, **found.tied_tensors()}
     parameters = (*found.others, *found.averaged, *found.ties)
+    mismatched: list[str] = []
+    for name in values:
+        if name in usable:
+            mismatched += _mismatch(name, named[name], live[name])
     text = difference(
         [name for name in names if takers.get(firsts[name]) != name],
         [name for name in parameters if _is_odd(name, found, ours)],
-        [
-            phrase
-            for name in values
-            if name in usable
-            for phrase in _mismatch(name, named[name], live[name])
-        ],
+        mismatched,
     )
     if text:
         raise ModelError(f"the average does not fit this model: {text}")
-    copied = [name for name in values if name not in ours.averaged]
-    phrases = {name: obstacle(named[name], live[name]) for name in copied}
+    _check_copyable({name: (named[name], live[name]) for name in values if name not in written})
+    return {name: named[name] for name in values}
+
+
+def _check_copyable(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Make sure that tensors that are not averaged can be copied into the other model.
+
+    Args:
+        pairs: by name the tensor of the other model and the live one.
+
+    Raises:
+        ModelError: lists those that cannot, and why.
+    """
+    phrases = {name: obstacle(theirs, ours) for name, (theirs, ours) in pairs.items()}
     if odd := [f"`{name}` {phrase}" for name, phrase in phrases.items() if phrase]:
         raise ModelError(
             f"what is not averaged cannot be copied: {difference((), (), odd)};"
             " other.load_state_dict(ema_model.averaged_parameters(), strict=False) writes the"
             " averages alone"
         )
-    return {name: named[name] for name in values}
+
+
+def _usable(firsts: Mapping[str, str], theirs: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names whose first name stands for a tensor with memory in the other model."""
+    return {
+        name: first
+        for name, first in firsts.items()
+        if first in theirs and not is_lazy(theirs[first])
+    }
 
 
 def _is_odd(name: str, theirs: Selection, ours: Selection) -> bool:

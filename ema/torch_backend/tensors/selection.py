@@ -162,6 +162,10 @@ class Selection:
         """The name under which a tensor is kept here, given any of its names."""
         return self.ties[name][0] if name in self.ties else name
 
+    def tied_tensors(self) -> dict[str, Tensor]:
+        """The tensors that have another one's memory by their own names; each may be a view of it."""
+        return {name: tied for name, (_, tied) in self.ties.items()}
+
     def tied_to(self, name: str) -> tuple[Tensor, Tensor]:
         """The tensor of the first name, and the one that is tied to it and has this name."""
         first, tied = self.ties[name]
@@ -247,17 +251,7 @@ class _Choice:
         first, tensor = names[0], self.tensors[names[0]]
         selection.ties.update({name: (first, self.tensors[name]) for name in names[1:]})
         parameters = [self._found.parameters[n] for n in names if n in self._found.parameters]
-        if is_lazy(tensor) or tensor.is_meta:
-            wanted = False
-            if parameters or self._rules.wants_buffer(names):
-                reason = NOT_BUILT if is_lazy(tensor) else ON_META
-                selection.pending.update(dict.fromkeys(names, reason))
-        elif not (tensor.is_floating_point() or tensor.is_complex()):
-            wanted = False
-        elif parameters:
-            wanted = self._wants_parameter(names, parameters, selection.waiting)
-        else:
-            wanted = self._wants_buffer(names, tensor)
+        wanted = self._wants(names, parameters, selection)
         origin = self._origin(names)
         if origin is not None:
             selection.origins[first] = origin
@@ -266,6 +260,20 @@ class _Choice:
             selection.averaged[first] = tensor
         else:
             (selection.others if parameters else selection.buffers)[first] = tensor
+
+    def _wants(self, names: list[str], parameters: list[Tensor], selection: Selection) -> bool:
+        """Whether the tensor with these names is to be averaged now, by the rules."""
+        tensor = self.tensors[names[0]]
+        if is_lazy(tensor) or tensor.is_meta:
+            if parameters or self._rules.wants_buffer(names):
+                reason = NOT_BUILT if is_lazy(tensor) else ON_META
+                selection.pending.update(dict.fromkeys(names, reason))
+            return False
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return False
+        if parameters:
+            return self._wants_parameter(names, parameters, selection.waiting)
+        return self._wants_buffer(names, tensor)
 
     def _wants_parameter(
         self, names: list[str], parameters: list[Tensor], waiting: list[Tensor]
@@ -331,6 +339,10 @@ def _check_averageable(name: str, tensor: Tensor, *, into: bool) -> None:
         except ModelError as error:
             raise ModelError(f"`{name}`: {error}") from None
         tensor = local_of(tensor)
+    _check_memory(name, tensor, left_out)
+
+
+def _check_memory(name: str, tensor: Tensor, left_out: str) -> None:
     if tensor.layout != strided:
         raise ModelError(f"`{name}` has the layout {tensor.layout}, only dense tensors average")
     if tensor.is_conj() or tensor.is_neg():
