@@ -27,10 +27,11 @@ newest: ## the bits under the newest JAX: make newest PYTHON=python3.13
 	.newest/bin/python -m pip install --quiet --upgrade jax optax numpy xxhash
 	PYTHONPATH=. .newest/bin/python tests/jax_backend/newest.py
 
-lint: .venv/.dev ## ruff and mypy
+lint: .venv/.dev ## ruff, mypy, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/.dev ## let ruff rewrite the layout
 	$(BIN)/ruff check --fix .
