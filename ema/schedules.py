@@ -16,13 +16,17 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from ema import profiles, validate
 from ema.errors import ArgumentError, ArgumentTypeError
+from ema.namespace import FLOAT_MATH, Namespace, Scalar
 from ema.plain_values import number_from_plain, plain_fields
 
 __all__ = [
+    "EXAMPLES",
+    "FLOAT_MATH",
+    "SCHEDULES",
     "ConstantDecay",
     "CosineDecay",
     "DebiasedDecay",
@@ -33,43 +37,13 @@ __all__ = [
     "Namespace",
     "PowerFunction",
     "RampWarmup",
+    "Scalar",
     "Schedule",
     "UniformAverage",
     "as_schedule",
     "is_ours",
     "schedule_from_dict",
 ]
-
-Scalar = Any  # a Python float, a NumPy array or a JAX tracer
-
-
-class Namespace(Protocol):
-    """The functions that schedules need: ``numpy``, ``jax.numpy`` and :class:`FloatMath` fit."""
-
-    def exp(self, x: Scalar, /) -> Scalar: ...
-    def expm1(self, x: Scalar, /) -> Scalar: ...
-    def log1p(self, x: Scalar, /) -> Scalar: ...
-    def sin(self, x: Scalar, /) -> Scalar: ...
-    def minimum(self, x: Scalar, y: Scalar, /) -> Scalar: ...
-    def maximum(self, x: Scalar, y: Scalar, /) -> Scalar: ...
-
-
-class FloatMath:
-    """The namespace for Python floats."""
-
-    exp = staticmethod(math.exp)
-    expm1 = staticmethod(math.expm1)
-    sin = staticmethod(math.sin)
-    minimum = staticmethod(min)
-    maximum = staticmethod(max)
-
-    @staticmethod
-    def log1p(x: float) -> float:
-        """``log(1 + x)``, −∞ at −1, where ``math.log1p`` raises."""
-        return -math.inf if x == -1.0 else math.log1p(x)
-
-
-FLOAT_MATH: Namespace = FloatMath()
 
 
 class Schedule(ABC):
@@ -346,21 +320,21 @@ class UniformAverage(Schedule):
         return 1.0 / count
 
 
-SCHEDULES: Mapping[str, type[Schedule]] = {
-    cls.__name__: cls
-    for cls in (
-        ConstantDecay,
-        HalfLife,
-        HalfLifeRampup,
-        InverseGammaWarmup,
-        RampWarmup,
-        ExponentialRamp,
-        DebiasedDecay,
-        PowerFunction,
-        CosineDecay,
-        UniformAverage,
-    )
-}
+EXAMPLES: tuple[Schedule, ...] = (
+    ConstantDecay(decay=0.99),
+    HalfLife(steps=50),
+    HalfLifeRampup(steps=50, rampup_ratio=0.1),
+    InverseGammaWarmup(decay=0.98),
+    RampWarmup(decay=0.95),
+    ExponentialRamp(decay=0.98, tau=30),
+    DebiasedDecay(decay=0.99),
+    PowerFunction.from_std(0.1),
+    CosineDecay(start=0.9, total_steps=300),
+    UniformAverage(),
+)
+"""The table of schedules: one example of each class. Everything that knows the classes reads it."""
+
+SCHEDULES: Mapping[str, type[Schedule]] = {type(each).__name__: type(each) for each in EXAMPLES}
 """The only classes that are made from a saved state or a command line."""
 
 

@@ -18,7 +18,17 @@ from ema.errors import CheckpointError, EMAError, shown
 from ema.schedule_descriptions import describe_schedule, known_schedule
 from ema.schedules import Schedule
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "KIND", "Record", "record_from", "record_to"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "KIND",
+    "OWN_KEYS",
+    "Record",
+    "names_from_json",
+    "record_from",
+    "record_to",
+    "to_json",
+]
 
 FORMAT = "ema"
 FORMAT_VERSION = 1

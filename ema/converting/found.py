@@ -13,7 +13,15 @@ from ema.converting.trees import without_shared_prefixes
 from ema.errors import CheckpointError, EMAError
 from ema.schedules import ConstantDecay, InverseGammaWarmup, RampWarmup, Schedule
 
-__all__ = ["Found", "check_size", "counters", "diffusers_fields", "stripped", "whole"]
+__all__ = [
+    "Found",
+    "check_size",
+    "counters",
+    "diffusers_fields",
+    "lit_ema_fields",
+    "stripped",
+    "whole",
+]
 
 
 _COUNTING = ("I", "U", "BOOL")  # such as the counter that AveragedModel has beside its module

@@ -18,7 +18,7 @@ from ema.torch_backend.settings import Settings
 from ema.torch_backend.swap.swap import Swap
 from ema.torch_backend.tensors.fingerprint import Fingerprint
 from ema.torch_backend.tensors.selection import ON_META, Selection, select
-from ema.torch_backend.tensors.sharding import box_of, local_of, wrapped_like
+from ema.torch_backend.tensors.sharding import local_of, wrapped_like
 from ema.torch_backend.tensors.special_buffers import FirstLook
 from ema.torch_backend.tensors.tracked import Tracked, check_followed, track
 from ema.torch_backend.update.counters import Counters
@@ -87,8 +87,7 @@ class Averages:
         self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
         self._first_look = FirstLook()
         self._unfit: list[str] = []  # newcomers that hold NaN or Inf, as the last look found
-        self._warned_of_meta = False
-        self._warned_of_streams = False
+        self._warned_of_meta = self._warned_of_streams = False
         self.incomplete: frozenset[int] = frozenset()
         found = self._select()
         if not (found.averaged or found.pending):
@@ -264,11 +263,10 @@ class Averages:
         bound = self._bound
         if bound is None:
             return "it has not started"
-        if reason := bound.update.keeps_from_capture():
-            return reason
-        if bound.selection.late or bound.fingerprint.changed():
+        reason = bound.update.keeps_from_capture()
+        if not reason and (bound.selection.late or bound.fingerprint.changed()):
             return "the model has changed since the last update. Call `update()` once before"
-        return ""
+        return reason
 
     def assign(
         self,
@@ -298,10 +296,10 @@ class Averages:
             before, self.incomplete = self.incomplete, self.incomplete | changed
             for name, tracked in bound.tracked.items():
                 for index in changed:
-                    _copy(values[index], name, tracked.averages[index], tracked)
+                    tracked.take(values[index], name, tracked.averages[index])
                     if tracked.remainders:
                         remainders = values[self._number + index]
-                        _copy(remainders, name, tracked.remainders[index], tracked)
+                        tracked.take(remainders, name, tracked.remainders[index])
             self.incomplete = before - changed
 
     def _select(self, before: _Bound | None = None, *, tracked: Collection[str] = ()) -> Selection:
@@ -386,15 +384,6 @@ class Averages:
         elif tensor.is_complex():  # there is no complex dtype of two bfloat16
             dtype = torch.promote_types(dtype, torch.float32).to_complex()
         return self._settings.home or tensor.device, dtype
-
-
-def _copy(values: Mapping[str, Tensor], name: str, target: Tensor, tracked: Tracked) -> None:
-    """Copy the part of a value that is here; zeros where it is not given."""
-    if name not in values:
-        target.zero_()
-        return
-    value = values[name]  # which may be read from a file each time
-    target.copy_(box_of(value).part(local_of(value), tracked.box))
 
 
 def _only(names: Container[str], found: Selection) -> Selection:

@@ -227,7 +227,9 @@ def test_main_is_the_command(monkeypatch, capsys):
     assert capsys.readouterr().out == f"ema {ema.__version__}\n"
 
 
-CHECK = Check(name="HalfLife", dtype="float32", elements=100, differing=0, error=1e-7)
+CHECK = Check(
+    name="HalfLife", dtype="float32", elements=100, differing=0, error=1e-7, largest_error=1e-5
+)
 RESULT = SelfTest(machine="a machine", versions={"torch": "9.9"}, checks=(CHECK,), missing=())
 
 

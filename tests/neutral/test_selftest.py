@@ -13,7 +13,7 @@ import pytest
 import ema
 import ema.jax_backend
 import ema.torch_backend
-from ema import selftest
+from ema import agreement, selftest
 from ema.schedules import SCHEDULES
 from tests import processes
 
@@ -21,12 +21,12 @@ PRECISIONS = {"compensated", "in bfloat16", "skipping NaN"}
 
 
 def test_every_schedule_is_in_the_self_test():
-    assert {type(schedule).__name__ for schedule in selftest._SCHEDULES} == set(SCHEDULES)
+    assert {kind.name for kind in agreement.KINDS} == {*SCHEDULES, *PRECISIONS}
 
 
 def test_every_precision_is_in_the_self_test():
     options = [
-        (k.compensated, k.narrow, k.guarded) for k in selftest._KINDS if k.name in PRECISIONS
+        (k.compensated, k.narrow, k.guarded) for k in agreement.KINDS if k.name in PRECISIONS
     ]
     assert options == [(True, False, False), (False, True, False), (False, False, True)]
 
@@ -48,9 +48,9 @@ def test_the_backends_agree_in_every_bit_on_this_machine_also_under_strict_promo
 
 
 def test_a_single_flipped_bit_is_counted():
-    params = np.random.default_rng(0).normal(size=(selftest._STEPS + 1, selftest._SIZE))
+    params = np.random.default_rng(0).normal(size=(agreement.STEPS + 1, agreement.SIZE))
     params = params.astype(np.float32)
-    right = {key: selftest._reference(params, *key).astype(np.float32) for key in selftest._keys()}
+    right = {key: agreement.reference(params, *key).astype(np.float32) for key in agreement._keys()}
     wrong = {key: averages.copy() for key, averages in right.items()}
     first = next(iter(wrong))
     wrong[first].view(np.int32)[7, 3] ^= 1
@@ -67,7 +67,7 @@ def test_a_bfloat16_average_that_is_not_rounded_by_chance_fails(monkeypatch):
     for module, name in backends:
         to_nearest = functools.partial(getattr(module, name), stochastic_rounding=False)
         monkeypatch.setattr(module, name, to_nearest)
-    monkeypatch.setattr(selftest, "_KINDS", [k for k in selftest._KINDS if k.name in PRECISIONS])
+    monkeypatch.setattr(agreement, "KINDS", [k for k in agreement.KINDS if k.name in PRECISIONS])
     with pytest.warns(ema.EMAWarning, match="does not move"):
         result = selftest.run()
     assert {check.name for check in result.checks if not check.passed} == {"in bfloat16"}
@@ -76,9 +76,9 @@ def test_a_bfloat16_average_that_is_not_rounded_by_chance_fails(monkeypatch):
 
 @pytest.mark.slow
 def test_what_is_not_skipped_fails(monkeypatch):
-    monkeypatch.setattr(selftest, "_NAN_EVERY", 5)
-    monkeypatch.setattr(selftest, "_reference", never_skipped(selftest._reference))
-    monkeypatch.setattr(selftest, "_KINDS", [k for k in selftest._KINDS if k.name in PRECISIONS])
+    monkeypatch.setattr(agreement, "_NAN_EVERY", 5)
+    monkeypatch.setattr(agreement, "reference", never_skipped(agreement.reference))
+    monkeypatch.setattr(agreement, "KINDS", [k for k in agreement.KINDS if k.name in PRECISIONS])
     result = selftest.run()
     assert {check.name for check in result.checks if not check.passed} == {"skipping NaN"}
 
@@ -92,8 +92,8 @@ def never_skipped(reference):
 
 @pytest.mark.parametrize("value", [1.5, np.nan, np.inf])
 def test_an_average_that_is_wrong_in_both_backends_fails(value):
-    params = np.ones((selftest._STEPS + 1, selftest._SIZE), np.float32)
-    both = {key: selftest._reference(params, *key).astype(np.float32) for key in selftest._keys()}
+    params = np.ones((agreement.STEPS + 1, agreement.SIZE), np.float32)
+    both = {key: agreement.reference(params, *key).astype(np.float32) for key in agreement._keys()}
     for averages in both.values():
         averages[-1, -1] = value
     checks = list(selftest._compare(params, "float32", [both, both]))

@@ -23,6 +23,7 @@ from ema.torch_backend.tensors.names import is_of
 __all__ = [
     "Box",
     "any_sharded",
+    "before_write",
     "box_at",
     "box_of",
     "check_supported",

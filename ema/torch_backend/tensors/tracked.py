@@ -41,6 +41,14 @@ class Tracked:
         """The averages and their remainders: all the memory that is kept for this tensor."""
         return self.averages + self.remainders
 
+    def take(self, values: Mapping[str, Tensor], name: str, kept: Tensor) -> None:
+        """Copy the part of a value that is here into ``kept``; zeros if the value is not given."""
+        if name not in values:
+            kept.zero_()
+            return
+        value = values[name]  # which may be read from a file each time
+        kept.copy_(box_of(value).part(local_of(value), self.box))
+
 
 def track(
     tensors: Mapping[str, Tensor],
