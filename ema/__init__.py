@@ -27,19 +27,7 @@ from ema.errors import (
 )
 from ema.info import EMADescription, describe_ema, print_ema_info
 from ema.plan.model import Plan, plan_ema
-from ema.schedules import (
-    ConstantDecay,
-    CosineDecay,
-    DebiasedDecay,
-    ExponentialRamp,
-    HalfLife,
-    HalfLifeRampup,
-    InverseGammaWarmup,
-    PowerFunction,
-    RampWarmup,
-    Schedule,
-    UniformAverage,
-)
+from ema.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
     from ema.converting.convert import convert as convert
@@ -48,6 +36,16 @@ if TYPE_CHECKING:
     from ema.jax_backend import load_params_ema as load_params_ema
     from ema.jax_backend import params_ema as params_ema
     from ema.jax_backend import save_params_ema as save_params_ema
+    from ema.schedules import ConstantDecay as ConstantDecay
+    from ema.schedules import CosineDecay as CosineDecay
+    from ema.schedules import DebiasedDecay as DebiasedDecay
+    from ema.schedules import ExponentialRamp as ExponentialRamp
+    from ema.schedules import HalfLife as HalfLife
+    from ema.schedules import HalfLifeRampup as HalfLifeRampup
+    from ema.schedules import InverseGammaWarmup as InverseGammaWarmup
+    from ema.schedules import PowerFunction as PowerFunction
+    from ema.schedules import RampWarmup as RampWarmup
+    from ema.schedules import UniformAverage as UniformAverage
     from ema.torch_backend import EMACallback as EMACallback
     from ema.torch_backend import EMAModel as EMAModel
 
@@ -65,28 +63,19 @@ _BACKEND_OF = {
 }
 
 # The names of the backends are left out: `from ema import *` must not need both frameworks.
-__all__ = [
+__all__ = [  # noqa: PLE0604  # strings, one for each row of the table
+    *SCHEDULES,
     "ArgumentError",
     "ArgumentTypeError",
     "CheckpointError",
-    "ConstantDecay",
-    "CosineDecay",
-    "DebiasedDecay",
     "EMADescription",
     "EMAError",
     "EMAWarning",
-    "ExponentialRamp",
-    "HalfLife",
-    "HalfLifeRampup",
-    "InverseGammaWarmup",
     "MissingExtraError",
     "ModelError",
     "Plan",
-    "PowerFunction",
-    "RampWarmup",
     "Schedule",
     "StateError",
-    "UniformAverage",
     "compute_optimal_decay",
     "decay_from_half_life",
     "describe_ema",
@@ -96,6 +85,8 @@ __all__ = [
     "scale_decay",
     "window_from_decay",
 ]
+
+globals().update(SCHEDULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ema
+from ema.schedules import EXAMPLES
 
 BACKENDS = os.environ.get("EMA_TEST_BACKENDS", "torch,jax").split(",")
 
@@ -28,6 +29,10 @@ SCHEDULES = {
     "power": ema.PowerFunction.from_std(0.1),
     "cosine": ema.CosineDecay(start=0.9, total_steps=900),
     "uniform": ema.UniformAverage(),
+}
+_NAMED = {type(schedule) for schedule in SCHEDULES.values()}
+SCHEDULES |= {
+    type(example).__name__: example for example in EXAMPLES if type(example) not in _NAMED
 }
 
 

