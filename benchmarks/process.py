@@ -25,10 +25,9 @@ T = TypeVar("T")
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function of a module; what it takes and returns is pickled."""
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
-    if can_fork and not torch.cuda.is_available():
-        context = multiprocessing.get_context("forkserver")
+    server = can_fork and not torch.cuda.is_available()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
         context.set_forkserver_preload(["benchmarks.preloaded"])
-    else:
-        context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
         return executor.submit(function, *args, **kwargs).result()

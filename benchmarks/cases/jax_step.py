@@ -131,7 +131,7 @@ def _with_nnx(optax_optimizer: optax.GradientTransformation) -> Make:
         structure = jax.tree.structure(nnx.state(model, nnx.Param))
 
         def step(state: Any, grads: list[jax.Array]) -> Any:
-            train(*state, structure.unflatten(grads))
+            train(*state, structure.unflatten(grads))  # type: ignore[call-arg]
             return state
 
         return (model, optimizer, average), step

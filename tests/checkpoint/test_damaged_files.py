@@ -23,7 +23,7 @@ from ema.checkpoint.remainders import joined
 from ema.converting.convert import convert
 
 NUMBERS = [-1, 0, 1, 2, 7, 2**31, 2**53, 2**63, 2**64 - 1, 10**400, 0.5, 1e308, True]
-VALUES = [*NUMBERS, None, "", "F32", "\ud800", [], {}, [[]], "[" * 3000, "x" * 100]
+VALUES: list[object] = [*NUMBERS, None, "", "F32", "\ud800", [], {}, [[]], "[" * 3000, "x" * 100]
 
 
 def put(file, data):

@@ -242,7 +242,7 @@ def _rounded(x: Array, chance: int | None) -> Array:
         if chance is None:
             up = np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))
         else:
-            up = _mix(np.arange(x.size, dtype=np.uint32) ^ np.uint32(chance)) >> np.uint32(16)
+            up = _mix(np.arange(x.size, dtype=np.uint32) ^ np.uint32(chance)) >> np.uint32(16)  # type: ignore[assignment]
         moved = (bits + up) >> np.uint32(16)
     moved = np.where(np.isfinite(x), moved, np.uint32(0x7FC0)).astype(np.uint16)
     return moved.view(BF16)

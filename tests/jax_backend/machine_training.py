@@ -81,7 +81,7 @@ class Training(Base):
             both = self.of("vmap")(*both, tree)
             for i, (course, each) in enumerate(zip(courses, (grads, other), strict=True)):
                 assert course.step(each)
-                self.check(*jax.tree.map(lambda leaf, i=i: leaf[i], both), course)
+                self.check(*jax.tree.map(lambda leaf, i=i: leaf[i], both), course)  # type: ignore[call-arg]
         self.course = courses[member]
         self.params, self.state = jax.tree.map(lambda leaf: leaf[member], both)
 

@@ -54,7 +54,7 @@ SPANS = [1, 3, 1000]
 COUNTS = sorted({*range(1, 60), *(round(10 ** (k / 20)) for k in range(20, 121)), 999_999})
 
 
-def cosine(f: dict, k: mpf, t: mpf) -> mpf:
+def cosine(f, k, t):
     share = min((t - k) / f["total_steps"], mpf(1))
     sine = mpmath.sin(mpmath.pi / 2 * (1 - share))
     return 1 - ((1 - f["end"]) + (f["end"] - f["start"]) * sine**2)
@@ -76,7 +76,7 @@ EQUATIONS = {  # the rows of the table, written down again: fields f, update n, 
 }
 
 
-def exact_decay(schedule: Schedule, n: int, span: int) -> mpf:
+def exact_decay(schedule, n, span):
     fields = {name: mpf(value) for name, value in dataclasses.asdict(schedule).items()}
     return EQUATIONS[type(schedule).__name__](fields, mpf(n), mpf(span), mpf(n) * span)
 

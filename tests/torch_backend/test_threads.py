@@ -11,8 +11,9 @@ from torch import nn
 
 from ema import StateError
 from ema.checkpoint import read_state
-from ema.torch_backend import EMAModel, calls, model, turns
+from ema.torch_backend import EMAModel, model, turns
 from ema.torch_backend import averages as average
+from ema.torch_backend import calls as calls_module
 from ema.torch_backend.swap import blocks, swap
 from ema.torch_backend.update import sweep
 from tests.torch_backend.interruptions import (
@@ -24,7 +25,7 @@ from tests.torch_backend.interruptions import (
     running,
 )
 
-MODULES = (average, blocks, calls, model, swap, sweep, turns)
+MODULES = (average, blocks, calls_module, model, swap, sweep, turns)
 SIDE = 70  # a weight is larger than SMALL, a bias is not
 
 
