@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast machine newest lint format bench clean
+.PHONY: help demo test fast coverage machine mutants newest lint format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,10 +17,19 @@ test: .venv/.dev ## the whole test suite
 fast: .venv/.dev ## the tests that take a moment each
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
+coverage: .venv/.dev ## branches of ema that the tests reach, processes that they start included
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 machine: .venv/.dev ## long random sequences of calls, new ones each time (up to an hour)
 	EMA_MACHINE_EXAMPLES=$${EMA_MACHINE_EXAMPLES:-2000} EMA_MACHINE_STEPS=$${EMA_MACHINE_STEPS:-30} \
 		$(BIN)/python -m pytest -n 2 --dist worksteal -rP \
 		tests/torch_backend/test_machine.py tests/jax_backend/test_machine.py
+
+mutants: .venv/.dev ## change the equations one number at a time: does a test notice?
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.mutants
 
 newest: ## the bits under the newest JAX: make newest PYTHON=python3.13
 	$(PYTHON) -m venv .newest
