@@ -1,4 +1,4 @@
-"""What this library raises and warns about.
+"""The errors and warnings of this library.
 
 Every exception is an :class:`EMAError` and also the builtin that Python users expect in its
 place, so that ``except ValueError`` keeps working.

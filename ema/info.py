@@ -1,4 +1,4 @@
-"""What a decay means for a run: half-life, window, and what is left of the initial weights."""
+"""The meaning of a decay for a run: half-life, window, and the remaining share of initial weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 16  # updates whose weights are computed at a time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMADescription:
-    """What an average with one schedule does in a run of ``total_steps`` steps.
+    """The effect of one schedule in a run of ``total_steps`` steps.
 
     Half-life and window are in *steps*, whatever ``update_every`` is, and those of the last
     update where the decay changes in the course of the run.
@@ -70,7 +70,7 @@ class EMADescription:
 def describe_ema(
     decay: float | Schedule, total_steps: int, *, update_every: int = 1
 ) -> EMADescription:
-    """What an average does in a run of ``total_steps`` steps.
+    """Describe an average in a run of ``total_steps`` steps.
 
     Args:
         decay: a decay per update in [0, 1], or a schedule.

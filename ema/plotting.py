@@ -64,7 +64,7 @@ def plot_live_and_averaged(
         A figure that belongs to no window and to no global state of matplotlib.
 
     Raises:
-        ArgumentError: there are no curves, or the sequences of one are empty or differ in length.
+        ArgumentError: no curves are given, or the sequences of one are empty or differ in length.
         MissingExtraError: matplotlib is not installed.
     """
     if not curves:

@@ -1,4 +1,4 @@
-"""What an average looks back on: the shape of its memory.
+"""The memory of an average: which part of the run it looks back on.
 
 A power-function average (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
 Diffusion Models", arXiv:2312.02696, section 3.1) weighs the weights of time ``τ`` in proportion

@@ -33,7 +33,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Stream(NamedTuple):
-    """What tells one tensor's random bits from another's: two halves of a hash, 32 bits each."""
+    """Two halves of a hash, 32 bits each, that give each tensor random bits of its own."""
 
     low: int
     high: int

@@ -1,4 +1,4 @@
-"""What a saved state tells about a schedule: its class and fields, as plain values.
+"""The description of a schedule in a saved state: its class and fields, as plain values.
 
 A description is for people, and for the warning that a run goes on with another schedule. The
 schedule itself is always that of the constructor, so loading needs neither description nor class.

@@ -344,7 +344,7 @@ def is_ours(schedule: Schedule) -> bool:
 
 
 def as_schedule(decay: object, name: str = "decay") -> Schedule:
-    """What a ``decay=`` argument means: a number is a :class:`ConstantDecay`.
+    """The schedule that a ``decay=`` argument means: a number is a :class:`ConstantDecay`.
 
     Raises:
         ArgumentError: the number is outside [0, 1] or NaN.

@@ -52,7 +52,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfTest:
-    """What :func:`run` found."""
+    """The result of :func:`run`."""
 
     machine: str
     versions: Mapping[str, str]

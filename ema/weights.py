@@ -23,7 +23,7 @@ from ema.schedules import FLOAT_MATH, Namespace, Scalar, Schedule, is_ours
 __all__ = ["ask", "checked_weight", "weight_of", "weights_of"]
 
 _ROUNDING = 1e-12
-"""What a formula of float64 may be outside of [0, 1]; the weight is then 0 or 1."""
+"""How far outside of [0, 1] a float64 formula may be; the weight is then 0 or 1."""
 
 _PROBES = 16
 """Weights of an array that are compared with those of single updates."""

@@ -114,7 +114,7 @@ def run_tests(folder: Path, tests: list[str]) -> None:
 
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    with open(os.devnull, "w") as nothing:
+    with Path(os.devnull).open("w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
@@ -131,7 +131,9 @@ def survives(name: str, source: str, tests: list[str]) -> bool:
         for each in ("pyproject.toml", "README.md", "docs"):
             (folder / each).symlink_to(ROOT / each)
         (folder / name).write_text(source)
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
+        process = multiprocessing.get_context("fork").Process(
+            target=run_tests, args=(folder, tests)
+        )
         process.start()
         process.join(LIMIT)
         if process.is_alive() and process.pid is not None:
@@ -157,10 +159,14 @@ def main(chosen: list[str]) -> int:
             return 2
         several = list(mutants(source))
         with ThreadPoolExecutor(2) as pool:
-            alive = list(pool.map(lambda mutant, n=name, t=tests: survives(n, mutant[1], t), several))
+            alive = list(
+                pool.map(lambda mutant, n=name, t=tests: survives(n, mutant[1], t), several)
+            )
         left = [what for (what, _), lives in zip(several, alive, strict=True) if lives]
         known = [what for what in left if f"{name}:{what}" in EQUIVALENT]
-        print(f"{name}: {len(several)} mutants, {len(left)} survive, {len(known)} of them equivalent")
+        print(
+            f"{name}: {len(several)} mutants, {len(left)} survive, {len(known)} of them equivalent"
+        )
         for what in left:
             if what not in known:
                 print(f"    {what}")

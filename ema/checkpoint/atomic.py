@@ -37,7 +37,7 @@ def open_file(file: Path) -> IO[bytes]:
     """Open a file to be read; a pipe or a device is refused, and neither opened nor waited for.
 
     Raises:
-        CheckpointError: it is no file.
+        CheckpointError: the path is not a regular file.
         OSError: it cannot be opened.
     """
     _check_regular(file.stat())
@@ -52,7 +52,7 @@ def open_file(file: Path) -> IO[bytes]:
 
 def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError("it is no file")
+        raise CheckpointError("it is not a regular file")
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def parse_header(head: bytes, size: int) -> Header:
     length = header_length(head[:8], size)
     text = head[8 : 8 + length]
     if not text.startswith(b"{"):
-        raise CheckpointError("the header does not begin with `{`: this is no safetensors file")
+        raise CheckpointError("the header does not begin with `{`: this is not a safetensors file")
     items = load_json(text, "the header", MAX_HEADER)
     metadata = items.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -132,14 +132,14 @@ def header_length(first: bytes, size: int) -> int:
     """The length that the first 8 bytes of a file tell, if it can be.
 
     Raises:
-        CheckpointError: there is no room for such a header in the file, or it is over the limit.
+        CheckpointError: the file has no room for such a header, or the header is over the limit.
     """
     if size < 8 or len(first) < 8:
         raise CheckpointError(f"{size} bytes are too short for a safetensors file")
     length = int.from_bytes(first, "little")
     if length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
-            f"a header of {length} bytes is told; the file has {size - 8} and {MAX_HEADER} are allowed"
+            f"the file declares a header of {length} bytes; it has {size - 8} and {MAX_HEADER} are allowed"
         )
     return length
 
@@ -169,11 +169,11 @@ def load_json(text: bytes, what: str, limit: int = MAX_INDEX) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{what} is no UTF-8: byte {error.start}") from None
+        raise CheckpointError(f"{what} is not UTF-8: byte {error.start}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{what} {error}") from None
     except ValueError as error:  # JSONDecodeError, and integers of too many digits
-        raise CheckpointError(f"{what} is no JSON: {error}") from None
+        raise CheckpointError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}")
     return value
@@ -196,7 +196,7 @@ def _entry(name: str, fields: object) -> Entry:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"the name {name!r:.80} is no Unicode text") from None
+        raise CheckpointError(f"the name {name!r:.80} is not Unicode text") from None
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"`{name:.80}` must have dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -250,7 +250,7 @@ def build_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> b
     try:
         text = json.dumps(items, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise CheckpointError("a name is no Unicode text") from None
+        raise CheckpointError("a name is not Unicode text") from None
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise CheckpointError(too_large("the header", len(text), MAX_HEADER))
@@ -258,7 +258,7 @@ def build_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> b
 
 
 def too_large(what: str, size: int, limit: int) -> str:
-    """That names and metadata do not fit, and what helps."""
+    """The error for names and metadata that do not fit, and what helps."""
     return (
         f"{what} takes {size} bytes, {limit} are allowed: shorten `metadata`, or the names of"
         " parameters and buffers"

@@ -1,4 +1,4 @@
-"""What a header says, checked as a reader does: by whoever reads it, and by whoever is to publish it."""
+"""The contents of a header, with the checks of a reader; a writer makes them before it publishes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Contents", "check_contents"]
 
 
 class Contents(NamedTuple):
-    """What the metadata says of the tensors.
+    """The metadata about the tensors.
 
     Attributes:
         record: how far the average is and how it was made.
@@ -39,7 +39,9 @@ def check_contents(metadata: Mapping[str, str], entries: Mapping[str, Entry]) ->
     pairs = names_from_json("complex128", metadata.get("complex128", "[]"))
     for name in pairs:
         if name not in entries or entries[name].dtype != "F64" or entries[name].shape[-1:] != (2,):
-            raise CheckpointError(f"`complex128` names {name!r:.80}, which is no pairs of F64")
+            raise CheckpointError(
+                f"`complex128` names {name!r:.80}, which is not stored as pairs of F64"
+            )
     if absent := [key for key in record.parts if key not in entries]:
         raise CheckpointError(f"`parts` names tensors that are not there: {listing(absent)}")
     averaged = {record.parts[key][2] if key in record.parts else key for key in entries}

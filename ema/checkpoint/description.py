@@ -1,4 +1,4 @@
-"""What ``ema inspect`` says about a file."""
+"""The text of ``ema inspect`` about a file."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def seal(
 def check_header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
     """Compare names, dtypes, shapes and metadata with the digest of the header.
 
-    Metadata that somebody has added since is not looked at.
+    Metadata that was added since is not checked.
 
     Raises:
         CheckpointError: they are not what was written.
@@ -64,7 +64,7 @@ def read_digests(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> d
     """Name of each tensor to its digest.
 
     Raises:
-        CheckpointError: one is missing, or is no digest.
+        CheckpointError: a digest is missing, or is not a digest.
     """
     digests = load_json(metadata.get("digests", "").encode(errors="replace"), "`digests`")
     if digests.keys() != entries.keys():

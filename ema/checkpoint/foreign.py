@@ -15,7 +15,7 @@ _READ_BY_CONVERT = "`ema convert` (ema.convert) reads averages out of it"
 
 
 def seems(path: Path) -> str | None:
-    """What it seems to be, and what reads it; None where nothing is known.
+    """A guess at what a file is, and what reads it; None if nothing is known.
 
     Raises:
         CheckpointError: it is neither a file nor a folder.

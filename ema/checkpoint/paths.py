@@ -3,7 +3,7 @@
 A state called ``ema.safetensors`` is either that file or, where it is split, an index
 ``ema.safetensors.index.json`` beside files ``ema-<token>-00001-of-00003.safetensors``. The index
 decides where both are there. A save that is on its way writes to ``.ema.safetensors.<token>.tmp``
-or to files of a new token, and holds a lock on the temporary one: what nobody holds is left over.
+or to files of a new token, and holds a lock on the temporary one: a temporary file without a lock is left over.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     """The path, if the system can have such a one.
 
     Raises:
-        ArgumentTypeError: it is no path.
+        ArgumentTypeError: the argument is not a path.
         CheckpointError: the system can have no such path.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
@@ -81,7 +81,7 @@ def place_to_write(path: str | os.PathLike[str]) -> Path:
     """The file that ``path`` means: what does not end in ``.safetensors`` is a folder.
 
     Raises:
-        CheckpointError: there is a file where a folder is meant, or something that is no file.
+        CheckpointError: a file stands where a folder is meant, or the path is not a regular file.
         OSError: the folder cannot be made.
     """
     return file_to_write(place_of(path))
@@ -112,7 +112,7 @@ def file_to_write(path: str | os.PathLike[str]) -> Path:
     """
     place = Path(os.path.realpath(path_of(path)))
     if place.exists() and not place.is_file():
-        raise CheckpointError("it is no file, and would be replaced by one")
+        raise CheckpointError("it is not a regular file, and would be replaced by one")
     _make(place.parent)
     return place
 
@@ -132,7 +132,7 @@ def index_of(place: Path) -> Path:
 
 
 def new_token() -> str:
-    """What tells the files of one save from those of another."""
+    """The token that distinguishes the files of one save from those of another."""
     return secrets.token_hex(8)
 
 

@@ -45,7 +45,7 @@ class MappedFile:
             is closed where there are too many, and made again when it is asked for.
 
     Raises:
-        CheckpointError: it is no safetensors file or damaged; without its name.
+        CheckpointError: the file is not a safetensors file, or is damaged; without its name.
         OSError: it cannot be read.
     """
 

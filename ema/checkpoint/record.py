@@ -1,4 +1,4 @@
-"""What a file says about its averages: the metadata of the format, versions and all.
+"""The facts about an average, and the metadata of a file that hold them.
 
 Everything is a string, since the container holds nothing else; what is more than a word or a number
 is JSON. Keys that this version does not know are kept as they are.
@@ -33,7 +33,7 @@ __all__ = [
 FORMAT = "ema"
 FORMAT_VERSION = 1
 KIND = "ema"
-"""What the tensors are: averages. Version 1 knows nothing else."""
+"""The kind of the tensors: averages. Version 1 has no other kind."""
 
 OWN_KEYS = (
     "format",
@@ -72,7 +72,7 @@ class Record:
         update_every: likewise.
         not_averaged: names of the model's other parameters.
         skipped: updates that were due and not made, since the live weights were not finite; None
-            where nobody looked.
+            if nothing looked for them.
         seed: of stochastic rounding; None where nothing was rounded so.
         parts: for each tensor that is not simply the average of its own name: the label of the
             average (empty: the only one), the part of it (``"average"``, ``"remainder"``) and the

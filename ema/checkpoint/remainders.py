@@ -1,4 +1,4 @@
-"""What a file holds beside the averages: a remainder for each, where they are compensated."""
+"""Remainders of compensated averages, which a file holds beside the averages."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ Rename = Callable[[str], str | None] | Mapping[str, str | None] | None
 """From a name in the file to that of the model; None leaves the tensor out."""
 
 Transform = Callable[[str, Any], Any] | Mapping[str, Callable[[Any], Any]] | None
-"""What is done to a tensor, by its new name; a table may leave names out, and has no other ones."""
+"""The change of a tensor, by its new name; a table may leave names out."""
 
 
 def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
@@ -21,7 +21,7 @@ def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
 
     Raises:
         ArgumentError: two tensors get one name, or a table has a name that the file lacks.
-        ArgumentTypeError: a new name is no string, or ``rename`` neither a table nor a function.
+        ArgumentTypeError: a new name is not a string, or ``rename`` is neither a table nor a function.
     """
     names = list(names)
     if isinstance(rename, Mapping):

@@ -114,5 +114,5 @@ def index_from(place: Path, text: bytes) -> Index:
         raise CheckpointError("`weight_map` must hold strings")
     for file in set(file_of.values()):
         if not is_shard_name(place, file):  # a name with a path could lead anywhere
-            raise CheckpointError(f"{file!r:.80} is no file of a split state")
+            raise CheckpointError(f"{file!r:.80} is not a file of a split state")
     return Index(metadata, file_of)

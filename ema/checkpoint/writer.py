@@ -83,7 +83,7 @@ def write_state(
 
     Raises:
         ArgumentError: ``max_shard_size`` is not positive.
-        ArgumentTypeError: it is no number.
+        ArgumentTypeError: it is not a number.
         CheckpointError: it cannot be written, with the file and the reason.
     """
     validate.positive("max_shard_size", max_shard_size)
@@ -213,11 +213,11 @@ def _write_split(
 
 _Metadata = Callable[[Mapping[str, Entry], Mapping[str, str] | None], dict[str, str]]
 _Check = Callable[[Header], object]
-"""What a reader does with a header; raises where it would refuse it."""
+"""The checks of a reader on a header; they raise if it would refuse the header."""
 
 
 def _nothing(_: Header) -> None:
-    """There is no metadata of ours in such a file."""
+    """Such a file holds no metadata of ours."""
 
 
 def _entries(tensors: Mapping[str, Source]) -> dict[str, Entry]:

@@ -130,7 +130,7 @@ def add_convert(
 
 
 def _table(file: Path) -> dict[str, str | None]:
-    """What stands on each line: a name of the source, and that of the parameter or nothing."""
+    """The names on each line: one of the source, and that of the parameter or None."""
     table: dict[str, str | None] = {}
     for line in _lines(file):
         old, *new = line.split()
@@ -144,7 +144,7 @@ def _table(file: Path) -> dict[str, str | None]:
 
 
 def _lines(file: Path) -> list[str]:
-    """What stands on each line; a name may hold spaces."""
+    """The name on each line; it may hold spaces."""
     try:
         with atomic.open_file(file) as stream:  # refuses a device, which never ends
             text = stream.read().decode("utf-8")

@@ -135,7 +135,7 @@ def parse_schedule(text: str) -> Schedule:
     Also reads ``PowerFunction.from_std(0.1)``.
 
     Raises:
-        ArgumentError: ``text`` is no call of a schedule with numbers, or a number is out of range.
+        ArgumentError: ``text`` is not a call of a schedule with numbers, or a number is out of range.
 
     >>> parse_schedule("HalfLife(steps=1000)")
     HalfLife(steps=1000.0)

@@ -29,14 +29,14 @@ from ema.schedules import Schedule, as_schedule
 __all__ = ["BUFFERS", "Conversion", "convert"]
 
 BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
-"""Names of statistics in state dicts, which are no weights; other libraries copy or ignore them."""
+"""Names of statistics in state dicts. They are not weights; other libraries copy or ignore them."""
 
 _AVERAGES = ("F64", "F32", "F16", "BF16", "C64", "C128", *FLOAT8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was read and written.
+    """The result of a conversion.
 
     Attributes:
         place: the file.
@@ -97,7 +97,7 @@ def convert(
             (``.npz``, Orbax), and 1 GiB in any case.
         names: for diffusers and torch-ema, which save a list: the names of the parameters in
             their order, or the model.
-        exclude: patterns of names that are no averages.
+        exclude: patterns of the names of tensors that are not averages.
         rename: from a name in the source to that of the parameter, a function or a table; None
             in place of a name leaves the tensor out.
         name: which average of an Orbax folder or of our own state dict, where there are several.
@@ -209,13 +209,13 @@ def _bytes_of(tensor: Source) -> int:
 
 
 def _most(file: Path) -> int:
-    """Bytes that tensors of a file of torch.save may take: those that are expanded take few there."""
+    """The bytes that the tensors of a file of torch.save may take; expanded ones take few bytes there."""
     return max(1 << 30, 4 * file.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What the user says of the source, see :func:`convert`."""
+    """The user's options about the source, see :func:`convert`."""
 
     name: str | None
     key: str | None

@@ -54,7 +54,7 @@ def _wide(source: Source) -> Any:
 
 
 def _values(dtype: str) -> Any:
-    """What each of the 256 codes means: ``(−1)^s · 2^(e − bias) · 1.m``, IEEE 754 in small.
+    """The value of each of the 256 codes: ``(−1)^s · 2^(e − bias) · 1.m``, IEEE 754 in small.
 
     E4M3 has no infinities, and NaN only where all other bits are 1 (OCP, "8-bit floating point
     specification"); E5M2 has both: it is the upper half of a float16.

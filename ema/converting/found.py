@@ -1,4 +1,4 @@
-"""What a source of another library turned out to hold."""
+"""The average that was found in a source of another library."""
 
 from __future__ import annotations
 
@@ -144,10 +144,10 @@ def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:
                 power=state["power"],
                 min_decay=state["min_decay"],
             )
-        else:  # a min_decay above its first decay is no schedule of ours
+        else:  # no schedule of ours has a min_decay above its first decay
             schedule = RampWarmup(decay=state["decay"]) if state["min_decay"] <= 2 / 11 else None
     except (KeyError, TypeError, EMAError) as error:
-        raise CheckpointError(f"this is no state of diffusers' EMAModel: {error}") from None
+        raise CheckpointError(f"this is not a state of diffusers' EMAModel: {error}") from None
     return {
         "step": step,
         "count": max(0, step - after),

@@ -158,7 +158,7 @@ def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """What damaged archives raise."""
+    """The errors that damaged archives raise."""
     try:
         yield
     except (

@@ -1,4 +1,4 @@
-"""Which folders of Orbax a path means: a run of several steps, a step of several items, or an item.
+"""The Orbax folder that a path means: a run of several steps, a step of several items, or an item.
 
 A ``CheckpointManager`` writes ``run/7/default``: a run, a step, an item. The items of a step have the
 names that ``ocp.args.Composite`` gave them; a checkpointer without a manager writes an item alone, and
@@ -23,7 +23,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a path means.
+    """The meaning of a path.
 
     Attributes:
         items: folders by the names of the items; ``""`` for the only one of no name.

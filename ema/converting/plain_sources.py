@@ -139,7 +139,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index.name} must have a weight_map")
     for file in sorted({*found.values()}):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):  # a path could lead anywhere
-            raise CheckpointError(f"{index.name} names {file!r:.80}, which is no file beside it")
+            raise CheckpointError(f"{index.name} names {file!r:.80}, which is not a file beside it")
     return found
 
 

@@ -89,7 +89,7 @@ def choose(
 
 
 class _Search:
-    """What the names of a tree say.
+    """A search of the names in a tree.
 
     Attributes:
         candidates: averages, each with what ``key`` takes.
@@ -268,7 +268,7 @@ def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: Path = ()) -> Cho
     }
     if own:
         candidates = [each for label, each in prefixed(tree, is_tensor, (), []) if label == key]
-        if candidates:  # its counters are told from its tensors, and lost dots put back
+        if candidates:  # its counters are separated from its tensors, and lost dots are restored
             return dataclasses.replace(candidates[0], path=path)
         names = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
         label = ".".join((*path, key))

@@ -102,7 +102,7 @@ def _check_archive(file: Path, most: int) -> None:
 def read_state(
     state: Any, name: str | None = None, *, key: str | None = None, averaged: bool = False
 ) -> Found:
-    """What a state is, by its keys.
+    """Recognize a state by its keys.
 
     Args:
         state: what was saved.
@@ -250,7 +250,7 @@ def _torch_ema(state: Mapping[str, Any]) -> Found:
             return Found(kind="torch-ema", tensors=tensors, told={"schedule": schedule})
         schedule = RampWarmup(decay=state["decay"])
     except EMAError as error:
-        raise CheckpointError(f"this is no state of torch-ema: {error}") from None
+        raise CheckpointError(f"this is not a state of torch-ema: {error}") from None
     step = whole("num_updates", state["num_updates"])
     told = {"schedule": schedule, "step": step, "count": step}
     return Found(kind="torch-ema", tensors=tensors, told=told)

@@ -236,7 +236,7 @@ def _labels(path: Path, state: Mapping[str, Any], name: str | None) -> list[str 
 
 
 class _Group:
-    """What one state has for one average: several, with holes in different places, are one average."""
+    """The part of one average in one state. Several parts with holes in different places are one average."""
 
     def __init__(self, path: Path, state: Mapping[str, Any], label: str | None) -> None:
         self.path = path
@@ -296,7 +296,7 @@ def _models(groups: list[_Group]) -> list[list[_Group]]:
 
 
 def _shared(paths: list[Path]) -> Path:
-    """What all paths begin with."""
+    """The beginning that all paths share."""
     first = paths[0]
     return first[
         : sum(1 for n in range(1, len(first) + 1) if all(p[:n] == first[:n] for p in paths))

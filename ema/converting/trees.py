@@ -55,7 +55,7 @@ class Chosen:
 
 
 def subtree(tree: Any, path: Path) -> Any:
-    """What lies at the end of a path."""
+    """The node at the end of a path."""
     for step in path:
         tree = dict(children(tree))[step]
     return tree

@@ -1,6 +1,6 @@
 """The demo: real images, one small network, both backends, live against averaged weights.
 
-Importing it imports no framework; :func:`run` imports those that are there.
+Importing it imports no framework; :func:`run` imports the frameworks that are installed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _NEEDED = {  # backend: its file here, and what that needs: module and the extra
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
-    """What :func:`run` found."""
+    """The result of :func:`run`."""
 
     runs: Sequence[Run]
-    """Those of the backends that are installed."""
+    """The runs of the backends that are installed."""
     comparison: Comparison | None
     """None where only one backend is."""
     picture: Path | None

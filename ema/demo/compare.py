@@ -16,12 +16,12 @@ Params = Mapping[str, Floats]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What :func:`compare` found."""
+    """The result of :func:`compare`."""
 
     elements: int
     """Elements of the averages after every step."""
     differing: int
-    """Those whose bits are not the same."""
+    """The elements whose bits differ."""
 
 
 def compare(params: Sequence[Params], decay: float, advance: Callable[[], None]) -> Comparison:

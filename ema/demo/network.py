@@ -1,4 +1,4 @@
-"""What both runs have in common: the shape of the network, its first weights, the optimizer.
+"""Everything that both runs share: the shape of the network, its first weights, the optimizer.
 
 Two convolutions of stride 2 (8×8 → 4×4 → 2×2 pixels) and a linear layer.
 """

@@ -1,4 +1,4 @@
-"""What the demo prints and draws."""
+"""The text and the picture of the demo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["draw", "print_comparison", "print_end", "print_scores", "print_task"
 def print_task(
     console: Console, digits: Digits, held_out: Digits, steps: int, decay: float
 ) -> None:
-    """What is about to be done, in one sentence."""
+    """The next step of the demo, in one sentence."""
     console.print(
         f"{len(digits.labels)} handwritten digits to learn, {len(held_out.labels)} held out"
         f"\n{steps} steps, decay {decay:.5f}, a half-life of {steps / 10:g} steps",

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its scores on the held-out digits and the way of its weights."""
+"""The result of a run: its scores on the held-out digits and the trajectory of its weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Run:
 
     backend: str
     loop: str
-    """What trained it."""
+    """The program that trained it."""
     steps: list[int] = dataclasses.field(default_factory=list)
     """When it was scored."""
     live: list[Score] = dataclasses.field(default_factory=list)

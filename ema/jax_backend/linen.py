@@ -98,7 +98,7 @@ class EMATrainState(TrainState):
         )
         if state.batch_stats_tx is None:
             return state
-        # None is no update: what is averaged are the statistics as they are
+        # without updates the statistics are averaged as they are
         unchanged = jax.tree.map(lambda _: None, state.batch_stats)
         _, average = state.batch_stats_tx.update(
             unchanged, state.batch_stats_ema, state.batch_stats
@@ -110,7 +110,7 @@ class EMATrainState(TrainState):
         """The averaged params, cast and filled like ``params``; see ``get_params_ema``."""
         params: Any = self.params
         if isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params:
-            # the scales of fp8 are no parameters to the optimizer
+            # the optimizer does not treat the scales of fp8 as parameters
             average = get_params_ema(self.opt_state, params["params"], self.ema_name)
             return {**params, "params": average}
         return get_params_ema(self.opt_state, params, self.ema_name)
@@ -125,7 +125,7 @@ class EMATrainState(TrainState):
 
     @property
     def ema_variables(self) -> dict[str, Any]:
-        """What ``apply_fn`` takes to run with the averages."""
+        """The variables with which ``apply_fn`` runs with the averages."""
         if self.batch_stats is None:
             return {"params": self.ema_params}
         return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}

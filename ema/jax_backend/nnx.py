@@ -39,7 +39,7 @@ _NUMBERS = (float, complex)
 
 
 class EMAVariable(nnx.Variable[Any]):
-    """What an average holds besides the weights that a model can use: counters, finer values."""
+    """A value of an average besides the weights that a model can use: a counter or a finer value."""
 
 
 @final
@@ -199,7 +199,7 @@ class EMA(nnx.Pytree):
         self._take(after)
 
     def state(self) -> ParamsEMAState:
-        """What ``params_ema`` would hold in its place.
+        """The state that ``params_ema`` would hold in its place.
 
         :func:`~ema.jax_backend.save_params_ema` and :func:`~ema.jax_backend.load_params_ema` take
         it. Its arrays are those of the average, without a copy.
@@ -359,7 +359,7 @@ def _one(decay: object) -> object:
 
 
 def _value(variable: Any) -> Any:
-    """What a Variable holds, which its ``get_value`` and hooks may show otherwise."""
+    """The value that a Variable holds; its ``get_value`` and hooks may show another one."""
     return nnx.as_pure(variable)
 
 

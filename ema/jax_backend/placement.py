@@ -1,4 +1,4 @@
-"""What of a misplaced average can be seen from an optimizer's state.
+"""Misplaced averages that can be recognized from an optimizer's state.
 
 ``params_ema`` averages ``params + updates``, so it has to see the updates that are applied. Where
 it stands is known to optax alone, but the order of a chain shows in the state.

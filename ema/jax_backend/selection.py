@@ -1,4 +1,4 @@
-"""What is averaged of a tree of parameters, and in which dtype.
+"""Select the leaves of a tree of parameters that are averaged, and their dtypes.
 
 Every inexact leaf (real or complex floating point) is averaged. In the place of any other (integers,
 bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` does; a
@@ -80,7 +80,7 @@ def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
     """
     flat = Flat.of(params)
     present = flat.pick()
-    # No leaf at all is no mistake: under optax.masked and optax.partition a group may be empty.
+    # A tree without leaves is fine: under optax.masked and optax.partition a group may be empty.
     if present and not any(map(is_inexact, present)):
         dtypes = sorted({_kind(leaf) for leaf in present})
         raise ModelError(
@@ -172,7 +172,7 @@ def _kind(leaf: Any) -> str:
 
 
 def _mismatch(name: str, average: Any, leaf: Any, chosen: np.dtype[Any] | None) -> str:
-    """What separates a parameter from its average; empty where nothing does."""
+    """The difference between a parameter and its average in words; empty if they fit."""
     if is_hole(average) or not is_inexact(leaf):
         if is_hole(average) and not (is_inexact(leaf) and is_array(leaf)):
             return ""  # a program filters out what it does not train, a number of Python's too

@@ -27,7 +27,7 @@ class ParamsEMAState(NamedTuple):
             turn.
         count: updates of the average made so far; int32 scalar, stays at its largest value.
         params_ema: the average, in the structure of the params; float32 or wider (or bfloat16), with
-            ``optax.MaskedNode()`` where a leaf is not averaged. Of several averages a dict, by name.
+            ``optax.MaskedNode()`` where a leaf is not averaged; a dict by name if there are several averages.
         name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none, more keys for several
             averages: a tree without leaves, so that names are static under ``jit`` and survive
             serialization.

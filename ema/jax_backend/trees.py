@@ -58,7 +58,7 @@ class Flat:
 
 
 def is_hole(node: Any) -> bool:
-    """Whether there is nothing here: ``None`` or a leaf that somebody masked out."""
+    """Whether this is a hole: ``None``, or a leaf that is masked out."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 

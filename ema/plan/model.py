@@ -1,4 +1,4 @@
-"""What an average costs on a given number of ranks: bytes, traffic and time, from a model on paper.
+"""The costs of an average on a number of ranks: bytes, traffic and time, computed by a model.
 
 An update does a few operations for each number that it moves, so that moving it is what takes the
 time. The model counts bytes and divides by bandwidths; ``docs/scaling.md`` compares it with
@@ -58,7 +58,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one average costs; see :func:`plan_ema` for the settings and the bandwidths.
+    """The costs of one average; see :func:`plan_ema` for the settings and the bandwidths.
 
     Bytes and seconds without a word about it are those of the rank that holds most. Where the
     average is offloaded, ``average_bytes`` and ``remainder_bytes`` lie in host memory.
@@ -88,22 +88,22 @@ class Plan:
 
     @property
     def average_bytes(self) -> int:
-        """Of the average on a rank, without its remainder."""
+        """Bytes of the average on a rank, without its remainder."""
         return self.params_per_rank * _BYTES[self.dtype]
 
     @property
     def remainder_bytes(self) -> int:
-        """Of the remainder on a rank, 0 where the average is not compensated."""
+        """Bytes of the remainder on a rank, 0 if the average is not compensated."""
         return self.average_bytes if self.compensated else 0
 
     @property
     def total_bytes(self) -> int:
-        """Of average and remainder on all ranks together."""
+        """Bytes of average and remainder on all ranks together."""
         return self.file_bytes * (1 if self.sharded else self.ranks)
 
     @property
     def buffer_bytes(self) -> int:
-        """Of what is worked on at a time on a CPU: what an update needs besides the average.
+        """Bytes of the buffer that an update on a CPU needs besides the average.
 
         A chunk of params is converted; a compensated average needs two chunks more, and one in
         bfloat16, which is computed in float32, four for random bits.
@@ -127,17 +127,17 @@ class Plan:
 
     @property
     def update_bytes(self) -> int:
-        """That an update reads and writes on a rank, in whichever memory."""
+        """Bytes that an update reads and writes on a rank, in all its memories."""
         return self.params_per_rank * self.traffic.total
 
     @property
     def host_link_bytes(self) -> int:
-        """That an update sends from the accelerator to the host: the params, if offloaded."""
+        """Bytes that an update sends from the accelerator to the host: the params, if offloaded."""
         return self.params_per_rank * self.traffic.params if self.offload else 0
 
     @property
     def host_memory_bytes(self) -> int:
-        """That an update of an offloaded average reads and writes in host memory.
+        """Bytes that an update of an offloaded average reads and writes in host memory.
 
         The params arrive there and are read; average and remainder are read and written.
         """
@@ -163,7 +163,7 @@ class Plan:
 
     @property
     def exposed_seconds(self) -> float:
-        """That training waits for an update.
+        """Seconds that training waits for an update.
 
         All of it; or offloaded, where the length of a step is known, what does not fit into the
         one step until the optimizer writes again.
@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def amortized_seconds(self) -> float:
-        """That the average adds to a step: ``exposed_seconds / update_every``."""
+        """Seconds that the average adds to a step: ``exposed_seconds / update_every``."""
         return self.exposed_seconds / self.update_every
 
     @property
@@ -193,7 +193,7 @@ class Plan:
 
     @property
     def swap_bytes(self) -> int:
-        """That a swap in and back reads and writes in the memory of the params.
+        """Bytes that a swap in and back reads and writes in the memory of the params.
 
         Where dtype and place are the same the two are exchanged, twice, in chunks that stay in the
         cache. Otherwise the live weights are kept aside: they are copied there, the average is
@@ -207,38 +207,38 @@ class Plan:
 
     @property
     def swap_extra_bytes(self) -> int:
-        """Of the live weights that are kept aside during a swap."""
+        """Bytes of the live weights that are kept aside during a swap."""
         return 0 if self._exchanged else self.params_per_rank * _BYTES[self.param_dtype]
 
     @property
     def swap_seconds(self) -> float:
-        """Of a swap in and back; an offloaded average comes over the link in the params' dtype."""
+        """Seconds of a swap in and back; an offloaded average comes over the link in the params' dtype."""
         link = self.params_per_rank * _BYTES[self.param_dtype] if self.offload else 0
         return self.swap_bytes / self.memory_bandwidth + link / self.host_link_bandwidth
 
     @property
     def file_bytes(self) -> int:
-        """Of average and remainder in a checkpoint, without its header."""
+        """Bytes of average and remainder in a checkpoint, without its header."""
         return self.params * _BYTES[self.dtype] * (2 if self.compensated else 1)
 
     @property
     def save_seconds(self) -> float:
-        """Of a checkpoint to which every rank writes what it holds; replicated, one rank writes."""
+        """Seconds of a checkpoint to which every rank writes its shards; replicated, one rank writes."""
         return (self.average_bytes + self.remainder_bytes) / self.disk_bandwidth
 
     @property
     def gather_bytes(self) -> int:
-        """That one rank receives to write all in one file."""
+        """Bytes that one rank receives to write everything in one file."""
         return self.file_bytes - (self.average_bytes + self.remainder_bytes)
 
     @property
     def gather_seconds(self) -> float:
-        """Of receiving ``gather_bytes`` over the network."""
+        """Seconds to receive ``gather_bytes`` over the network."""
         return self.gather_bytes / self.network_bandwidth
 
     @property
     def one_file_seconds(self) -> float:
-        """Of gathering tensor by tensor on one rank and writing one file, one after the other."""
+        """Seconds to gather tensor by tensor on one rank and then write one file."""
         return self.gather_seconds + self.file_bytes / self.disk_bandwidth
 
     @property
@@ -268,7 +268,7 @@ def plan_ema(
     update_overhead: float = 0.0,
     step_seconds: float | None = None,
 ) -> Plan:
-    """What an average of ``params`` parameters on ``ranks`` ranks costs.
+    """The costs of an average of ``params`` parameters on ``ranks`` ranks.
 
     Bandwidths are bytes a second, read and written together, of one rank: ranks that share a memory
     or a disk have a part of it each. Their defaults are what vendors give for an H100 with PCIe 5,

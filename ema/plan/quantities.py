@@ -29,7 +29,7 @@ def parse_quantity(name: str, text: str) -> float:
             perhaps ``B`` or ``B/s``. Upper and lower case are alike.
 
     Raises:
-        ArgumentError: it is no such number, or not a finite one.
+        ArgumentError: the text is not such a number, or the number is not finite.
 
     >>> parse_quantity("params", "70B")
     70000000000.0

@@ -97,7 +97,7 @@ class Averages:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: values of their own, no views and nothing prepared."""
+        """Support copies and pickles: they get values of their own, no views, and nothing prepared."""
         self.wait()
         values = self._copied
         if self._bound is not None:
@@ -387,7 +387,7 @@ class Averages:
 
 
 def _only(names: Container[str], found: Selection) -> Selection:
-    """What was found with these names averaged; the others wait for the next update."""
+    """The selection with only these names averaged; the others wait for the next update."""
     later = {name: live for name, live in found.averaged.items() if name not in names}
     parameters = {name: live for name, live in later.items() if isinstance(live, nn.Parameter)}
     buffers = {name: live for name, live in later.items() if name not in parameters}

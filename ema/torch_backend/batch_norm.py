@@ -67,7 +67,7 @@ def recalibrate_batch_norm(
         ArgumentTypeError: a batch is something else and ``forward`` is not given.
         ModelError: the model has no BatchNorm layer with running statistics, or keeps all of them
             in evaluation mode.
-        StateError: a layer saw one value a channel at most, of which there is no variance.
+        StateError: a layer saw at most one value in a channel, which has no variance.
         Exception: what ``model.train()`` raises, where a class overrides it. Nothing has changed.
     """
     layers = _layers_of(model)
@@ -146,9 +146,7 @@ class _Pool:
             ]
         count, mean, squares = _merge(self._parts)
         if not count > 1:
-            raise StateError(
-                f"`{name}` saw {int(count)} value a channel, of which there is no variance"
-            )
+            raise StateError(f"`{name}` saw {int(count)} value in a channel, which has no variance")
         return mean, squares / (count - 1)
 
 

@@ -317,7 +317,7 @@ class EMAModel(Generic[ModelT]):
     def averaged_parameters(self, name: str | None = None) -> dict[str, Tensor]:
         """Canonical name to average: views, valid until the next update or swap.
 
-        Tied weights appear once. What is not averaged does not appear: its average is the live
+        Tied weights appear once. Tensors that are not averaged do not appear: their average is the live
         tensor.
 
         Args:
@@ -743,7 +743,7 @@ class EMAModel(Generic[ModelT]):
         return files.averaged_state_dict(self._averaged_model(name))
 
     def _averaged_model(self, name: str | None = None) -> dict[str, tuple[Tensor, torch.dtype]]:
-        """What a state dict of the model would hold with the averages in it, and in which dtypes."""
+        """The tensors of a state dict of the model with the averages in it, and their dtypes."""
         # before the look: a hook of the model may end a swap here
         state = unwrap(self._model).state_dict(keep_vars=True)
         averages, found = self._look(name)
@@ -826,7 +826,7 @@ class EMAModel(Generic[ModelT]):
 
     @in_turn
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, with or without the model."""
+        """Support copies and pickles, with or without the model."""
         self._refuse_while_swapped("copying")
         self._refuse_incomplete()
         averages = self._averages.apart()

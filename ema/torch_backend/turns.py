@@ -22,7 +22,7 @@ _THREAD = "thread"
 
 
 class Turns:
-    """Which thread uses an object now, and what it has to do before the next one may.
+    """The thread that uses an object now, and the calls that are due before the next one may use it.
 
     A turn is an entry in a dict: ``setdefault`` looks and writes in one step, and an entry can be
     deleted by its own thread as often as it likes. So a call that does both in a ``finally`` of

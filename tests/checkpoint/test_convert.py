@@ -488,7 +488,7 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
                 "decay": 2.0,
                 "min_decay": 0,
             },
-            "this is no state of diffusers' EMAModel",
+            "this is not a state of diffusers' EMAModel",
         ),
     ],
 )

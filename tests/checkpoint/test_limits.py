@@ -304,7 +304,7 @@ def test_a_pipe_that_comes_into_the_place_of_a_file_is_not_waited_for(tmp_path, 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(600)
-    assert refused == [f"{file}: it is no file"]
+    assert refused == [f"{file}: it is not a regular file"]
 
 
 # --- what is printed -----------------------------------------------------------------------------

@@ -43,7 +43,7 @@ DTYPES = {
     "C128": np.dtype(np.complex128),
     "C64": np.dtype(np.complex64),
 }
-"""What an average can be."""
+"""The dtypes of averages."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST = np.iinfo(np.int32).max  # where the counters of a state stay
@@ -61,7 +61,7 @@ def save_params_ema(
     metadata: Mapping[str, str] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
-    """Write an average as ``ema.safetensors``, in one step: killed, the old file is still there.
+    """Write an average as ``ema.safetensors``, atomically: if the process is killed, the previous file survives.
 
     The tensors are called as the leaves of the params, with dots (``layers.0.kernel``), those of the
     remainder of a compensated average ``remainder/layers.0.kernel``. :meth:`ema.EMAModel.load` reads
@@ -272,7 +272,7 @@ def _check(
 ) -> None:
     both = [*tensors.items(), *remainders.items()]
     if odd := [name for name, tensor in both if tensor.dtype not in DTYPES]:
-        raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
+        raise CheckpointError(f"these cannot be averages, because of their dtype: {listing(odd)}")
     mismatched = []
     for name, tensor in both:
         if name not in leaves:

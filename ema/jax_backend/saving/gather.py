@@ -1,7 +1,7 @@
 """Whole arrays in process 0, one at a time, out of the parts in all processes.
 
 Process 0 says which array it wants next, and all processes gather it: for a moment every device
-holds one whole array, never two. What process 0 raises, every process raises.
+holds one whole array, never two. If process 0 raises an error, every process raises it.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def _check_alike(leaves: Sequence[jax.Array]) -> None:
 
 
 def _agree(index: int) -> int:
-    """Which array is next, as process 0 says."""
+    """Receive from process 0 which array is next."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(index)))
 
 
 def _tell(text: str) -> str:
-    """What process 0 says, in every process."""
+    """Send a value from process 0 to every process."""
     data = np.frombuffer(text.encode(), np.uint8)
     size = _agree(len(data))
     mine = data if len(data) == size else np.zeros(size, np.uint8)

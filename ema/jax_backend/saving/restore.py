@@ -1,7 +1,7 @@
 """``adapt_opt_state``: a saved optimizer state under a chain with other averages than it had.
 
 A chain with one more link has a state of another structure, and a checkpoint from before no longer
-fits it. The schedule is no part of the state: to change it is nothing but to restore.
+fits it. The state does not hold the schedule: to change it, just restore the state.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _take(
 def _take_averages(
     fresh: list[tuple[Any, ParamsEMAState]], old: list[tuple[Any, Any]]
 ) -> list[ParamsEMAState]:
-    """The old average for each fresh one; those of one name are told apart by where they are."""
+    """The old average for each fresh one; their places distinguish averages of one name."""
     places = sorted(range(len(fresh)), key=lambda index: _split(fresh[index][0]))
     ours = [tuple(fresh[place][1].name) for place in places]
     states = _states(old, ours)

@@ -177,7 +177,7 @@ def update_weight(
 
 
 def _answer(schedule: Schedule, count: jax.Array, span: int | jax.Array) -> Scalar:
-    """What the schedule says, checked as far as that is possible while JAX traces it."""
+    """The answer of the schedule, checked as far as that is possible while JAX traces it."""
     if is_ours(schedule):
         return schedule.weight(count, span, jnp)
     try:

@@ -1,4 +1,4 @@
-"""What becomes of an update whose parameters hold NaN or Inf."""
+"""Checks for NaN and Inf in the parameters of an update."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ def varying(x: Any) -> frozenset[str]:
 
 
 def split_axes(x: Any) -> frozenset[str]:
-    """Mesh axes along which the array may differ: all of them where nobody keeps track.
+    """Mesh axes along which the array may differ: all of them if JAX does not keep track.
 
-    Nobody does with ``check_vma=False`` and under ``jax.pmap``.
+    It does not with ``check_vma=False`` and under ``jax.pmap``.
     """
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if all(varying(lax.axis_index(axis)) for axis in axes):

@@ -46,7 +46,7 @@ def key_of(stream: Stream, count: jax.Array) -> jax.Array:
 
 
 def by_chance(like: jax.Array, key: jax.Array) -> jax.Array:
-    """What to add to the bits of each element, uniform in [0, 2**16).
+    """Random summands for the bits of each element, uniform in [0, 2**16).
 
     Args:
         like: an array of the shape and the sharding; its values do not matter.
@@ -77,7 +77,7 @@ def by_chance(like: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def to_nearest(x: jax.Array) -> jax.Array:
-    """What to add to the bits of float32 numbers to round them to nearest, ties to even; uint32."""
+    """Summands for the bits of float32 numbers that round them to nearest, ties to even; uint32."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     up: jax.Array = jnp.uint32(0x7FFF) + (_right(bits, 16) & jnp.uint32(1))
     return up

@@ -28,7 +28,7 @@ Keys = list[jax.Array | None]
 
 
 class Kept(NamedTuple):
-    """What a step leaves for the next one: by average, then by leaf.
+    """The values that a step leaves for the next one: by average, then by leaf.
 
     Attributes:
         averages: averages of one leaf have one shape and dtype.
@@ -52,7 +52,7 @@ def sweep(
         anyway: whether to update where a parameter is not finite; None does not look.
 
     Returns:
-        What is kept now, and whether an update was made (None where nobody looked).
+        What is kept now, and whether an update was made (None without a check).
     """
     # what is read and widened is shared by all averages of a leaf
     wide = [
@@ -143,6 +143,6 @@ def real_dtype(average: Any) -> str:
 
 
 def _wide_dtype(average: Any) -> np.dtype[Any]:
-    """Of the arithmetic on an average."""
+    """The dtype of the arithmetic on an average."""
     dtype: np.dtype[Any] = jnp.result_type(average)
     return np.dtype(np.float32) if dtype == NARROW else dtype

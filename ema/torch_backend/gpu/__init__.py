@@ -1,1 +1,1 @@
-"""What exists for accelerators alone: kernels, a stream beside training, averages on the host."""
+"""Code for accelerators only: kernels, a stream beside training, averages on the host."""

@@ -1,4 +1,4 @@
-"""What runs on the GPU, in Triton: each kernel goes through many tensors in one pass over memory.
+"""The code that runs on the GPU, in Triton: each kernel goes through many tensors in one pass.
 
 Only :mod:`ema.torch_backend.gpu.kernels` imports this, once there is a GPU to compile it for. The
 tables and blocks are those of :mod:`ema.torch_backend.gpu.grid`.
@@ -46,7 +46,7 @@ def widen(x):
 
 @triton.jit
 def to_nearest(bits):
-    """What to add to the bits of a float32 before the low 16 are cut off: ties to even."""
+    """The summand for the bits of a float32 before the low 16 are cut off: ties to even."""
     return 0x7FFF + ((bits >> 16) & 1)
 
 

@@ -82,8 +82,8 @@ def compiled(device: torch.device, *kernels: Fused | Look | Exchange) -> bool:
 class Fused:
     """One update of averages on one device, prepared once and run at every step.
 
-    The tensors are flat and contiguous; their addresses are kept, so whoever replaces the memory
-    of one makes another ``Fused``. Nothing is allocated in a call. Ctrl-C finds an update that is
+    The tensors are flat and contiguous. Their addresses are kept, so replace the ``Fused`` if you
+    replace the memory of a tensor. Nothing is allocated in a call. Ctrl-C finds an update that is
     done or not begun.
 
     Args:
@@ -323,7 +323,7 @@ def _kernel(name: str) -> Any:
 
 
 def _name(dtype: torch.dtype) -> Any:
-    """What a kernel calls a dtype."""
+    """The name that a kernel has for a dtype."""
     import triton.language as tl
 
     return {

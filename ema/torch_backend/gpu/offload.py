@@ -35,11 +35,11 @@ _offloads: weakref.WeakSet[Offload] = weakref.WeakSet()
 class Offload:
     """Copies of params on the host, and a thread that works on them.
 
-    Nothing here is copied or pickled: whoever holds it calls :meth:`wait` and makes another one.
+    An ``Offload`` is not copied or pickled: its owner calls :meth:`wait` and makes another one.
     A fork waits for the work. The thread ends with the object, and a process ends after the work.
 
     Args:
-        live: the params. Their memory is kept; whoever replaces it makes another ``Offload``.
+        live: the params. Their memory is kept; make another ``Offload`` if it is replaced.
 
     Attributes:
         staged: for each of ``live`` a tensor on the CPU of the same shape and dtype, and of the

@@ -2,7 +2,7 @@
 
 An update reads the params, and so do the passes: the two can overlap. The optimizer writes them, so
 it waits for the update, on the device and not on the host: PyTorch calls a hook before each
-``Optimizer.step``. Nobody else who writes weights is seen in advance. So an update overlaps only where
+``Optimizer.step``. No other write to weights can be seen in advance. So an update overlaps only where
 every write since the update before was announced, as far as that can be known:
 
 - each param belongs to an optimizer that has made a step since, or :meth:`SideStream.before_write` was called;
@@ -35,7 +35,7 @@ from ema.torch_backend.calls import uninterrupted
 __all__ = ["SideStream", "capturing"]
 
 _side_streams: weakref.WeakSet[SideStream] = weakref.WeakSet()
-"""Those that optimizers wait for."""
+"""The side streams that optimizers wait for."""
 _silent: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Optimizers that may write without a word: their steps were captured, or they have modes."""
 _seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -118,9 +118,9 @@ class SideStream:
                 torch.cuda.current_stream(device).wait_event(done)
 
     def before_write(self) -> None:
-        """The same, by whoever writes what the work reads and does so every time.
+        """Wait, before the caller writes what the work reads; a caller must do this before each write.
 
-        PyTorch's optimizers do; a loop that writes weights by hand calls it before.
+        PyTorch's optimizers do. A loop that writes weights by hand calls this method itself.
         """
         self.wait()
         self._by_hand = True

@@ -50,7 +50,7 @@ DTYPES = {
     "C128": torch.complex128,
     "C64": torch.complex64,
 }
-"""What an average can be; a plain model holds more."""
+"""The dtypes of averages; a plain model may hold others."""
 
 OTHER_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
@@ -119,7 +119,9 @@ def load(
     with errors_of(stored.place, "read"):
         averages, remainders = separated(stored)
         if odd := [name for name, tensor in stored.tensors.items() if tensor.dtype not in DTYPES]:
-            raise CheckpointError(f"these are no averages, by their dtype: {listing(odd)}")
+            raise CheckpointError(
+                f"these cannot be averages, because of their dtype: {listing(odd)}"
+            )
     names = renamed([*averages, *record.not_averaged], rename)
     check_transform(transform, names)
 

@@ -2,7 +2,7 @@
 
 Rank 0 says which tensor it wants next, the ranks that hold its parts send them, and rank 0 puts
 them together in memory of the CPU. No other rank ever holds more than its part, and neither does a
-GPU. What rank 0 raises, every rank raises.
+GPU. If rank 0 raises an error, every rank raises it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _outcome(outcome: Any, here: BaseException | None = None) -> Any:
-    """What rank 0 has to say about the end: a result, or an error that is raised."""
+    """Receive the end from rank 0: a result, or an error, which is raised."""
     message = [outcome]
     dist.broadcast_object_list(message, src=0)
     result, error = message[0]
@@ -110,7 +110,7 @@ def _check_alike(tensors: Sequence[Tensor]) -> None:
 
 
 def _agree(index: int) -> int:
-    """Which tensor is next, as rank 0 says."""
+    """Receive from rank 0 which tensor is next."""
     message = torch.tensor(index, device=_device())
     dist.broadcast(message, src=0)
     return int(message.item())

@@ -77,7 +77,7 @@ def _placement(live: Any) -> str:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """Of the bytes of a tensor, a chunk at a time."""
+    """The digest of the bytes of a tensor, computed a chunk at a time."""
     state = xxhash.xxh3_128()
     memory = flat(tensor) if is_dense(tensor) else row_major(tensor)
     for chunk in torch.split(memory, CHUNK):
@@ -97,7 +97,7 @@ def _everyone(ours: Mapping[Any, bytes]) -> list[Mapping[Any, bytes]]:
 
 
 def _by_key(everyone: Iterable[Mapping[Any, bytes]]) -> dict[Any, dict[int, bytes]]:
-    """For each key what each rank has for it."""
+    """For each key the value of each rank."""
     values: dict[Any, dict[int, bytes]] = defaultdict(dict)
     for rank, theirs in enumerate(everyone):
         for key, value in theirs.items():

@@ -277,7 +277,7 @@ def _difference_of(ours: Collection[str], theirs: Collection[str]) -> str:
 
 
 def _mismatched(averages: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:
-    """What has another shape or kind in the state than in the model, in words."""
+    """The tensors that have another shape or kind in the state than in the model, in words."""
     phrases = []
     for name, average in averages.items():
         tensor = live.get(name, average)

@@ -19,7 +19,7 @@ ENDED_BESIDE = (
     "one thread at a time may use an EMAModel, got the end of a `use_ema()` block while a call of"
     " another thread runs: the live weights are back when that call ends"
 )
-"""What an exit during another thread's call reports."""
+"""The text for an exit during another thread's call."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,7 +38,7 @@ class Block:
 
 
 def ended_inside(ending: str, number: int) -> str:
-    """What is reported when averages were taken out while blocks were open.
+    """Report that averages were taken out while blocks were open.
 
     Args:
         ending: what took them out.

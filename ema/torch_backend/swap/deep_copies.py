@@ -80,7 +80,7 @@ def _with_history(model: nn.Module, given: Mapping[int, Any]) -> Iterator[Tensor
 
 
 def _reason(model: nn.Module, memo: Mapping[int, Any], error: Exception) -> str:
-    """What cannot be copied, and why."""
+    """The objects that cannot be copied, and why."""
     # what refers to a module of the model is not to blame for what that module holds
     memo = {**memo, **{id(module): module for module in model.modules()}}
     for path, module in model.named_modules():

@@ -257,7 +257,7 @@ class Buffers:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def exchanges(self, here: Tensor, average: Tensor) -> Iterator[Exchange]:
-        """Those of all chunks of two tensors that are :func:`alike`."""
+        """The exchanges of all chunks of two tensors that are :func:`alike`."""
         theirs, ours = flat(here), flat(average)
         key = ours.device, ours.dtype
         if key not in self._buffers:
@@ -304,7 +304,7 @@ def _of_bounded_size(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[
 
 
 def many_at_once(device: torch.device) -> bool:
-    """Whether launches cost more than a buffer: on every device that is no CPU."""
+    """Whether launches cost more than a buffer: on every device other than a CPU."""
     return device.type != "cpu"
 
 

@@ -33,7 +33,7 @@ class Follower:
     """A copy of the model that shows an average.
 
     What the user moves or casts in it stays as it was moved, as a copy of the average, until the live
-    tensor itself is moved or cast. What the user replaces in it is left alone.
+    tensor itself is moved or cast. Parameters that the user replaces in it are left alone.
 
     Args:
         module: the copy; it is held weakly.
@@ -309,5 +309,5 @@ def _holder(module: nn.Module, path: str) -> tuple[dict[str, Any], str]:
 
 
 def _held(holder: Mapping[str, Any], key: str) -> Tensor | None:
-    """What is there; the holder of a scripted module has no ``get``."""
+    """The value of a key, or None; the holder of a scripted module has no ``get``."""
     return holder[key] if key in holder else None  # noqa: SIM401

@@ -41,7 +41,7 @@ from ema.torch_backend.tensors.sharding import before_write, fully_sharded, loca
 __all__ = ["Swap", "any_swapped", "first_swapped", "holds_averages", "refuse_if_swapped"]
 
 _swaps: weakref.WeakSet[Swap] = weakref.WeakSet()
-"""Those that may have put averages into parameters, while they are alive."""
+"""The swaps that may have put averages into parameters, while they are alive."""
 
 
 class Swap:

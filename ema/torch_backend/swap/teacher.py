@@ -46,7 +46,7 @@ def call_with(
     written = _renormalized(selection.modules)
 
     def lent(tensor: Tensor, original: Tensor) -> Tensor:
-        """What stands for ``original``: ``tensor`` itself, or a copy where it may be written."""
+        """The tensor that stands for ``original``: ``tensor``, or a copy if it may be written."""
         is_written = id(original) in written or not isinstance(original, nn.Parameter)
         return tensor.clone() if is_written else tensor
 
@@ -100,7 +100,7 @@ def _ties(
     originals: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """What stands for tied tensors, under each name that is not another name of a shared module."""
+    """The tensors that stand for tied ones, by each name that is not another name of a shared module."""
     tied_tensors = {}
     holders = {_holder(inner, paths[first]) for first, _ in selection.ties.values()}
     for name, (first, tied) in selection.ties.items():

@@ -1,1 +1,1 @@
-"""Which tensors are averaged, and where they are."""
+"""The tensors that are averaged, and where they are."""

@@ -60,7 +60,7 @@ def obstacle(theirs: Tensor, ours: Tensor) -> str:
 
 
 def copy_over(theirs: Tensor, ours: Tensor) -> None:
-    """Write ``ours`` into ``theirs``; there is no :func:`obstacle`."""
+    """Write ``ours`` into ``theirs``, for which :func:`obstacle` has found no obstacle."""
     theirs, ours = _local(theirs), _local(ours)
     if parts := _parts(ours):
         for part in parts:

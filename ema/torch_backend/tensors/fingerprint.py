@@ -20,7 +20,7 @@ _local_tensor = attrgetter("_local_tensor")  # the same object until it is repla
 
 
 class Fingerprint:
-    """What a selection relies on: which tensors the modules hold, and where their memory lies.
+    """Everything that a selection relies on: the tensors of the modules, and where their memory lies.
 
     Aliases keep that memory alive, so no address is given away while it is compared with. A look at
     1 000 vectors must not take longer than a third of averaging them, so it is built from calls into

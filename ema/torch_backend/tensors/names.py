@@ -30,7 +30,7 @@ _WRAPPERS = (  # home of the class, class, and the name of the child that it wra
 
 
 def is_of(thing: object, home: str, name: str) -> bool:
-    """``isinstance`` without importing: of a class that is not loaded there are no instances."""
+    """``isinstance`` without an import: a class that is not loaded has no instances."""
     kind = getattr(sys.modules.get(home), name, None)
     return kind is not None and isinstance(thing, kind)
 
@@ -89,7 +89,7 @@ def named_tensors(model: nn.Module) -> NamedTensors:
     """Walk the module tree once.
 
     Raises:
-        ArgumentTypeError: ``model`` is no module.
+        ArgumentTypeError: ``model`` is not a module.
         ModelError: two tensors have the same canonical name.
     """
     if not isinstance(model, nn.Module):

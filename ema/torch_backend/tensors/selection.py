@@ -1,4 +1,4 @@
-"""Which tensors of a model are averaged."""
+"""Select the tensors of a model that are averaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ON_META = "on the meta device"
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What the user wants averaged; patterns are those of a shell, on canonical names.
+    """The user's rules about what is averaged: shell patterns on canonical names.
 
     Attributes:
         include: only these parameters, and these from the start even where they do not require

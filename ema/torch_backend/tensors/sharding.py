@@ -101,15 +101,15 @@ def meshes_of(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 def fully_sharded(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those that ``fully_shard`` was called on."""
+    """The modules that ``fully_shard`` was called on."""
     return [module for module in modules if is_of(module, "torch.distributed.fsdp", "FSDPModule")]
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Let go of the gathered copies that a forward pass has left in fully sharded modules.
 
-    While there is one the module holds it in box of its shard, and the next forward pass uses
-    it whatever has been written into the shard. Nothing is communicated.
+    While there is such a copy, the module holds it in place of its shard, and the next forward
+    pass uses it, even if the shard has been written since. Nothing is communicated.
     """
     for module in modules:
         sharded: Any = module
@@ -117,7 +117,7 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 
 
 def before_write(modules: Iterable[nn.Module]) -> None:
-    """The same before somebody other than the optimizer writes into shards.
+    """Do the same before anything other than the optimizer writes into shards.
 
     The next all-gather waits for the current stream then, and not for an event that the user has
     recorded after the optimizer's step (``set_post_optim_event``), which is older than the write.
@@ -184,10 +184,10 @@ def counts_here(tensor: Tensor) -> bool:
 
 
 def box_of(tensor: Tensor) -> Box:
-    """Which part of the whole of ``tensor`` is here; no communication.
+    """The part of the whole of ``tensor`` that is here; nothing is communicated.
 
     Raises:
-        ModelError: what is here is no box in the whole, or nothing that can be averaged.
+        ModelError: the part that is here is not a box in the whole, or cannot be averaged.
     """
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
@@ -196,7 +196,7 @@ def box_of(tensor: Tensor) -> Box:
     coordinate = like.device_mesh.get_coordinate()
     if coordinate is None:
         raise ModelError(
-            f"a tensor of shape {shape} lies on {like.device_mesh}, which this rank is no part of"
+            f"a tensor of shape {shape} lies on {like.device_mesh}, which this rank does not belong to"
         )
     box = box_at(tensor, coordinate)
     here = tuple(like._local_tensor.shape)
@@ -209,14 +209,14 @@ def box_of(tensor: Tensor) -> Box:
 
 
 def box_at(tensor: Tensor, coordinate: Sequence[int]) -> Box:
-    """Which part of the whole of a sharded tensor is at this coordinate of its mesh.
+    """The part of a sharded tensor that is at this coordinate of its mesh.
 
     Shards are cut as ``torch.chunk`` cuts, one mesh dimension after the other. Under FSDP and
     tensor parallelism of one dimension (``_StridedShard``) the mesh dimensions are taken in the
     order in which the tensor was cut.
 
     Raises:
-        ModelError: what is there is no box in the whole, or nothing that can be averaged.
+        ModelError: the part that is there is not a box in the whole, or cannot be averaged.
     """
     like: Any = tensor
     shape, mesh, placements = tuple(like.shape), like.device_mesh, like.placements
@@ -242,7 +242,7 @@ def _order(dim: int, placements: Sequence[Any], sizes: Sequence[int]) -> list[in
             continue
         cuts = getattr(placement, "dim", None)
         if cuts is None or placement.is_partial():
-            raise ModelError(f"a tensor with the placement {placement} is no parameter")
+            raise ModelError(f"a parameter cannot have the placement {placement}")
         if cuts != dim:
             continue
         before = getattr(placement, "split_factor", 1)

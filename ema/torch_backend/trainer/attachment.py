@@ -1,4 +1,4 @@
-"""What a callback cannot do from its events: the methods of one Trainer, wrapped."""
+"""Wrappers around the methods of one Trainer, for everything that events do not allow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Attachment:
 
     @property
     def optimizer(self) -> Any:
-        """Of the Trainer, once it has one."""
+        """The optimizer of the Trainer, once it has one."""
         return self._trainer.optimizer
 
     def undo(self) -> None:
@@ -85,7 +85,7 @@ class Attachment:
         )
 
     def _train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Remember the checkpoint: it is not among what a callback is told."""
+        """Remember the checkpoint, because the Trainer does not tell it to callbacks."""
         path = args[0] if args else kwargs.get("resume_from_checkpoint")
         if path is True:
             path = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ class Attachment:
         return original(*args, **kwargs)
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Save a checkpoint with its average, whoever asks for it and whenever."""
+        """Save a checkpoint with its average, at any moment and for any caller."""
         trial = args[1] if len(args) > 1 else kwargs.get("trial")
         folder = self._trainer._get_output_dir(trial)
         return self._with_file(folder, functools.partial(original, *args, **kwargs))

@@ -53,7 +53,7 @@ class EMACallback(TrainerCallback):
         dtype: see :class:`EMAModel`, as for all down to ``overlap``.
         device: where the averages are kept.
         include: patterns of the parameters that are averaged.
-        exclude: patterns of those that are not.
+        exclude: patterns of the parameters that are not averaged.
         buffers: ``"copy"``, ``"average"`` or a mapping from patterns to these.
         compensated: keep what each update rounds away.
         stochastic_rounding: of bfloat16 averages.
@@ -294,7 +294,7 @@ class EMACallback(TrainerCallback):
     def log_values(self) -> dict[str, float]:
         """Decay of the last update, updates so far and relative distance to the live weights.
 
-        While averages are swapped in there is no distance.
+        While averages are swapped in, the distance is left out.
         """
         if not self._run.exists:
             return {}

@@ -2,7 +2,7 @@
 
 A checkpoint is named after a step, and holds the average of that step. The Trainer usually saves after
 every callback has seen the end of the step, and announces it with ``on_save``. It also saves on SIGTERM
-(``enable_jit_checkpoint``), or when somebody's callback calls it, in the middle of any event and
+(``enable_jit_checkpoint``), or when another callback calls it, in the middle of any event and
 without another one: before this step's update or after it.
 """
 
@@ -47,7 +47,7 @@ class Checkpoints:
         self.forget()
 
     def forget(self) -> None:
-        """Another run begins: until :meth:`begin` there is no average of it."""
+        """Forget the run, because another one begins; its average comes with :meth:`begin`."""
         self._followed: int | None = None  # the step whose weights the average has seen
         self._ahead: int | None = None  # the step whose update a save needed before its event
         self._written: int | None = None  # the step whose checkpoint was written while it was saved
@@ -151,7 +151,7 @@ class Checkpoints:
             average.save(folder / self._file, metadata={**self.notes, **list_files(folder)})
 
     def _agreed(self, folders: list[Path]) -> list[Path]:
-        """Those that rank 0 sees, where all ranks write together."""
+        """The folders that rank 0 sees, if all ranks write together; else the folders of this rank."""
         if not (_several() and self._run.ema_model.sharded):
             return folders
         agreed: list[Any] = [folders]

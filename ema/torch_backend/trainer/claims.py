@@ -12,7 +12,7 @@ __all__ = ["claim"]
 
 
 class _Run:
-    """What the callbacks of the run that began last have taken: they are told one by one."""
+    """The names that the callbacks of the latest run have taken; they begin one after the other."""
 
     def __init__(self) -> None:
         self.state: weakref.ref[TrainerState] | None = None

@@ -31,7 +31,7 @@ from ema.torch_backend.trainer.surroundings import surroundings
 __all__ = ["EvaluationSwap", "known_to_evaluate", "live_weights"]
 
 _begun: weakref.WeakSet[EvaluationSwap | Loan] = weakref.WeakSet()
-"""Those that have averages in a model for an evaluation."""
+"""The swaps that have averages in a model for an evaluation."""
 
 
 class EvaluationSwap:
@@ -71,7 +71,7 @@ class EvaluationSwap:
     def end_after_event(self) -> None:
         """Put the live weights back when the last callback has been told of this evaluation.
 
-        An evaluation that a callback runs while it is told of another one does not end that.
+        If a callback runs an evaluation while it handles the event of another one, the other one goes on.
         """
         place = surroundings()
         if self.inside and place.handler is not None and place.events == 1:
@@ -155,7 +155,7 @@ class EvaluationSwap:
 
 
 class _LastCallback(TrainerCallback):
-    """Stands behind all callbacks while they are told of an evaluation."""
+    """Comes after all callbacks in the events of an evaluation."""
 
     def __init__(self, swap: EvaluationSwap) -> None:
         self._swap = swap

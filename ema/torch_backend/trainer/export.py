@@ -22,11 +22,11 @@ NOTE = "ema.json"
 def processing_class_of(
     processing_class: Any = None, train_dataloader: Any = None, **_: Any
 ) -> Any:
-    """What the Trainer puts into its checkpoints beside the model, or None.
+    """The processing class that the Trainer puts into its checkpoints beside the model, or None.
 
     Args:
         processing_class: of the Trainer, as its events name it.
-        train_dataloader: likewise; its collator's tokenizer is saved where there is no other.
+        train_dataloader: likewise; its collator's tokenizer is saved if there is no processing class.
     """
     if processing_class is None:
         collator = getattr(train_dataloader, "collate_fn", None)

@@ -34,7 +34,7 @@ class _Override:
         return self.around(self._original, *args, **kwargs)
 
     def undo(self) -> None:
-        """Uncover what was there; covered itself by a later attribute, only pass calls on."""
+        """Restore the attribute from before; if a later attribute covers this one, only pass calls on."""
         self.around = None
         own = vars(self._owner)
         if own.get(self._name) is not self:

@@ -30,8 +30,8 @@ class Guard:
 
     Args:
         tensors: by name.
-        moving: ids of vectors that are read wherever their memory is by then. That of the others
-            stays where it is as long as the guard is used.
+        moving: ids of vectors that are read wherever their memory is by then. The memory of the
+            others stays in its place as long as the guard is used.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], moving: Collection[int] = ()) -> None:
@@ -58,7 +58,7 @@ class Guard:
 
     @torch.no_grad()
     def all_finite(self) -> dict[torch.device, Tensor]:
-        """Whether there is no NaN or Inf on any accelerator: a bool on each, without a wait."""
+        """Whether all accelerators are free of NaN and Inf: a bool on each of them, without waiting."""
         flags = self._flags()
         if self._meshes:
             first = next(iter(flags))
@@ -126,7 +126,7 @@ def on_every_device(flags: Mapping[torch.device, Tensor]) -> dict[torch.device, 
 def _looks(
     device: torch.device, tensors: Sequence[Tensor], moving: Collection[int]
 ) -> Iterator[Callable[[], Tensor]]:
-    """What tells of tensors on one device whether they are finite."""
+    """The calls that tell whether the tensors on one device are finite."""
     rest = list(tensors)
     if kernels.available(device):
         fit = [tensor for tensor in tensors if id(tensor) not in moving and is_dense(tensor)]

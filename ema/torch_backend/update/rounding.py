@@ -64,7 +64,7 @@ class Indices(NamedTuple):
         return self.strides in {(), (1,)}
 
     def stretch(self, start: int, size: int, device: torch.device) -> Tensor:
-        """Those of ``size`` elements from ``start`` on, modulo 2³², as int32."""
+        """The indices of ``size`` elements from ``start`` on, modulo 2³², as int32."""
         at = torch.arange(start, start + size, device=device)
         index = torch.full_like(at, self.offset)
         for length, stride in zip(reversed(self.sizes), reversed(self.strides), strict=True):

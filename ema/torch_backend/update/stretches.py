@@ -59,7 +59,7 @@ class Stretch(NamedTuple):
 
     @property
     def source(self) -> Tensor:
-        """What to read: the live tensor itself where that is a plain vector, so that it may move."""
+        """The tensor to read: the live tensor itself if it is a plain vector, so that it may move."""
         live = self.tracked.live
         plain = type(live) in PLAIN and not live.is_complex()
         return live if plain and live.dim() == 1 else self.live
@@ -71,7 +71,7 @@ class Stretch(NamedTuple):
 
     @property
     def indices(self) -> Indices:
-        """Those of the whole tensor."""
+        """The indices of the whole tensor."""
         return Indices.of(self.tracked.averages[0], self.tracked.box)
 
     def random_bits(self) -> StretchBits | None:

@@ -165,7 +165,7 @@ class Sweep:
         return compensated(average, remainder, source, weight, (y, total))
 
     def _without_kernel(self, stretches: list[Stretch]) -> list[Stretch]:
-        """Prepare kernels for as many stretches as there are any for; those that are left."""
+        """Prepare kernels for all stretches that have one; return the other stretches."""
         together: dict[torch.device, list[Stretch]] = {}
         for stretch in stretches:
             if _has_kernel(stretch):
