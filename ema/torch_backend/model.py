@@ -63,58 +63,59 @@ class EMAModel(Generic[ModelT]):
         average + w · (params − average)                 w < 0.5
         params  − (params − average) · (1 − w)           otherwise
 
-    It starts as a copy of the parameters and has their names, shapes and memory layout, in
-    float32 or wider whatever they are. What does not require grad takes no memory: its average
-    is itself. A parameter that is unfrozen later joins with its value at the next update; what
-    was averaged once stays averaged; tied weights are averaged once.
+    The average starts as a copy of the parameters and has their names, shapes and memory layout.
+    It is always float32 or wider, unless you choose ``dtype``. Frozen parameters use no extra
+    memory: they serve as their own average. If a parameter is unfrozen later, its average starts
+    with its value at the next update. An averaged parameter that is frozen later stays averaged.
+    Tied weights are averaged once.
 
-    Parameters that are replaced, moved or cast are followed; one that was resized or removed is
-    refused at the next update, before anything has changed.
+    The average follows parameters that are replaced, moved or cast. If a parameter was resized or
+    removed, the next update raises an error before anything has changed.
 
-    One thread at a time uses it: a call that overlaps another thread's call raises a ``StateError``
-    and changes nothing. Calls inside calls of the same thread work.
+    Only one thread at a time may use an ``EMAModel``. A call that overlaps a call of another thread
+    raises a ``StateError`` and changes nothing. Calls inside calls of the same thread work.
 
     Args:
-        model: any module, wrapped (DDP, ``torch.compile``) or sharded (``fully_shard``, DTensor),
-            also later on, or not; only :meth:`averaged_module` copies it.
-        decay: the decay of one update in [0, 1], or a schedule; a mapping from names to these
+        model: any module. It may be wrapped (DDP, ``torch.compile``) or sharded (``fully_shard``,
+            DTensor), now or later. Only :meth:`averaged_module` copies it.
+        decay: the decay of one update in [0, 1], or a schedule. A mapping from names to these
             keeps several averages, which read the parameters once (``use_ema("long")``).
         update_after_step: through this step the average equals the live weights; updates count
             from there.
         update_every: steps from one update to the next.
-        dtype: of all averages: ``torch.float32``, ``torch.float64``, or ``torch.bfloat16``, which
-            takes half the memory and is computed in float32 and rounded; None: float32, and
-            float64 for parameters that are.
-        device: of all averages; None: that of each parameter.
-        include: patterns of parameter names (``"encoder.*"``); only these are averaged, and these
-            from the start even where they are frozen.
+        dtype: of all averages: ``torch.float32``, ``torch.float64`` or ``torch.bfloat16``. A
+            bfloat16 average uses half the memory; it is computed in float32 and rounded. None:
+            float64 for float64 parameters, and float32 for all others.
+        device: of all averages; None: the device of each parameter.
+        include: patterns of parameter names (``"encoder.*"``). Only these parameters are averaged,
+            from the start, even if they are frozen.
         exclude: patterns of parameters that are not averaged.
-        buffers: ``"copy"`` uses the model's own as they are, ``"average"`` averages those of
-            floating point except for what :attr:`left_alone` lists, a mapping from patterns to
-            these two decides by name.
-        compensated: keep what each update rounds away in a remainder ``c`` of the size of the
-            average, so that it follows at any decay (a float32 average loses steps of less than
-            half a unit in the last place, 6e-3 of the weights at decay 0.99999)::
+        buffers: ``"copy"`` uses the model's own buffers. ``"average"`` averages the floating-point
+            buffers, except for those that :attr:`left_alone` lists. A mapping from patterns to
+            these two words decides by name.
+        compensated: keep the rounding error of each update in a remainder ``c`` of the size of the
+            average. Then the average moves at any decay. (A float32 average loses steps of less
+            than half a unit in the last place, 6e-3 of the weights at decay 0.99999.) ::
 
                 y = c + w · ((params − average) − c)
                 average, c = average + y, y − ((average + y) − average)
 
-        stochastic_rounding: of bfloat16 averages, see :mod:`ema.rounding`; without it they do not
-            move at decays near 1.
-        seed: of that rounding, in [0, 2**64).
-        on_nonfinite: of an update whose live weights hold NaN or Inf: ``"propagate"`` makes it,
-            ``"skip"`` changes nothing but :attr:`step` and :attr:`skipped`, ``"raise"`` raises
-            before anything has changed. The latter two read the weights once more.
-        overlap: on a GPU, whether an update runs beside the next forward and backward pass, on a
-            stream of its own. PyTorch's optimizers wait for it. Where weights are written by other
-            means, updates run in order, unless :meth:`before_write` is called before each write.
+        stochastic_rounding: round bfloat16 averages up or down at random, see :mod:`ema.rounding`.
+            Without it they do not move at decays near 1.
+        seed: of the stochastic rounding, in [0, 2**64).
+        on_nonfinite: what an update does if live weights hold NaN or Inf. ``"propagate"`` averages
+            them. ``"skip"`` changes only :attr:`step` and :attr:`skipped`. ``"raise"`` raises an
+            error before anything has changed. The last two read the weights once more.
+        overlap: on a GPU, run an update beside the next forward and backward pass, on a stream of
+            its own. PyTorch's optimizers wait for it. If other code writes the weights, updates
+            run in order, unless that code calls :meth:`before_write` before each write.
 
     Raises:
         ArgumentError: an argument is out of range.
         ArgumentTypeError: an argument has the wrong type.
-        ModelError: there is nothing to average, a pattern matches nothing, or a tensor cannot be
-            averaged (sparse, sharing a part of its memory with another, or kept by FSDP1 or
-            ZeRO-3).
+        ModelError: the model has nothing to average, a pattern matches nothing, or a tensor cannot
+            be averaged: it is sparse, shares a part of its memory with another tensor, or belongs
+            to FSDP1 or ZeRO-3.
 
     Sources: Polyak and Juditsky 1992; Ruppert 1988.
 
@@ -359,16 +360,18 @@ class EMAModel(Generic[ModelT]):
 
     @in_turn
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the averaged weights and leave the live ones alone: a teacher.
+        """Run the model with the averaged weights, as a teacher; the live model does not change.
 
-        No gradient reaches the live parameters, and buffers (the statistics of a BatchNorm) stay
-        as they are. Attributes that ``forward`` assigns are afterwards what they were before; a
-        container that it changes in place stays changed. The bare model is called, in the mode of
-        the live one, without DDP and not compiled; a function that has a weight in its closure uses
-        the live weight. :meth:`averaged_module` is cheaper for many calls, and has a mode of its
-        own. Under ``fully_shard`` :meth:`use_ema` is the only way: calling raises a ``ModelError``
-        there. Gradients with respect to the inputs are not
-        right through what is checkpointed: that is computed again, from the live weights.
+        No gradient reaches the live parameters. Buffers, such as the statistics of a BatchNorm, keep
+        their values. Attributes that ``forward`` assigns get their old values back; a container that
+        ``forward`` changes in place stays changed. The call runs the bare model, in the mode of the
+        live model, without DDP and not compiled. A function that has a weight in its closure uses
+        the live weight.
+
+        :meth:`averaged_module` is cheaper for many calls and has a mode of its own. Under
+        ``fully_shard`` a call raises a ``ModelError``: use :meth:`use_ema` there. Gradients with
+        respect to the inputs are wrong through checkpointed layers, because the backward pass
+        computes these again with the live weights.
         """
         if self._settings.names:
             raise StateError(
@@ -383,19 +386,20 @@ class EMAModel(Generic[ModelT]):
 
         It is a module of the same class with a mode, hooks, attributes, buffers and frozen
         parameters of its own, and calling it costs a plain forward pass. Its parameters do not
-        require grad. Where an average has the dtype and the device of its parameter, the parameter
-        of the copy refers to the memory of the average. The others, frozen parameters and buffers
-        are copies. Each :meth:`update`, :meth:`load`, :meth:`load_state_dict` and :meth:`reset`
-        brings them up to date. While averages are swapped into the live model the copy shows
-        averages all the same.
+        require grad. If an average has the dtype and the device of its parameter, the parameter of
+        the copy refers to the memory of the average. The other parameters, frozen parameters and
+        buffers are copies, which each :meth:`update`, :meth:`load`, :meth:`load_state_dict` and
+        :meth:`reset` brings up to date. While averages are swapped into the live model, the copy
+        still shows averages.
 
-        The copy is for reading: what is written into its weights goes into the average, and before
-        ``update_after_step`` into the live model. Moved or cast, it holds copies of the averages in
-        the new place. Its own copies and pickles do not follow. This object holds it weakly: an
-        update does nothing for a module that is not used any more.
+        Only read the copy. A write into its weights changes the average, and before
+        ``update_after_step`` the live model. If you move or cast the copy, it holds copies of the
+        averages in the new place. Its own copies and pickles do not follow the average. The
+        ``EMAModel`` holds the copy weakly: once you drop it, updates do nothing for it.
 
-        Tensors with a history among the attributes (a loss that ``forward`` has kept) are None in
-        the copy. A function that has a weight or a module in its closure refers to the live one.
+        Attributes that are tensors with a history, such as a loss that ``forward`` has kept, are
+        None in the copy. A function that has a weight or a module in its closure refers to the live
+        one.
 
         Args:
             name: which average, where there are several.
@@ -415,24 +419,24 @@ class EMAModel(Generic[ModelT]):
     def apply_ema(
         self, model: nn.Module | None = None, *, name: str | None = None, assign: bool = False
     ) -> None:
-        """Swap the averaged weights into ``model``, by default the live one; no-op a second time.
+        """Swap the averaged weights into ``model``, by default the live one; a second call does nothing.
 
-        Parameters keep their storage, unless ``assign`` says otherwise. If anything is raised on
-        the way, Ctrl-C included, the weights are what they were. The model is held until
-        :meth:`restore_original`. Until then it is for reading: what is written into its weights is
-        lost, or goes into the average.
+        Parameters keep their storage, unless ``assign`` is set. If an error is raised on the way,
+        Ctrl-C included, the model keeps its weights. The ``EMAModel`` holds the model until
+        :meth:`restore_original`. Until then only read its weights: a write is lost, or changes the
+        average.
 
         Args:
             model: another model with the same names and shapes.
-            name: which average, where there are several.
+            name: which average, if there are several.
             assign: let the parameters refer to the memory of the averages, which costs no time at
-                any size. Whatever holds the memory of a parameter and not the parameter itself
-                goes on seeing live weights: captured CUDA graphs, NumPy arrays, views, other
-                processes. Tensors of a sharded model, and those that share their memory, are
-                exchanged all the same.
+                any size. Objects that hold the memory of a parameter, and not the parameter itself,
+                still see live weights: captured CUDA graphs, NumPy arrays, views, other processes.
+                Tensors of a sharded model, and tensors that share memory, are exchanged as without
+                ``assign``.
 
         Raises:
-            ArgumentError: there are several averages and ``name`` is none of theirs.
+            ArgumentError: ``name`` is not the name of one of several averages.
             ModelError: names or shapes differ; all differences are listed.
             StateError: these averages are in another model, or another average is in this one.
         """
@@ -445,11 +449,12 @@ class EMAModel(Generic[ModelT]):
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
 
         Args:
-            model: may be named to make sure that it is this one.
+            model: the model that the averages should be in; if they are in another one, this is
+                an error.
 
         Raises:
             StateError: no averages are swapped in, or not into ``model``. Or a ``use_ema()`` block
-                is open, whose code relies on the averages: then the live weights are back.
+                is open, whose code relies on the averages; the live weights are back all the same.
         """
         if self._swap is None or not self._swap.active:
             raise StateError("restore_original needs an apply_ema before it")
@@ -468,10 +473,11 @@ class EMAModel(Generic[ModelT]):
         name: str | None = None,
         assign: bool = False,
     ) -> Iterator[nn.Module]:
-        """Averaged weights inside the block, the live ones after it, whatever is raised.
+        """Averaged weights inside the block, live weights after it, even if the block raises.
 
-        Inside another block of the same average it does nothing, so blocks must nest. Where the
-        outer one ends first (two coroutines, generators or threads), its end raises.
+        Inside another block of the same average a block does nothing, so blocks must nest. If the
+        outer block ends first, as it can in coroutines, generators and threads, its end raises an
+        error.
 
         Args:
             model: another model with the same names and shapes.
@@ -542,7 +548,7 @@ class EMAModel(Generic[ModelT]):
 
     @in_turn
     def copy_to(self, model: nn.Module, *, name: str | None = None) -> None:
-        """Write the averages, and all that is not averaged as it is, into ``model`` for good.
+        """Write the averages, and the live values of everything else, into ``model`` for good.
 
         Frozen quantized weights are copied where the two models are quantized alike.
 
