@@ -14,8 +14,8 @@ demo: .venv/.demo ## train on real data with both backends (installs once, then 
 test: .venv/.dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-fast: .venv/.dev ## the tests that take a moment each
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+fast: .venv/.dev ## one case of each test that takes a moment: under 90 seconds
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 coverage: .venv/.dev ## branches of ema that the tests reach, processes that they start included
 	$(BIN)/coverage erase
