@@ -1,1 +1,1 @@
-"""Ours, the peers and the limit of the machine, in turn in one process."""
+"""Benchmarks: ours, the peers and the limit of the machine, in turn."""

@@ -11,23 +11,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.cases import CASES
-from benchmarks.machine import machine
-from benchmarks.many_in_a_file import MANY_IN_A_FILE
-from benchmarks.memory import MEMORY
+from benchmarks.cases import NAMES, SHOWN, run
 from benchmarks.page import DOCS, write_page
-from benchmarks.results import Results
-from benchmarks.run import run
-from benchmarks.setting import SIZES, Setting
-from benchmarks.terminal import table
+from benchmarks.report import Results, table
+from benchmarks.setting import SIZES, Setting, machine
 
-NAMES = [*CASES, *MEMORY, MANY_IN_A_FILE]
 WIDTH = 120
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--cases", nargs="+", metavar="NAME", choices=NAMES, default=NAMES)
+    parser.add_argument("--cases", nargs="+", metavar="NAME", choices=NAMES, default=SHOWN)
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
@@ -40,14 +34,14 @@ def main() -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="write every sample; the cases that FILE holds and that are not measured now stay",
+        help="write every sample; cases in FILE that are not measured now stay",
     )
     parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md anew")
     arguments = parser.parse_args()
     setting = Setting(device=arguments.device, size=arguments.size)
     file = DOCS / f"benchmarks-{setting.device}.json" if arguments.docs else arguments.json
     about = machine(setting.device)
-    results = Results.of(about) if file is None else Results.read(file, about)
+    results = Results(about) if file is None else Results.read(file, about)
     console = Console()
     console.width = max(console.width, WIDTH)
     console.print("  ".join(f"{key} {value}" for key, value in about.items()), style="dim")

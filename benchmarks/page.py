@@ -1,17 +1,17 @@
-"""The figures in ``docs/benchmarks.md``: a picture and a table a case, from the files of results.
+"""The figures and the pictures in ``docs``, from the files of results.
 
     python -m benchmarks.page
 
-writes them anew between the marks of each device. What has no file is left as it is.
+writes ``docs/benchmarks.md`` anew between the marks of each device that has a file, with a picture and a
+table for each case, and draws ``docs/scaling.svg`` from the model behind ``ema plan``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.picture import draw
-from benchmarks.report import Report
-from benchmarks.results import Results
+from benchmarks.pictures import bars, scaling
+from benchmarks.report import Report, Results
 
 __all__ = ["DOCS", "markdown", "write_page"]
 
@@ -29,7 +29,7 @@ def write_page(folder: Path = DOCS) -> None:
             continue
         results = Results.read(file)
         picture = file.with_suffix(".svg")
-        picture.write_text(draw(results.cases.values()), encoding="utf-8")
+        picture.write_text(bars(results.cases.values()), encoding="utf-8")
         text = _between(text, device, markdown(results, picture.name))
     page.write_text(text, encoding="utf-8")
 
@@ -63,3 +63,4 @@ def _between(text: str, mark: str, block: str) -> str:
 
 if __name__ == "__main__":
     write_page()
+    scaling(DOCS / "scaling.svg")

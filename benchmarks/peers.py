@@ -7,8 +7,14 @@ that of the average, None where the peer decides: all of them take that of the p
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+from typing import Any
 
 import ema_pytorch
 import torch
@@ -17,27 +23,19 @@ from diffusers import training_utils
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from benchmarks.measure import Contender
 from benchmarks.setting import DECAY
-from benchmarks.timm_alone import timm_utils
+from benchmarks.timing import Contender
 from ema.torch_backend import EMAModel
 
-__all__ = [
-    "FOREACH",
-    "ONE_BY_ONE",
-    "PEERS",
-    "SWAPS",
-    "ours",
-    "swaps",
-    "timm",
-    "updates",
-]
+__all__ = ["FOREACH", "ONE_BY_ONE", "PEERS", "SWAPS", "ours", "swaps", "timm", "timm_utils"]
+__all__ += ["updates"]
 
 Update = Callable[[], object]
+MODULES = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
 
 
 def ours(
-    model: nn.Module, name: str = "ema", *, traffic: int | None = None, **options: object
+    model: nn.Module, name: str = "ema", *, traffic: int | None = None, **options: Any
 ) -> Contender:
     """``EMAModel`` with options."""
     average = EMAModel(model, DECAY, **options)
@@ -95,6 +93,35 @@ def diffusers_of(
 def diffusers_update(model: nn.Module, dtype: torch.dtype | None, *, foreach: bool) -> Update:
     peer = diffusers_of(model, dtype, foreach=foreach)
     return lambda: peer.step(model.parameters())
+
+
+@functools.cache
+def timm_utils() -> ModuleType:
+    """The real ``timm.utils``, also on a machine without torchvision.
+
+    timm requires torchvision, whose wheels require a torch of their own, so the Makefile installs
+    timm without its requirements. ``timm/__init__.py``, which loads the models and their
+    transforms, does not run here. ``timm.utils`` asks torchvision for one class, to recognize layers
+    that no model here has; an empty class stands for it.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
+    spec = find_spec("timm")
+    if spec is None:
+        raise ModuleNotFoundError("timm is missing: `pip install --no-deps timm`, as the Makefile")
+    if find_spec("torchvision") is not None:
+        return import_module("timm.utils")
+    sys.modules.setdefault("timm", module_from_spec(spec))
+    stubs = {name: ModuleType(name) for name in MODULES}
+    frozen = type("FrozenBatchNorm2d", (nn.Module,), {})
+    stubs["torchvision.ops.misc"].FrozenBatchNorm2d = frozen
+    sys.modules.update(stubs)
+    try:
+        return import_module("timm.utils")
+    finally:  # others ask whether torchvision is there, and would believe these
+        for name in MODULES:
+            del sys.modules[name]
 
 
 def timm(

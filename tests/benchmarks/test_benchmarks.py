@@ -13,24 +13,21 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import measure as measuring
-from benchmarks.cases import CASES
-from benchmarks.machine import machine
-from benchmarks.measure import Case, Contender, Effort, measure
-from benchmarks.memory import MEMORY, contenders, of_process, peaks
+from benchmarks import pictures
+from benchmarks import timing as measuring
+from benchmarks.cases import REPORTED, TIMED, run, times
+from benchmarks.cases.peaks import makers, of_process, peaks_of
 from benchmarks.page import DOCS, markdown, write_page
-from benchmarks.peers import PEERS
-from benchmarks.report import Report, Row, of_times, short
-from benchmarks.results import Results
-from benchmarks.run import times
-from benchmarks.setting import Setting
-from benchmarks.timm_alone import timm_utils
+from benchmarks.peers import PEERS, timm_utils
+from benchmarks.report import Report, Results, Row, of_times, short
+from benchmarks.setting import Setting, machine
+from benchmarks.timing import Case, Contender, Effort, measure
 from tests import processes
 
 TINY = Setting(size="tiny")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TIMED)
 def test_a_case_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the cases of files keep theirs
     report = times(name, TINY)
@@ -41,11 +38,27 @@ def test_a_case_runs(name, tmp_path, monkeypatch):
         assert len(row.seconds) == 1
 
 
-@pytest.mark.parametrize("name", MEMORY)
-def test_every_contender_can_be_asked_for_its_memory(name):
-    assert "ema" in contenders(name)
-    for contender in contenders(name):
-        assert peaks(name, contender, TINY).parameters < 10_000
+@pytest.mark.parametrize("work", ["an update", "a swap in and out"])
+def test_every_contender_can_be_asked_for_its_memory(work):
+    assert "ema" in makers(work)
+    for name in makers(work):
+        _, parameters, peaks = peaks_of(work, name, TINY)
+        assert parameters < 10_000
+        assert len(peaks) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*REPORTED} - {"kernels"}))
+def test_a_case_that_measures_by_itself_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = run(name, TINY)
+    assert any(row.kind == "ours" for row in report.rows)
+    assert all(len(row.cells) == len(report.columns) for row in report.rows)
+
+
+def test_the_kernels_can_be_imported_without_a_gpu():
+    module = importlib.import_module("benchmarks.cases.kernels")
+    assert callable(module.kernels_of_sizes)
 
 
 def test_the_peak_of_a_process_is_that_since_the_last_reset():
@@ -199,15 +212,7 @@ def test_the_command_measures_in_new_processes(tmp_path):
     assert fields["machine"] == machine("cpu") | {"threads": fields["machine"]["threads"]}
 
 
-@pytest.mark.slow
-def test_the_first_swaps_are_measured_in_new_processes():
-    command = [sys.executable, "-m", "benchmarks.first_swap", "--size", "tiny", "--rounds", "1"]
-    text = processes.run(command).stdout
-    assert next(line.split()[0] for line in text.splitlines() if " first " in line) == "ema"
-
-
-@pytest.mark.parametrize(
-    "name", ["first_swap", "kernels", "page", "scaling", "scaling_picture", "trainer_overhead"]
-)
-def test_what_is_run_by_itself_can_be_imported(name):
-    assert callable(getattr(importlib.import_module(f"benchmarks.{name}"), "main", print))
+def test_the_picture_of_scaling_is_drawn_from_the_plan(tmp_path):
+    pictures.scaling(tmp_path / "scaling.svg")
+    texts = {x.text for x in ET.parse(tmp_path / "scaling.svg").iter()}
+    assert texts

@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import ema
-from benchmarks.timm_alone import timm_utils
+from benchmarks.peers import timm_utils
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAModel, EMAWarning
 from ema.checkpoint import read_state
 from ema.converting.convert import convert

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch_ema import ExponentialMovingAverage
 
-from benchmarks.timm_alone import timm_utils
+from benchmarks.peers import timm_utils
 
 
 def to_jax(model):

@@ -20,7 +20,7 @@ __all__ = ["BLOCK", "LOOK", "WARPS", "Launch", "launches"]
 BLOCK = 2048
 """Elements that one program works on, with :data:`WARPS` warps.
 
-Measured on an H100 by ``python -m benchmarks.kernels``: the best for every kernel that writes, or
+Measured on an H100 by ``python -m benchmarks --cases kernels``: the best for every kernel that writes, or
 within 1 %.
 """
 LOOK = 4096

@@ -1,15 +1,15 @@
-"""Time several contenders in turn.
+"""The one timing loop: several contenders, measured in turn.
 
-Other processes, clock rates and memory pages change from second to second, so that two figures
-from different minutes say little. Here every round gives each contender one sample, in an order
-drawn anew, and what is compared are the ratios and differences within a round; of those, and of the
-times, the median counts.
+Other processes, clock rates and memory pages change from second to second, so two figures from
+different minutes say little. Here each round gives each contender one sample, in a random order.
+Ratios and differences are taken within a round, and their medians are reported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import operator
 import random
 import statistics
 import time
@@ -116,10 +116,16 @@ class Measurement:
         return low, high
 
 
-def measure(case: Case, effort: Effort) -> list[Measurement]:
-    """Time all contenders of a case, in the order given."""
+def measure(case: Case, effort: Effort, *, warm: bool = True) -> list[Measurement]:
+    """Time all contenders of a case, which are reported in the order given.
+
+    Args:
+        case: the contenders.
+        effort: how long to measure; without ``warm`` its rounds count alone.
+        warm: call each contender before; else each round is one call.
+    """
     contenders = [dataclasses.replace(c, finish=c.finish or case.finish) for c in case.contenders]
-    single = {contender.name: _single(contender, effort) for contender in contenders}
+    single = {c.name: _single(c, effort) if warm else LONG for c in contenders}
     calls = {name: max(1, round(effort.sample / call)) for name, call in single.items()}
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     order = list(contenders)
@@ -127,7 +133,7 @@ def measure(case: Case, effort: Effort) -> list[Measurement]:
     gc.collect()
     gc.disable()
     try:
-        for _ in range(_rounds(single, calls, effort)):
+        for _ in range(_rounds(single, calls, effort) if warm else effort.rounds):
             shuffle(order)
             for contender in order:
                 if single[contender.name] < LONG:
@@ -147,8 +153,8 @@ def measure(case: Case, effort: Effort) -> list[Measurement]:
             name=c.name,
             kind=c.kind,
             seconds=seconds[c.name],
-            ratios={r: over(lambda x, y: x / y, c.name, r) for r in case.references},
-            added=case.baseline and over(lambda x, y: x - y, c.name, case.baseline),
+            ratios={r: over(operator.truediv, c.name, r) for r in case.references},
+            added=None if case.baseline is None else over(operator.sub, c.name, case.baseline),
             traffic=case.traffic if c.traffic is None else c.traffic,
         )
         for c in contenders
