@@ -1,8 +1,8 @@
-"""The file of an average: ``ema.safetensors``, the same from both backends.
+"""Write and read ``ema.safetensors``, the file of an average. Both backends share this format.
 
-:func:`write_state` replaces a state by another one in a single step, :func:`read_state` checks it
-whole; both know tensors as a dtype, a shape and bytes, and no framework. Plain safetensors readers
-see the averages under the names of the model. The format is described in ``docs/checkpoints.md``.
+:func:`write_state` replaces a saved state atomically. :func:`read_state` opens a state and checks all
+of it. Neither needs a framework: a tensor is a dtype, a shape and bytes. Any safetensors reader sees
+the averages under the model's own names. ``docs/checkpoints.md`` describes the format.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, whatever ends the process.
+"""Write files atomically: if the process is killed, the previous file survives.
 
-A file is written under another name in the same folder, flushed to the disk and renamed; then the
-folder is flushed too, so that the rename itself survives a power failure.
+A new file is written under a temporary name in the same folder, flushed to disk and renamed. Then the
+folder is flushed too, so that the rename survives a power failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ema.errors import CheckpointError
 if TYPE_CHECKING or os.name == "posix":
     import fcntl
 
-_LOCKS = os.name == "posix"  # Windows deletes and renames no file that is open
+_LOCKS = os.name == "posix"  # Windows cannot delete or rename an open file
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 __all__ = [
@@ -34,16 +34,16 @@ __all__ = [
 
 
 def open_file(file: Path) -> IO[bytes]:
-    """Open a file to be read; a pipe or a device is refused, and neither opened nor waited for.
+    """Open a regular file for reading. Refuses a pipe or a device without waiting for it.
 
     Raises:
         CheckpointError: the path is not a regular file.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     _check_regular(file.stat())
     stream = os.fdopen(os.open(file, _READ), "rb")
     try:
-        _check_regular(os.fstat(stream.fileno()))  # a pipe may have come into its place since
+        _check_regular(os.fstat(stream.fileno()))  # a pipe may have replaced the file since the first check
     except CheckpointError:
         stream.close()
         raise
@@ -57,24 +57,24 @@ def _check_regular(found: os.stat_result) -> None:
 
 @contextlib.contextmanager
 def create(file: Path) -> Iterator[IO[bytes]]:
-    """A new file, locked while it is open."""
-    # unbuffered: tensors go to the system as they are
+    """Create a file, and lock it while it is open."""
+    # unbuffered, so that tensors are not copied once more
     with file.open("xb", buffering=0) as stream:
         if _LOCKS:
-            with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(OSError):  # this file system has no locks
                 fcntl.flock(stream, fcntl.LOCK_EX)
         yield stream
 
 
 def keep_mode(stream: IO[bytes], old: Path) -> None:
-    """Give the file that is open as ``stream`` the permissions of the one that it replaces."""
+    """Copy the permissions of the old file to the open file that replaces it."""
     if hasattr(os, "fchmod"):
-        with contextlib.suppress(OSError):  # there is none, or not ours to say
+        with contextlib.suppress(OSError):  # there is no old file, or another user owns it
             os.fchmod(stream.fileno(), stat.S_IMODE(old.stat().st_mode))
 
 
 def rename(stream: IO[bytes], temporary: Path, place: Path) -> None:
-    """Put the file that is open as ``stream`` into its place, and wait until the disk has that."""
+    """Rename the open file ``temporary`` to ``place``, and wait until the rename is on disk."""
     flush(stream)
     if not _LOCKS:
         stream.close()
@@ -83,13 +83,13 @@ def rename(stream: IO[bytes], temporary: Path, place: Path) -> None:
 
 
 def flush(stream: IO[bytes]) -> None:
-    """Wait until the disk has the file."""
+    """Wait until the file's content is on disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the disk has the names in the folder."""
+    """Wait until the folder's names are on disk."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows has no such call
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -100,25 +100,25 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove(file: Path) -> None:
-    """Delete a file; one that is gone or cannot be deleted does no harm here."""
+    """Delete a file if possible. Callers do not depend on the deletion."""
     with contextlib.suppress(OSError):
         file.unlink()
 
 
 def remove_unlocked(file: Path) -> bool:
-    """Delete what a killed save has left, unless another process holds a lock on it.
+    """Delete a file that a killed save has left, unless another process holds a lock on it.
 
     Returns:
-        Whether no save can be writing to it any more.
+        Whether it is certain that no save is still writing to the file.
     """
     if not _LOCKS:
-        remove(file)  # which fails for a file that is open
+        remove(file)  # fails if the file is open
         return not file.exists()
     try:
         with open_file(file) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(file)
-    except (CheckpointError, FileNotFoundError):  # a pipe, or it is gone
+    except (CheckpointError, FileNotFoundError):  # the file is a pipe, or gone
         return True
     except OSError:
         return False

@@ -1,9 +1,9 @@
-"""The safetensors container: its header, read as if it came from an enemy, and written.
+"""Read and write the header of a safetensors file. The reader trusts nothing in the file.
 
-A file is the length of the header (8 bytes, little-endian), the header (JSON: name → dtype, shape
-and offsets, and ``__metadata__``, strings by string), and the bytes of the tensors, without a gap.
-The header is checked here, whole, before anything is made of it: the rules are those of
-https://huggingface.co/docs/safetensors, and a few limits besides.
+A file has three parts without gaps: the length of the header (8 bytes, little-endian); the header, a
+JSON object of dtype, shape and offsets by tensor name, with string pairs under ``__metadata__``; and
+the bytes of the tensors. The reader checks the whole header before it returns any of it. The rules are
+those of https://huggingface.co/docs/safetensors, with a few more limits.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ DTYPE_BITS = {
     "U8": 8,
     "BOOL": 8,
 }
-"""Size of an element of each dtype that the container knows."""
+"""Bits of one element, for each dtype that safetensors has."""
 
 MAX_HEADER = 100_000_000
-"""Bytes of a header: as many as safetensors allows."""
+"""Largest header in bytes; safetensors has the same limit."""
 
 MAX_INDEX = 400_000_000
-"""Bytes of the index of a split state, which safetensors does not read."""
+"""Largest index of a split state in bytes. Safetensors sets no limit here, since it does not read the index."""
 
 MAX_TENSORS = 20_000
-"""Tensors that are written to one file; their header stays under the limits."""
+"""Most tensors to write to one file, so that its header stays within the limits."""
 
 _COSTS = {b"{": 250, b"[": 100, b",": 48}
-"""Bytes of memory that Python takes for what begins with such a character in a JSON text, or so."""
+"""Estimated bytes of memory that Python needs for each of these characters in a JSON text."""
 _COST_OF_TEXT = 8
 _COST_AT_LEAST = 48 << 20
-"""A text may cost so many bytes for each of its own, and these besides."""
+"""Memory that any JSON text may need, plus ``_COST_OF_TEXT`` bytes for each byte of the text."""
 
 _MAX_NUMBER = 1 << 62
 _MAX_DIMENSIONS = 64
@@ -76,7 +76,14 @@ _MAX_DIMENSIONS = 64
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor stands and what it is; ``begin`` and ``end`` count from the first tensor."""
+    """The header's entry for one tensor.
+
+    Attributes:
+        dtype: such as ``"F32"`` or ``"BF16"``.
+        shape: the shape.
+        begin: offset of the first byte, counted from the start of the first tensor.
+        end: offset behind the last byte.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -86,7 +93,13 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Tensors in the order of the file, and the metadata; ``start`` is where the tensors begin."""
+    """A checked header.
+
+    Attributes:
+        tensors: the entry of each tensor, in the order of the file.
+        metadata: the string pairs under ``__metadata__``.
+        start: offset of the first tensor in the file.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -97,11 +110,11 @@ def parse_header(head: bytes, size: int) -> Header:
     """Check and read a header.
 
     Args:
-        head: the file up to the end of the header; fewer bytes are an error.
-        size: of the whole file.
+        head: the start of the file, at least up to the end of the header.
+        size: bytes of the whole file.
 
     Raises:
-        CheckpointError: with the reason, without the name of the file.
+        CheckpointError: the header is invalid. The message does not name the file.
     """
     length = header_length(head[:8], size)
     text = head[8 : 8 + length]
@@ -129,38 +142,39 @@ def parse_header(head: bytes, size: int) -> Header:
 
 
 def header_length(first: bytes, size: int) -> int:
-    """The length that the first 8 bytes of a file tell, if it can be.
+    """Read the length of the header from the first 8 bytes of a file.
 
     Raises:
-        CheckpointError: the file has no room for such a header, or the header is over the limit.
+        CheckpointError: the header would be larger than the file or than ``MAX_HEADER``.
     """
     if size < 8 or len(first) < 8:
         raise CheckpointError(f"{size} bytes are too short for a safetensors file")
     length = int.from_bytes(first, "little")
     if length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
-            f"the file declares a header of {length} bytes; it has {size - 8} and {MAX_HEADER} are allowed"
+            f"the file declares a header of {length} bytes; the file has room for {size - 8},"
+            f" and {MAX_HEADER} are allowed"
         )
     return length
 
 
 def load_json(text: bytes, what: str, limit: int = MAX_INDEX) -> dict[str, Any]:
-    """A JSON object, whose names are unique, from text of any origin.
+    """Read a JSON object with unique names from untrusted text.
 
     Args:
-        text: the object; JSON in a string of a header or an index is under their limits already.
-        what: a name for the text.
-        limit: its most bytes.
+        text: the JSON text.
+        what: a name for the text, for errors.
+        limit: the most bytes that the text may have. Texts inside a header or an index are within the
+            default already.
 
     Raises:
-        CheckpointError: it is none, or so large or deep that reading it would cost much.
+        CheckpointError: the text is not a JSON object, repeats a name, or would take too much memory.
     """
     cost = sum(each * text.count(character) for character, each in _COSTS.items())
     if len(text) > limit or cost > _COST_OF_TEXT * len(text) + _COST_AT_LEAST:
         raise CheckpointError(
-            f"{what} is too large: {len(text)} bytes, of which {limit} are allowed, and they take"
-            f" about {cost} bytes of memory to be read, of which"
-            f" {_COST_OF_TEXT * len(text) + _COST_AT_LEAST} are allowed"
+            f"{what} is too large: it has {len(text)} bytes, {limit} are allowed; reading it takes"
+            f" about {cost} bytes of memory, {_COST_OF_TEXT * len(text) + _COST_AT_LEAST} are allowed"
         )
     try:
         value = json.loads(
@@ -172,7 +186,7 @@ def load_json(text: bytes, what: str, limit: int = MAX_INDEX) -> dict[str, Any]:
         raise CheckpointError(f"{what} is not UTF-8: byte {error.start}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{what} {error}") from None
-    except ValueError as error:  # JSONDecodeError, and integers of too many digits
+    except ValueError as error:  # JSONDecodeError, or an integer with too many digits
         raise CheckpointError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}")
@@ -212,7 +226,7 @@ def _tensor_info(name: str, fields: object) -> TensorInfo:
     bits = bits_of(dtype, shape)
     if begin > end or bits != 8 * (end - begin):
         raise CheckpointError(
-            f"`{name:.80}` is {dtype} of shape {tuple(shape)!s:.80}, which are not the"
+            f"`{name:.80}` is {dtype} of shape {tuple(shape)!s:.80}, which does not fit the"
             f" {end - begin} bytes of its data_offsets"
         )
     return TensorInfo(dtype, tuple(shape), begin, end)
@@ -225,7 +239,7 @@ def _are_sizes(values: object) -> bool:
 
 
 def bits_of(dtype: str, shape: Iterable[int]) -> int:
-    """Bits of a tensor."""
+    """The number of bits that a tensor of this dtype and shape takes."""
     bits = DTYPE_BITS[dtype]
     for size in shape:
         bits *= size
@@ -233,10 +247,10 @@ def bits_of(dtype: str, shape: Iterable[int]) -> int:
 
 
 def build_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Length and header, padded so that the tensors begin at a multiple of 8.
+    """Build the length and the header, padded so that the tensors begin at a multiple of 8 bytes.
 
     Raises:
-        CheckpointError: it would be over the limit, or a name is none that a file can hold.
+        CheckpointError: the header would be too large, or a file cannot hold one of the names.
     """
     items: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     if "__metadata__" in infos:
@@ -258,7 +272,7 @@ def build_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
 
 
 def too_large(what: str, size: int, limit: int) -> str:
-    """The error for names and metadata that do not fit, and what helps."""
+    """The error text for a header or an index that is too large, with a remedy."""
     return (
         f"{what} takes {size} bytes, {limit} are allowed: shorten `metadata`, or the names of"
         " parameters and buffers"

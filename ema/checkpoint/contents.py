@@ -1,4 +1,8 @@
-"""The contents of a header, with the checks of a reader; a writer makes them before it publishes."""
+"""Check what a file says about its tensors.
+
+The reader does so when it opens a file. The writer does so before it replaces one, so that the reader
+accepts every file that was written.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,9 @@ class Contents(NamedTuple):
     """The metadata about the tensors.
 
     Attributes:
-        record: how far the average is and how it was made.
-        digests: name to the digest of a tensor's bytes.
-        pairs: names of those that are pairs of reals, complex128.
+        record: the facts about the average.
+        digests: the digest of each tensor's bytes, by name.
+        pairs: names of complex128 tensors, which are stored as pairs of float64.
     """
 
     record: Record
@@ -28,12 +32,12 @@ class Contents(NamedTuple):
 
 
 def check_contents(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> Contents:
-    """Read the metadata of a state and compare it with its tensors.
+    """Read the metadata of a state and compare it with the tensors.
 
     Raises:
-        CheckpointError: it is of a newer version, damaged, or says what cannot be.
+        CheckpointError: the metadata has another version, is damaged, or contradicts the tensors.
     """
-    record = record_from(metadata)  # a newer version first: it may seal its header differently
+    record = record_from(metadata)  # checks the version first: a newer one may seal its header differently
     check_header(metadata, infos)
     digests = read_digests(metadata, infos)
     pairs = names_from_json("complex128", metadata.get("complex128", "[]"))
@@ -43,8 +47,8 @@ def check_contents(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo])
                 f"`complex128` names {name!r:.80}, which is not stored as pairs of F64"
             )
     if absent := [key for key in record.parts if key not in infos]:
-        raise CheckpointError(f"`parts` names tensors that are not there: {listing(absent)}")
+        raise CheckpointError(f"`parts` names tensors that the file lacks: {listing(absent)}")
     averaged = {record.parts[key][2] if key in record.parts else key for key in infos}
     if both := sorted(averaged.intersection(record.not_averaged)):
-        raise CheckpointError(f"{listing(both)} are averaged and not averaged")
+        raise CheckpointError(f"`not_averaged` names tensors that the file averages: {listing(both)}")
     return Contents(record, digests, pairs)

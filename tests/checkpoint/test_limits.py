@@ -117,7 +117,7 @@ def test_tensors_that_cannot_be_are_refused_and_nothing_is_replaced(tmp_path, wr
 
 def test_parts_are_those_of_tensors_that_are_there(tmp_path):
     record = Record(step=1, count=1, parts={"remainder/x": ("", "remainder", "x")})
-    with pytest.raises(CheckpointError, match="`parts` names tensors that are not there: `remaind"):
+    with pytest.raises(CheckpointError, match="`parts` names tensors that the file lacks: `remaind"):
         write_state(tmp_path, record, tensors(2))
     assert list(tmp_path.iterdir()) == []
 
