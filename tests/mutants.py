@@ -34,6 +34,7 @@ TESTS = {
         "tests/conformance/test_bits.py",
     ],
     "ema/jax_backend/update/equation.py": [
+        "tests/jax_backend/test_equation.py",
         "tests/jax_backend/test_update.py",
         "tests/conformance/test_bits.py",
     ],
