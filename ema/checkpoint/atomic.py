@@ -18,7 +18,7 @@ from ema.errors import CheckpointError
 if TYPE_CHECKING or os.name == "posix":
     import fcntl
 
-LOCKS = os.name == "posix"  # Windows deletes and renames no file that is open
+_LOCKS = os.name == "posix"  # Windows deletes and renames no file that is open
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 __all__ = [
@@ -60,7 +60,7 @@ def create(file: Path) -> Iterator[IO[bytes]]:
     """A new file, locked while it is open."""
     # unbuffered: tensors go to the system as they are
     with file.open("xb", buffering=0) as stream:
-        if LOCKS:
+        if _LOCKS:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(stream, fcntl.LOCK_EX)
         yield stream
@@ -76,7 +76,7 @@ def keep_mode(stream: IO[bytes], old: Path) -> None:
 def rename(stream: IO[bytes], temporary: Path, place: Path) -> None:
     """Put the file that is open as ``stream`` into its place, and wait until the disk has that."""
     flush(stream)
-    if not LOCKS:
+    if not _LOCKS:
         stream.close()
     temporary.replace(place)
     flush_folder(place.parent)
@@ -111,7 +111,7 @@ def remove_unlocked(file: Path) -> bool:
     Returns:
         Whether no save can be writing to it any more.
     """
-    if not LOCKS:
+    if not _LOCKS:
         remove(file)  # which fails for a file that is open
         return not file.exists()
     try:

@@ -21,8 +21,8 @@ __all__ = [
     "MAX_HEADER",
     "MAX_INDEX",
     "MAX_TENSORS",
-    "Entry",
     "Header",
+    "TensorInfo",
     "bits_of",
     "build_header",
     "header_length",
@@ -75,7 +75,7 @@ _MAX_DIMENSIONS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """Where a tensor stands and what it is; ``begin`` and ``end`` count from the first tensor."""
 
     dtype: str
@@ -88,7 +88,7 @@ class Entry:
 class Header:
     """Tensors in the order of the file, and the metadata; ``start`` is where the tensors begin."""
 
-    entries: dict[str, Entry]
+    tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     start: int
 
@@ -114,18 +114,18 @@ def parse_header(head: bytes, size: int) -> Header:
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise CheckpointError(f"`__metadata__` must hold strings, {key!r:.80} does not")
-    entries = {name: _entry(name, fields) for name, fields in items.items()}
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    infos = {name: _tensor_info(name, fields) for name, fields in items.items()}
+    infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
     position = 0
-    for name, entry in entries.items():
-        if entry.begin != position:
+    for name, info in infos.items():
+        if info.begin != position:
             raise CheckpointError(
-                f"`{name:.80}` begins at byte {entry.begin} of the data where {position} is due"
+                f"`{name:.80}` begins at byte {info.begin} of the data where {position} is due"
             )
-        position = entry.end
+        position = info.end
     if position != (data := size - 8 - length):
         raise CheckpointError(f"the tensors take {position} bytes, the file has {data} for them")
-    return Header(entries, metadata, 8 + length)
+    return Header(infos, metadata, 8 + length)
 
 
 def header_length(first: bytes, size: int) -> int:
@@ -192,7 +192,7 @@ def _no_constant(name: str) -> None:
     raise CheckpointError(f"holds {name}")
 
 
-def _entry(name: str, fields: object) -> Entry:
+def _tensor_info(name: str, fields: object) -> TensorInfo:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -215,7 +215,7 @@ def _entry(name: str, fields: object) -> Entry:
             f"`{name:.80}` is {dtype} of shape {tuple(shape)!s:.80}, which are not the"
             f" {end - begin} bytes of its data_offsets"
         )
-    return Entry(dtype, tuple(shape), begin, end)
+    return TensorInfo(dtype, tuple(shape), begin, end)
 
 
 def _are_sizes(values: object) -> bool:
@@ -232,20 +232,20 @@ def bits_of(dtype: str, shape: Iterable[int]) -> int:
     return bits
 
 
-def build_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+def build_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """Length and header, padded so that the tensors begin at a multiple of 8.
 
     Raises:
         CheckpointError: it would be over the limit, or a name is none that a file can hold.
     """
     items: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    if "__metadata__" in entries:
+    if "__metadata__" in infos:
         raise CheckpointError("no tensor can be called `__metadata__` in a safetensors file")
-    for name, entry in entries.items():
+    for name, info in infos.items():
         items[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [entry.begin, entry.end],
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.begin, info.end],
         }
     try:
         text = json.dumps(items, ensure_ascii=False, separators=(",", ":")).encode()

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from ema.checkpoint.container import Entry, load_json
+from ema.checkpoint.container import TensorInfo, load_json
 from ema.checkpoint.record import to_json
 from ema.errors import CheckpointError, difference
 
@@ -27,19 +27,19 @@ def digest(data: Any) -> str:
 
 
 def seal(
-    metadata: Mapping[str, str], entries: Mapping[str, Entry], digests: Mapping[str, str] | None
+    metadata: Mapping[str, str], infos: Mapping[str, TensorInfo], digests: Mapping[str, str] | None
 ) -> dict[str, str]:
     """The metadata with the digests of all tensors and, last, that of the header.
 
     Without ``digests`` it has the same length: a place to write to when they are known.
     """
-    digests = digests or dict.fromkeys(entries, _EMPTY)
-    sealed = {**metadata, "digests": to_json({name: digests[name] for name in entries})}
-    own = {"keys": sorted(sealed), "xxh3_128": _header_digest(sealed, sealed, entries)}
+    digests = digests or dict.fromkeys(infos, _EMPTY)
+    sealed = {**metadata, "digests": to_json({name: digests[name] for name in infos})}
+    own = {"keys": sorted(sealed), "xxh3_128": _header_digest(sealed, sealed, infos)}
     return {**sealed, "header_digest": to_json(own)}
 
 
-def check_header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+def check_header(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:
     """Compare names, dtypes, shapes and metadata with the digest of the header.
 
     Metadata that was added since is not checked.
@@ -54,22 +54,22 @@ def check_header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> N
     absent = [key for key in keys if not isinstance(key, str) or key not in metadata]
     if absent:
         raise CheckpointError(f"the metadata lacks {absent[0]!r:.80}, which was written")
-    if _header_digest(metadata, keys, entries) != expected:
+    if _header_digest(metadata, keys, infos) != expected:
         raise CheckpointError(
             "the header is damaged: names, dtypes, shapes or metadata differ from its digest"
         )
 
 
-def read_digests(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> dict[str, str]:
+def read_digests(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Name of each tensor to its digest.
 
     Raises:
         CheckpointError: a digest is missing, or is not a digest.
     """
     digests = load_json(metadata.get("digests", "").encode(errors="replace"), "`digests`")
-    if digests.keys() != entries.keys():
-        missing = [name for name in entries if name not in digests]
-        unexpected = [name for name in digests if name not in entries]
+    if digests.keys() != infos.keys():
+        missing = [name for name in infos if name not in digests]
+        unexpected = [name for name in digests if name not in infos]
         raise CheckpointError(f"`digests` are of other tensors: {difference(missing, unexpected)}")
     for name, value in digests.items():
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
@@ -78,8 +78,8 @@ def read_digests(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> d
 
 
 def _header_digest(
-    metadata: Mapping[str, str], keys: Iterable[str], entries: Mapping[str, Entry]
+    metadata: Mapping[str, str], keys: Iterable[str], infos: Mapping[str, TensorInfo]
 ) -> str:
-    tensors = {name: [entry.dtype, *entry.shape] for name, entry in sorted(entries.items())}
+    tensors = {name: [info.dtype, *info.shape] for name, info in sorted(infos.items())}
     covered = {key: metadata[key] for key in sorted(keys)}
     return digest(to_json([tensors, covered]).encode(errors="surrogatepass"))

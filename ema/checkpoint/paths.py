@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 FILE_NAME = "ema.safetensors"
-SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"
 _RANDOM = "[0-9a-f]{16}"
 _EXAMPLE = "0" * 16
 _LONGEST = 255
@@ -94,10 +94,10 @@ def place_of(path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is a file where a folder is meant.
     """
     place = path_of(path)
-    if place.suffix == SUFFIX and not place.is_dir():
+    if place.suffix == _SUFFIX and not place.is_dir():
         return place
     if place.exists() and not place.is_dir():
-        raise CheckpointError(f"it is a file: name a folder, or a file that ends in {SUFFIX}")
+        raise CheckpointError(f"it is a file: name a folder, or a file that ends in {_SUFFIX}")
     return place / FILE_NAME
 
 
@@ -151,12 +151,12 @@ def _stem_of_temporary(place: Path) -> str:
 
 def shard_name(place: Path, token: str, number: int, total: int) -> str:
     """The name of one file of a split state."""
-    return f"{place.stem}-{token}-{number:05d}-of-{total:05d}{SUFFIX}"
+    return f"{place.stem}-{token}-{number:05d}-of-{total:05d}{_SUFFIX}"
 
 
 def is_shard_name(place: Path, name: str) -> bool:
     """Whether a file of that name may belong to a split state at ``place``."""
-    pattern = rf"{re.escape(place.stem)}-{_RANDOM}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(SUFFIX)}"
+    pattern = rf"{re.escape(place.stem)}-{_RANDOM}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(_SUFFIX)}"
     return re.fullmatch(pattern, name) is not None
 
 

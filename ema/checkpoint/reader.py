@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from ema.checkpoint import atomic
-from ema.checkpoint.container import Entry, Header, header_length, parse_header
+from ema.checkpoint.container import Header, TensorInfo, header_length, parse_header
 from ema.checkpoint.contents import check_contents
 from ema.checkpoint.digests import digest
 from ema.checkpoint.foreign import seems
@@ -84,14 +84,14 @@ class MappedFile:
         self._keep(opened)
         return opened
 
-    def bytes_of(self, entry: Entry) -> memoryview:
+    def bytes_of(self, info: TensorInfo) -> memoryview:
         """The bytes of a tensor; they stay readable, others are given back.
 
         Raises:
             CheckpointError: the file has become shorter.
         """
-        start = self.header.start + entry.begin
-        length = entry.end - entry.begin
+        start = self.header.start + info.begin
+        length = info.end - info.begin
         opened = self._again()
         if opened.size() < len(opened):  # reading what is gone would end the process
             raise CheckpointError("the file was shortened while it was being read")
@@ -129,23 +129,23 @@ class StoredTensor:
         shape: its shape.
         digest: what its bytes should give.
         file: where it is.
-        entry: where in it.
+        info: where in it.
     """
 
     dtype: str
     shape: tuple[int, ...]
     digest: str
     file: MappedFile = dataclasses.field(repr=False)
-    entry: Entry = dataclasses.field(repr=False)
+    info: TensorInfo = dataclasses.field(repr=False)
 
     @property
     def nbytes(self) -> int:
         """How large it is."""
-        return self.entry.end - self.entry.begin
+        return self.info.end - self.info.begin
 
     def bytes(self) -> memoryview:
         """Its elements, little-endian and in row-major order: a view of the file."""
-        return self.file.bytes_of(self.entry)
+        return self.file.bytes_of(self.info)
 
     def intact(self) -> bool:
         """Whether the bytes are those that were written."""
@@ -245,8 +245,8 @@ def _open_whole(place: Path) -> StoredState:
         if kind := seems(place):
             raise CheckpointError(f"`ema` did not write it: it seems to be {kind}") from None
         raise
-    metadata, entries = file.header.metadata, file.header.entries
-    return _state(place, metadata, entries, dict.fromkeys(entries, file), (place.name,))
+    metadata, infos = file.header.metadata, file.header.tensors
+    return _state(place, metadata, infos, dict.fromkeys(infos, file), (place.name,))
 
 
 def _open_split(place: Path, index: Index) -> StoredState:
@@ -257,28 +257,28 @@ def _open_split(place: Path, index: Index) -> StoredState:
             files[name] = MappedFile(place.with_name(name), opened)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
-    entries: dict[str, Entry] = {}
+    infos: dict[str, TensorInfo] = {}
     for file, mapped in files.items():
-        for name, entry in mapped.header.entries.items():
+        for name, info in mapped.header.tensors.items():
             if index.file_of.get(name) != file:
                 raise CheckpointError(f"`{name:.80}` is in {file}, where it does not belong")
-            entries[name] = entry
-    if absent := [name for name in index.file_of if name not in entries]:
+            infos[name] = info
+    if absent := [name for name in index.file_of if name not in infos]:
         raise CheckpointError(difference(absent, ()))
-    located = {name: files[index.file_of[name]] for name in entries}
-    return _state(place, index.metadata, entries, located, tuple(files))
+    located = {name: files[index.file_of[name]] for name in infos}
+    return _state(place, index.metadata, infos, located, tuple(files))
 
 
 def _state(
     place: Path,
     metadata: Mapping[str, str],
-    entries: Mapping[str, Entry],
+    infos: Mapping[str, TensorInfo],
     files: Mapping[str, MappedFile],
     names: tuple[str, ...],
 ) -> StoredState:
-    record, digests, pairs = check_contents(metadata, entries)
+    record, digests, pairs = check_contents(metadata, infos)
     tensors = {}
-    for name, entry in sorted(entries.items()):
-        dtype, shape = ("C128", entry.shape[:-1]) if name in pairs else (entry.dtype, entry.shape)
-        tensors[name] = StoredTensor(dtype, shape, digests[name], files[name], entry)
+    for name, info in sorted(infos.items()):
+        dtype, shape = ("C128", info.shape[:-1]) if name in pairs else (info.dtype, info.shape)
+        tensors[name] = StoredTensor(dtype, shape, digests[name], files[name], info)
     return StoredState(place, record, tensors, names)

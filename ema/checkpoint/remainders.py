@@ -10,7 +10,7 @@ from ema.errors import CheckpointError, difference, shortened, shown
 
 __all__ = ["joined", "separated"]
 
-REMAINDER = "remainder"
+_REMAINDER = "remainder"
 
 _Tensor = TypeVar("_Tensor")
 
@@ -27,13 +27,13 @@ def joined(
     Raises:
         CheckpointError: an average has the name that a remainder is to have.
     """
-    parts = {f"{REMAINDER}/{name}": ("", REMAINDER, name) for name in remainders}
+    parts = {f"{_REMAINDER}/{name}": ("", _REMAINDER, name) for name in remainders}
     if taken := [key for key in parts if key in averages]:
         raise CheckpointError(
             f"`{shortened(taken[0])}` is what the remainder of `{shortened(parts[taken[0]][2])}` is"
             " called in the file: give the parameter another name"
         )
-    keyed = {f"{REMAINDER}/{name}": tensor for name, tensor in remainders.items()}
+    keyed = {f"{_REMAINDER}/{name}": tensor for name, tensor in remainders.items()}
     return {**averages, **keyed}, parts
 
 
@@ -46,7 +46,7 @@ def separated(stored: StoredState) -> tuple[dict[str, StoredTensor], dict[str, S
     averages = dict(stored.tensors)
     remainders: dict[str, StoredTensor] = {}
     for key, (label, part, name) in stored.record.parts.items():
-        if label or part != REMAINDER:
+        if label or part != _REMAINDER:
             raise CheckpointError(
                 f"`{shortened(key)}` is the {shortened(part)} of {shown(label)}, which this version"
                 " cannot read"

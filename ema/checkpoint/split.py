@@ -13,7 +13,7 @@ from ema.checkpoint.paths import exists, index_of, is_shard_name
 from ema.checkpoint.record import to_json
 from ema.errors import CheckpointError
 
-__all__ = ["Index", "index_from", "index_text", "read_index", "split"]
+__all__ = ["MAX_FILES", "MAX_NAMES", "Index", "index_from", "index_text", "read_index", "split"]
 
 MAX_NAMES = 8_000_000
 """Bytes of names in one file; a header holds each of them up to four times."""

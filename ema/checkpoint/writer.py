@@ -14,8 +14,8 @@ from ema import validate
 from ema.checkpoint import atomic
 from ema.checkpoint.container import (
     DTYPE_BITS,
-    Entry,
     Header,
+    TensorInfo,
     bits_of,
     build_header,
     parse_header,
@@ -109,8 +109,8 @@ def write_state(
             _write_whole(
                 place,
                 stored,
-                lambda entries, digests: seal(metadata, entries, digests),
-                lambda header: check_contents(header.metadata, header.entries),
+                lambda infos, digests: seal(metadata, infos, digests),
+                lambda header: check_contents(header.metadata, header.tensors),
             )
             if exists(index_of(place)):  # until it is gone the old state is in force
                 index_of(place).unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def write_tensors(
         _check_sources(tensors, DTYPE_BITS)
         place = file_to_write(path)
         _clean(place)
-        _write_whole(place, tensors, lambda _entries, _digests: dict(metadata), _nothing)
+        _write_whole(place, tensors, lambda _infos, _digests: dict(metadata), _nothing)
     return place
 
 
@@ -173,7 +173,7 @@ def _write_split(
 ) -> None:
     token = new_token()
     shards = [shard_name(place, token, number, len(groups)) for number in range(1, len(groups) + 1)]
-    entries: dict[str, Entry] = {}
+    infos: dict[str, TensorInfo] = {}
     digests: dict[str, str] = {}
     file_of: dict[str, str] = {}
     index = temporary_of(index_of(place), token)
@@ -181,12 +181,12 @@ def _write_split(
 
     def sealed(digests: Mapping[str, str] | None) -> bytes:
         """The text of the index, once a reader would take it."""
-        text = index_text(seal(metadata, entries, digests), file_of)
-        check_contents(index_from(place, text).metadata, entries)
+        text = index_text(seal(metadata, infos, digests), file_of)
+        check_contents(index_from(place, text).metadata, infos)
         return text
 
     for file, names in zip(shards, groups, strict=True):
-        entries |= _entries({name: tensors[name] for name in names})
+        infos |= _infos({name: tensors[name] for name in names})
         file_of |= dict.fromkeys(names, file)
     sealed(None)  # before anything is written
     try:
@@ -196,7 +196,7 @@ def _write_split(
                 with atomic.create(place.with_name(file)) as shard:
                     atomic.keep_mode(shard, old)
                     part = {name: tensors[name] for name in names}
-                    digests |= _stream(shard, part, lambda _entries, _digests: {}, _nothing)
+                    digests |= _stream(shard, part, lambda _infos, _digests: {}, _nothing)
                     atomic.flush(shard)
             atomic.flush_folder(place.parent)
             atomic.keep_mode(stream, old)
@@ -211,7 +211,7 @@ def _write_split(
         raise
 
 
-_Metadata = Callable[[Mapping[str, Entry], Mapping[str, str] | None], dict[str, str]]
+_Metadata = Callable[[Mapping[str, TensorInfo], Mapping[str, str] | None], dict[str, str]]
 _Check = Callable[[Header], object]
 """The checks of a reader on a header; they raise if it would refuse the header."""
 
@@ -220,16 +220,16 @@ def _nothing(_: Header) -> None:
     """Such a file holds no metadata of ours."""
 
 
-def _entries(tensors: Mapping[str, Source]) -> dict[str, Entry]:
+def _infos(tensors: Mapping[str, Source]) -> dict[str, TensorInfo]:
     """Where each tensor comes to stand in a file of these."""
-    entries: dict[str, Entry] = {}
+    infos: dict[str, TensorInfo] = {}
     position = 0
     for name in _order(tensors):
         source = tensors[name]
         end = position + _size(source)
-        entries[name] = Entry(source.dtype, tuple(source.shape), position, end)
+        infos[name] = TensorInfo(source.dtype, tuple(source.shape), position, end)
         position = end
-    return entries
+    return infos
 
 
 def _stream(
@@ -242,13 +242,13 @@ def _stream(
     Returns:
         The digests.
     """
-    entries = _entries(tensors)
-    size = sum(entry.end - entry.begin for entry in entries.values())
-    room = build_header(entries, metadata(entries, None))
+    infos = _infos(tensors)
+    size = sum(info.end - info.begin for info in infos.values())
+    room = build_header(infos, metadata(infos, None))
     check(parse_header(room, len(room) + size))
     _write(stream, room)
-    digests = {name: _copy(name, tensors[name], stream) for name in entries}
-    header = build_header(entries, metadata(entries, digests))
+    digests = {name: _copy(name, tensors[name], stream) for name in infos}
+    header = build_header(infos, metadata(infos, digests))
     if len(header) != len(room):
         raise CheckpointError("the header changed its length while the tensors were written")
     if header != room:  # that of a file of a split state holds no digests

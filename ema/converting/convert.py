@@ -17,7 +17,7 @@ from ema.checkpoint.foreign import begins_like_msgpack
 from ema.checkpoint.paths import FILE_NAME, errors_of, exists, index_of, path_of, place_of
 from ema.checkpoint.remainders import joined
 from ema.checkpoint.renaming import Rename, renamed
-from ema.converting import orbax_places
+from ema.converting import orbax_folders
 from ema.converting.float8 import FLOAT8, widened
 from ema.converting.found import Found, check_size
 from ema.converting.msgpack_files import read_msgpack
@@ -231,17 +231,14 @@ def _read_path(path: Path, options: _Options) -> Found:
     if path.is_dir():
         if (path / FILE_NAME).exists() or index_of(path / FILE_NAME).exists():
             raise CheckpointError(f"it holds {FILE_NAME}, which needs no conversion")
-        if (place := orbax_places.place_of(path)) is not None:
-            if place.file is not None:
-                found = _read_path(place.file, options)
+        if (checkpoint := orbax_folders.find_checkpoint(path)) is not None:
+            if checkpoint.file is not None:
+                found = _read_path(checkpoint.file, options)
             else:
-                require("orbax.checkpoint", "jax")
-                from ema.converting import orbax_folders
-
-                found = orbax_folders.read_place(
-                    place, name=name, key=key, averaged=averaged, max_bytes=options.max_bytes
+                found = orbax_folders.read_checkpoint(
+                    checkpoint, name=name, key=key, averaged=averaged, max_bytes=options.max_bytes
                 )
-            return dataclasses.replace(found, notes=(*place.notes, *found.notes))
+            return dataclasses.replace(found, notes=(*checkpoint.notes, *found.notes))
         found = plain_sources.read_folder(path, key=key, averaged=averaged)
         if found is None:
             raise CheckpointError(
@@ -273,7 +270,7 @@ def _read_object(source: Any, options: _Options) -> Found:
         from ema.converting import torch_sources
 
         name, key, averaged = options.name, options.key, options.averaged
-        return torch_sources.read_state(source, name, key=key, averaged=averaged)
+        return torch_sources.read_state_dict(source, name, key=key, averaged=averaged)
     nnx = sys.modules.get("flax.nnx")  # whose object it is, has imported it
     if nnx is not None and isinstance(source, nnx.EMA):
         from ema.converting import jax_sources

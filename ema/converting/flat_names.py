@@ -8,7 +8,7 @@ from typing import Any
 from ema.converting.trees import (
     Chosen,
     IsTensor,
-    Path,
+    KeyPath,
     children,
     mostly,
     shape_of,
@@ -23,7 +23,7 @@ _COUNTERS = ("decay", "num_updates", "initted", "step")
 
 
 def prefixed(
-    tree: Any, is_tensor: IsTensor, path: Path, proposed: list[str]
+    tree: Any, is_tensor: IsTensor, path: KeyPath, proposed: list[str]
 ) -> Iterator[tuple[str, Chosen]]:
     """``model_ema.…`` beside ``model.…``, ``ema.…`` beside the rest."""
     shapes = _shapes(tree, is_tensor)

@@ -72,13 +72,13 @@ def stripped(found: Found) -> Found:
     )
 
 
-def check_size(size: int, most: int | None) -> None:
+def check_size(size: int, most: int) -> None:
     """Refuse what is larger than a file of its size lets one expect.
 
     Raises:
         CheckpointError: it is.
     """
-    if most is not None and size > most:
+    if size > most:
         raise CheckpointError(
             f"its tensors take {size:,} bytes, {most:,} are allowed for a file of that size:"
             f" max_bytes={size} (--max-bytes) allows them"

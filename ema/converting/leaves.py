@@ -12,7 +12,7 @@ import numpy as np
 from ema.checkpoint import Source
 from ema.errors import CheckpointError, shortened
 
-__all__ = ["DTYPES", "Bound", "Leaf", "Unread", "is_array", "is_leaf"]
+__all__ = ["DTYPES", "Bound", "Leaf", "Unread", "is_leaf", "is_stored_array"]
 
 DTYPES = {
     "float64": "F64",
@@ -114,7 +114,7 @@ def is_leaf(node: Any) -> bool:
     return isinstance(node, Leaf)
 
 
-def is_array(node: Any) -> bool:
+def is_stored_array(node: Any) -> bool:
     """Whether the node is an array, also one that cannot be read."""
     return isinstance(node, Leaf | Unread)
 

@@ -76,7 +76,7 @@ def _mapping(pairs: list[tuple[Any, Any]]) -> Any:
             )
         else:
             found[str(key)] = value
-    return _joined(found) if _CHUNKED in found else found or None
+    return _from_chunks(found) if _CHUNKED in found else found or None
 
 
 def _extension(unpack: Any, code: int, data: bytes) -> Any:
@@ -99,7 +99,7 @@ def _extension(unpack: Any, code: int, data: bytes) -> Any:
     return leaf
 
 
-def _joined(fields: dict[str, Any]) -> Leaf:
+def _from_chunks(fields: dict[str, Any]) -> Leaf:
     """An array that was saved in chunks."""
     shape, chunks = (_listed(fields.get(field)) for field in ("shape", "chunks"))
     sizes = _shape(shape)

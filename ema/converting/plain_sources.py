@@ -150,6 +150,6 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _sources(mapped: MappedFile) -> dict[str, Source]:
     return {
-        name: Source(entry.dtype, entry.shape, partial(mapped.bytes_of, entry))
-        for name, entry in mapped.header.entries.items()
+        name: Source(info.dtype, info.shape, partial(mapped.bytes_of, info))
+        for name, info in mapped.header.tensors.items()
     }

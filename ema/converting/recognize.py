@@ -25,10 +25,10 @@ from ema.converting.flat_names import prefixed
 from ema.converting.trees import (
     Chosen,
     IsTensor,
+    KeyPath,
     Named,
-    Path,
     children,
-    contents,
+    described_parts,
     flattened,
     mostly,
     named,
@@ -39,7 +39,7 @@ from ema.converting.trees import (
 from ema.converting.words import MAYBE, NO_WEIGHTS, OF_ALL, OPTIMIZERS, SURE, may_be_of, words
 from ema.errors import CheckpointError, listing
 
-__all__ = ["Chosen", "choose"]
+__all__ = ["choose"]
 
 _WEIGHTS = {"params", "model", "module", "state_dict", "model_state_dict", "weights", "variables"}
 """A part inside one of these is a layer, whatever it is called."""
@@ -82,7 +82,7 @@ def choose(
         else ""
     )
     raise CheckpointError(
-        f"nothing in it says that it holds averages{proposed}: it holds {contents(tree, is_tensor)};"
+        f"nothing in it says that it holds averages{proposed}: it holds {described_parts(tree, is_tensor)};"
         " key= (--key) names the part that is the average, and averaged=True (--averaged) says that"
         " the weights are averages"
     )
@@ -103,7 +103,7 @@ class _Search:
         self.proposed: list[str] = []
         self._look(tree, ())
 
-    def _look(self, tree: Any, path: Path) -> None:
+    def _look(self, tree: Any, path: KeyPath) -> None:
         """Averages among the parts of ``tree``, else among the parts of those."""
         before = len(self.candidates)
         parts = {
@@ -131,7 +131,7 @@ class _Search:
             for name in sorted(parts):
                 self._look(parts[name], (*path, name))
 
-    def _inside(self, part: Any, name: str) -> Path | None:
+    def _inside(self, part: Any, name: str) -> KeyPath | None:
         """The way from a part to its tensors; None if it is not seen to be an average of weights."""
         said = words(name)
         others = [each for label, each in self._weights if may_be_of(said, words(label))]
@@ -142,7 +142,9 @@ class _Search:
         return _only(part, self._is_tensor)
 
 
-def _weights(tree: Any, is_tensor: IsTensor, path: Path = ()) -> Iterator[tuple[str, set[Named]]]:
+def _weights(
+    tree: Any, is_tensor: IsTensor, path: KeyPath = ()
+) -> Iterator[tuple[str, set[Named]]]:
     """The name and the tensors of every part that has weights and is not called an average."""
     for name, part in _parts(tree, is_tensor).items():
         if not words(name) & (SURE | MAYBE):
@@ -162,7 +164,7 @@ def _parts(tree: Any, is_tensor: IsTensor) -> dict[str, Any]:
     }
 
 
-def _matching(part: Any, others: Sequence[set[Named]], is_tensor: IsTensor) -> Path | None:
+def _matching(part: Any, others: Sequence[set[Named]], is_tensor: IsTensor) -> KeyPath | None:
     """The way to what has the names and shapes of one of the others: the part, or one in it."""
     if (wrapped := _wrapped(part, is_tensor)) is not None:  # with its counters beside it
         way = _matching(dict(children(part))[wrapped], others, is_tensor)
@@ -188,7 +190,7 @@ def _wrapped(part: Any, is_tensor: IsTensor) -> str | None:
     return parts[0] if one else None
 
 
-def _only(part: Any, is_tensor: IsTensor) -> Path | None:
+def _only(part: Any, is_tensor: IsTensor) -> KeyPath | None:
     """The way to the one mapping with tensors."""
     if any(is_tensor(child) for _, child in children(part)):
         return ()
@@ -200,7 +202,7 @@ def _only(part: Any, is_tensor: IsTensor) -> Path | None:
     return () if wrapped is None or inside is None else (wrapped, *inside)
 
 
-def _beside(around: Any, name: str, inside: Path, is_tensor: IsTensor) -> dict[str, Any]:
+def _beside(around: Any, name: str, inside: KeyPath, is_tensor: IsTensor) -> dict[str, Any]:
     """Counters of the average: those beside it, and before those the ones in what wraps it."""
     values: dict[str, Any] = {}
     for step in (name, *inside):
@@ -221,13 +223,13 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
             return flat
         raise CheckpointError(
             f"key= (--key) names {key!r:.80}, which is not there: it holds"
-            f" {contents(tree, is_tensor)}"
+            f" {described_parts(tree, is_tensor)}"
         )
     part = subtree(tree, path)
     if next(flattened(part, is_tensor), None) is None:
         raise CheckpointError(
             f"key= (--key) names {key!r:.80}, a part without tensors: it holds"
-            f" {contents(tree, is_tensor)}"
+            f" {described_parts(tree, is_tensor)}"
         )
     inside = _Search(part, is_tensor).candidates
     if len(inside) > 1:
@@ -242,7 +244,7 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
     return Chosen(path=(*path, *way), kind=f"`{key}`", beside=beside)
 
 
-def _path_of(tree: Any, key: str, is_tensor: IsTensor) -> Path | None:
+def _path_of(tree: Any, key: str, is_tensor: IsTensor) -> KeyPath | None:
     """Names may have dots of their own: the longest that is there is tried first."""
     if is_tensor(tree):
         return None
@@ -258,7 +260,7 @@ def _path_of(tree: Any, key: str, is_tensor: IsTensor) -> Path | None:
     return None
 
 
-def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: Path = ()) -> Chosen | None:
+def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: KeyPath = ()) -> Chosen | None:
     """A part of a flat state dict, at the top or below the first words of ``key``."""
     below = dict(children(tree))
     own = {
@@ -291,7 +293,7 @@ def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
         parts = [name for name, child in children(tree) if not is_tensor(child)]
         if any(words(name) & OPTIMIZERS for name in parts) or not _is_plain(tree, is_tensor):
             raise CheckpointError(
-                f"it holds {contents(tree, is_tensor)}: key= (--key) names the part that is the"
+                f"it holds {described_parts(tree, is_tensor)}: key= (--key) names the part that is the"
                 " average"
             )
         beside, kind, what = {}, "weights", "the weights"
@@ -304,9 +306,9 @@ def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
     )
 
 
-def _only_part(tree: Mapping[str, Any], is_tensor: IsTensor) -> Path:
+def _only_part(tree: Mapping[str, Any], is_tensor: IsTensor) -> KeyPath:
     """The path to the only part with tensors that belongs to no optimizer; empty if there are more."""
-    path: Path = ()
+    path: KeyPath = ()
     node: Any = tree
     while not any(is_tensor(child) for _, child in children(node)):
         parts = [

@@ -25,15 +25,15 @@ from ema.converting.found import (
     stripped,
     whole,
 )
-from ema.converting.recognize import Chosen, choose
-from ema.converting.trees import flattened, subtree
+from ema.converting.recognize import choose
+from ema.converting.trees import Chosen, flattened, subtree
 from ema.errors import ArgumentError, CheckpointError, EMAError, listing
 from ema.schedule_descriptions import known_schedule
 from ema.schedules import ConstantDecay, RampWarmup
 from ema.torch_backend.saving.files import source_of
 from ema.torch_backend.saving.state import State
 
-__all__ = ["read_pickle", "read_state"]
+__all__ = ["read_pickle", "read_state_dict"]
 
 
 def read_pickle(
@@ -42,23 +42,22 @@ def read_pickle(
     *,
     key: str | None = None,
     averaged: bool = False,
-    most: int | None = None,
+    most: int,
 ) -> Found:
     """A file of ``torch.save``, with ``weights_only=True``.
 
     Args:
         file: the file.
-        name: see :func:`read_state`.
+        name: see :func:`read_state_dict`.
         key: likewise.
         averaged: likewise.
-        most: bytes that it may take in memory. None: any number.
+        most: bytes that its tensors may take in memory.
 
     Raises:
-        ArgumentError: see :func:`read_state`.
+        ArgumentError: see :func:`read_state_dict`.
         CheckpointError: it is damaged, holds objects, or nothing that is known.
     """
-    if most is not None:
-        _check_archive(file, most)
+    _check_archive(file, most)
     try:
         # timm keeps its command line, a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -72,7 +71,7 @@ def read_pickle(
         raise CheckpointError(
             f"torch.save did not write it, or it is damaged: {error!r:.200}"
         ) from None
-    return read_state(state, name, key=key, averaged=averaged)
+    return read_state_dict(state, name, key=key, averaged=averaged)
 
 
 def _refused(error: pickle.UnpicklingError) -> str:
@@ -99,7 +98,7 @@ def _check_archive(file: Path, most: int) -> None:
     check_size(sum(entry.file_size for entry in entries), most)
 
 
-def read_state(
+def read_state_dict(
     state: Any, name: str | None = None, *, key: str | None = None, averaged: bool = False
 ) -> Found:
     """Recognize a state by its keys.
@@ -168,9 +167,9 @@ def _flat(part: Any) -> dict[str, Any]:
     """
     tensors: dict[str, Any] = {}
     for path, tensor in flattened(part, _is_tensor):
-        if (joined := ".".join(path)) in tensors:
-            raise CheckpointError(f"it has two tensors that are called {joined!r:.200}")
-        tensors[joined] = tensor
+        if (dotted := ".".join(path)) in tensors:
+            raise CheckpointError(f"it has two tensors that are called {dotted!r:.200}")
+        tensors[dotted] = tensor
     return tensors
 
 

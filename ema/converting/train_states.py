@@ -13,14 +13,13 @@ from typing import Any
 
 from ema.checkpoint import Source
 from ema.converting.found import Found
-from ema.converting.leaves import Leaf, Unread, is_array, is_leaf
+from ema.converting.leaves import Leaf, Unread, is_leaf, is_stored_array
 from ema.converting.recognize import choose
-from ema.converting.trees import Chosen, subtree
+from ema.converting.trees import Chosen, KeyPath, subtree
 from ema.errors import ArgumentError, CheckpointError, listing, shortened
 
 __all__ = ["found_in"]
 
-Path = tuple[str, ...]
 
 _STATE = {"step", "count", "params_ema"}
 _STATISTICS = ("batch_stats_ema",)
@@ -50,7 +49,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
         raise CheckpointError("it holds one array without a name: save it in a dict")
     tree = dict(_children(tree)) if isinstance(tree, list) else tree
     if key is not None:
-        chosen = choose(tree, is_array, key=key)
+        chosen = choose(tree, is_stored_array, key=key)
         if chosen.names is None and (found := _ours(tree, chosen.path, source, name)) is not None:
             return found
         return _from_part(tree, chosen, source)
@@ -59,7 +58,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
     several = [found for node in _nodes(tree) if (found := _our_ema(node, source, averaged=False))]
     if len(several) == 1:
         return several[0]
-    chosen = choose(_pruned(tree), is_array, averaged=averaged)
+    chosen = choose(_pruned(tree), is_stored_array, averaged=averaged)
     whole = chosen.path[:-1] if chosen.path[-1:] == ("params",) else chosen.path
     if (found := _our_ema(subtree(tree, whole), source, averaged=True)) is not None:
         return dataclasses.replace(found, notes=chosen.notes)
@@ -67,7 +66,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
 
 
 def _ours(
-    tree: Any, path: Path, source: str, name: str | None, *, averaged: bool = True
+    tree: Any, path: KeyPath, source: str, name: str | None, *, averaged: bool = True
 ) -> Found | None:
     """An average of this library in a part of a tree: states of ``params_ema``, or an ``EMA``."""
     part = subtree(tree, path)
@@ -134,7 +133,7 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, Mapping) and node.keys() >= _STATE
 
 
-def _states(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _states(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
     """Every part that has the fields of a ``ParamsEMAState``, with the place where it is."""
     if _is_state(node):
         yield path, node
@@ -143,10 +142,10 @@ def _states(node: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         yield from _states(child, (*path, key))
 
 
-def _refuse_others(tree: Any, states: list[tuple[Path, Mapping[str, Any]]]) -> None:
+def _refuse_others(tree: Any, states: list[tuple[KeyPath, Mapping[str, Any]]]) -> None:
     """Refuse a tree that holds another average beside those of ``params_ema``."""
     try:
-        other = choose(_pruned(tree), is_array)
+        other = choose(_pruned(tree), is_stored_array)
     except CheckpointError:
         return
     labels = listing([other.kind.strip("`"), *(".".join(path) for path, _ in states)])
@@ -156,7 +155,7 @@ def _refuse_others(tree: Any, states: list[tuple[Path, Mapping[str, Any]]]) -> N
 
 
 def _from_states(
-    states: list[tuple[Path, Mapping[str, Any]]], kind: str, name: str | None
+    states: list[tuple[KeyPath, Mapping[str, Any]]], kind: str, name: str | None
 ) -> Found:
     averages = [
         (label, path, state) for path, state in states for label in _labels(path, state, name)
@@ -211,7 +210,7 @@ def _together(
     return tensors, remainders, tuple(n for n in dict.fromkeys(others) if n not in tensors)
 
 
-def _labels(path: Path, state: Mapping[str, Any], name: str | None) -> list[str | None]:
+def _labels(path: KeyPath, state: Mapping[str, Any], name: str | None) -> list[str | None]:
     if "name" in state:
         return (
             list(state["name"]) if isinstance(state["name"], Mapping) and state["name"] else [None]
@@ -238,7 +237,7 @@ def _labels(path: Path, state: Mapping[str, Any], name: str | None) -> list[str 
 class _Group:
     """The part of one average in one state. Several parts with holes in different places are one average."""
 
-    def __init__(self, path: Path, state: Mapping[str, Any], label: str | None) -> None:
+    def __init__(self, path: KeyPath, state: Mapping[str, Any], label: str | None) -> None:
         self.path = path
         self._state = state
         self._label = label
@@ -295,7 +294,7 @@ def _models(groups: list[_Group]) -> list[list[_Group]]:
     return models
 
 
-def _shared(paths: list[Path]) -> Path:
+def _shared(paths: list[KeyPath]) -> KeyPath:
     """The beginning that all paths share."""
     first = paths[0]
     return first[
@@ -346,7 +345,7 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Everything in a tree that is neither a mapping nor a list, with its path."""
     if isinstance(node, Mapping | list):
         for key, child in _children(node):

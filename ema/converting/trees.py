@@ -11,10 +11,10 @@ from ema.errors import CheckpointError, listing, shortened
 __all__ = [
     "Chosen",
     "IsTensor",
+    "KeyPath",
     "Named",
-    "Path",
     "children",
-    "contents",
+    "described_parts",
     "flattened",
     "mostly",
     "named",
@@ -23,7 +23,7 @@ __all__ = [
     "without_shared_prefixes",
 ]
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 IsTensor = Callable[[Any], bool]
 Named = tuple[str, tuple[int, ...]]
 """The name and the shape of a tensor."""
@@ -46,7 +46,7 @@ class Chosen:
         notes: what the user should know.
     """
 
-    path: Path
+    path: KeyPath
     kind: str
     names: Mapping[str, str] | None = None
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -54,14 +54,14 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
-def subtree(tree: Any, path: Path) -> Any:
+def subtree(tree: Any, path: KeyPath) -> Any:
     """The node at the end of a path."""
     for step in path:
         tree = dict(children(tree))[step]
     return tree
 
 
-def contents(tree: Any, is_tensor: IsTensor) -> str:
+def described_parts(tree: Any, is_tensor: IsTensor) -> str:
     """The parts of a checkpoint in a few words, for messages."""
     if not isinstance(tree, Mapping):
         return f"a {type(tree).__name__}"
@@ -79,7 +79,7 @@ def contents(tree: Any, is_tensor: IsTensor) -> str:
     return f"{text} and {len(parts) - 12} more" if len(parts) > 12 else text or "nothing"
 
 
-def flattened(tree: Any, is_tensor: IsTensor, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def flattened(tree: Any, is_tensor: IsTensor, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """The tensors of a tree with their paths."""
     if is_tensor(tree):
         yield path, tree

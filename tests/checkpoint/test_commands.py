@@ -37,7 +37,7 @@ def test_inspect_tells_which_tensor_is_damaged(tmp_path, arrays, record, sources
     file = write_state(tmp_path, record, sources_of(arrays))
     tensor = read_state(file).tensors["layers.1.weight"]
     data = bytearray(file.read_bytes())
-    data[tensor.file.header.start + tensor.entry.begin + 5] ^= 1
+    data[tensor.file.header.start + tensor.info.begin + 5] ^= 1
     file.write_bytes(data)
     result = run("inspect", file)
     assert result.exit_code == 1

@@ -16,7 +16,7 @@ from torch import nn
 
 from ema import CheckpointError, EMAModel
 from ema.checkpoint import read_state, write_state
-from ema.checkpoint.container import Entry
+from ema.checkpoint.container import TensorInfo
 from ema.checkpoint.description import describe_file
 from ema.checkpoint.digests import digest, seal
 from ema.checkpoint.remainders import joined
@@ -276,7 +276,7 @@ def resealed(data):
         metadata = header["__metadata__"]
         named = {name: field for name, field in header.items() if name != "__metadata__"}
         entries = {
-            name: Entry(field["dtype"], tuple(field["shape"]), *field["data_offsets"])
+            name: TensorInfo(field["dtype"], tuple(field["shape"]), *field["data_offsets"])
             for name, field in named.items()
         }
         digests = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ema.checkpoint import Record, Source, container, read_state, split, write_state
-from ema.checkpoint.container import Entry, build_header, parse_header
+from ema.checkpoint.container import TensorInfo, build_header, parse_header
 from ema.errors import CheckpointError
 
 
@@ -83,7 +83,7 @@ def test_a_name_that_is_averaged_and_not_averaged_is_refused(tmp_path, size):
 
 @pytest.mark.parametrize("shape", [[0, 1 << 62, 4], [1 << 40, 0, 1 << 40]])
 def test_a_shape_that_overflows_is_refused_though_it_holds_nothing(shape):
-    text = build_header({"w": Entry("F32", tuple(shape), 0, 0)}, {})
+    text = build_header({"w": TensorInfo("F32", tuple(shape), 0, 0)}, {})
     with pytest.raises(CheckpointError, match="shape that overflows"):
         parse_header(text, len(text))
 

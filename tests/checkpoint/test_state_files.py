@@ -52,7 +52,7 @@ def test_every_tensor_is_aligned(tmp_path, record, sources_of):
     arrays = {"a": np.ones(1, np.float32), "b": np.ones(1), "c": np.ones(3, np.float32)}
     state = read_state(write_state(tmp_path, record, sources_of(arrays)))
     for tensor in state.tensors.values():
-        start = tensor.file.header.start + tensor.entry.begin
+        start = tensor.file.header.start + tensor.info.begin
         assert start % np.dtype(f"f{tensor.nbytes // tensor.shape[0]}").itemsize == 0
 
 
