@@ -25,14 +25,16 @@ LIMIT = 300
 """Seconds for the tests of one mutant; one that hangs is a mutant that was noticed."""
 
 TESTS = {
-    "ema/decay.py": ["tests/neutral/test_decay.py", "tests/neutral/test_doctests.py"],
+    "ema/decay.py": ["tests/neutral/test_decay.py", "tests/neutral/test_validate.py"],
     "ema/schedules.py": ["tests/neutral/test_schedules.py", "tests/neutral/test_validate.py"],
     "ema/torch_backend/update/equation.py": [
+        "tests/torch_backend/test_equation.py",
         "tests/torch_backend/test_precision.py",
         "tests/torch_backend/test_update.py",
         "tests/conformance/test_bits.py",
     ],
     "ema/jax_backend/update/equation.py": [
+        "tests/jax_backend/test_equation.py",
         "tests/jax_backend/test_update.py",
         "tests/conformance/test_bits.py",
     ],

@@ -1,7 +1,7 @@
-"""``recalibrate_batch_norm``: the running statistics that belong to other weights.
+"""``recalibrate_batch_norm``: new running statistics for averaged weights.
 
-The running statistics of a BatchNorm layer were gathered under the live weights and do not fit the
-averaged ones.
+The running statistics of a BatchNorm layer were gathered with the live weights and do not fit the
+averaged weights.
 """
 
 from __future__ import annotations

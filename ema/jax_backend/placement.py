@@ -1,7 +1,7 @@
 """Misplaced averages that can be recognized from an optimizer's state.
 
-``params_ema`` averages ``params + updates``, so it has to see the updates that are applied. Where
-it stands is known to optax alone, but the order of a chain shows in the state.
+``params_ema`` averages ``params + updates``, so it must see the updates that are applied. Only
+optax knows its place, but the state shows the order of a chain.
 """
 
 from __future__ import annotations

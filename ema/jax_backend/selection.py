@@ -1,8 +1,8 @@
 """Select the leaves of a tree of parameters that are averaged, and their dtypes.
 
-Every inexact leaf (real or complex floating point) is averaged. In the place of any other (integers,
-bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` does; a
-``MaskedNode`` or ``None`` among the parameters stays what it is.
+Every inexact leaf (real or complex floating point) is averaged. In place of other leaves (integers,
+bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` does. A
+``MaskedNode`` or ``None`` among the parameters stays as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of ``params_ema``, and whether it is one of the options that it meets."""
+"""The state of ``params_ema``, and its check against the options of a transformation."""
 
 from __future__ import annotations
 

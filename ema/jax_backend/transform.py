@@ -53,42 +53,42 @@ def params_ema(
 
         average ← average + weight · (params' − average),    weight = 1 − decay,
 
-    in the form of :func:`ema.jax_backend.update.equation.lerp`. The updates pass through unchanged; without
-    any, ``update(None, state, params)``, the params are averaged as they are. It has
-    to see the final updates, so it stands last in the chain; inside ``optax.MultiSteps`` and
-    ``optax.apply_if_finite``, so that it counts the steps that are really made.
+    in the form of :func:`ema.jax_backend.update.equation.lerp`. The updates pass through unchanged.
+    Without updates, ``update(None, state, params)`` averages the params as they are.
+
+    The transformation must see the final updates, so put it last in the chain. Put it inside
+    ``optax.MultiSteps`` and ``optax.apply_if_finite``, so that it counts the steps that are really made.
 
     Args:
-        decay: a number in [0, 1], applied per update, or a schedule (``ema.HalfLife(steps=…)``);
-            ``jit`` traces one of your own, so its ``weight`` has to be an expression of ``xp``.
-            Under ``optax.inject_hyperparams`` a traced scalar of at least float32. Several averages
-            from one pass over the parameters: a mapping from names to these; of one name it is the
-            same as ``name``.
+        decay: the decay of one update in [0, 1], or a schedule (``ema.HalfLife(steps=…)``). ``jit``
+            traces a schedule of your own, so its ``weight`` must be an expression of ``xp``. Under
+            ``optax.inject_hyperparams`` it is a traced scalar of at least float32. A mapping from
+            names to these keeps several averages, which read the parameters once; a mapping with one
+            name is the same as ``name``.
         update_after_step: through this step the average equals the live parameters; updates count
-            from there. The first update of a plain decay mixes in the initial parameters unless
-            this is at least 1.
-        update_every: steps from one update to the next; between them nothing is computed.
-        accumulator_dtype: dtype of the average, float32, float64 or bfloat16; by default that of
-            the parameter, at least float32. Complex parameters take the complex one of that width,
-            at least complex64.
-        name: tells several averages in one optimizer state apart, see
+            from there. If it is 0, the first update of a plain decay mixes in the initial parameters.
+        update_every: steps from one update to the next; the steps between compute nothing.
+        accumulator_dtype: dtype of the average: float32, float64 or bfloat16. By default it is the dtype
+            of the parameter, at least float32. Complex parameters have complex averages of that
+            width, at least complex64.
+        name: of the average, if one optimizer state holds several, see
             :func:`~ema.jax_backend.get_params_ema`.
-        compensated: keep what each update rounds away in a remainder beside the average, of its
-            dtype (:func:`ema.jax_backend.update.equation.lerp_compensated`): it then moves at any decay.
-        stochastic_rounding: round a bfloat16 average up or down by chance, so that small updates
-            add up (:func:`ema.jax_backend.update.equation.lerp_narrow`). The chance of an element depends on
-            ``seed``, the number of the update, the name of the leaf and the element's place in it,
+        compensated: keep the rounding error of each update in a remainder beside the average, of its
+            dtype (:func:`ema.jax_backend.update.equation.lerp_compensated`). Then the average moves at any
+            decay.
+        stochastic_rounding: round a bfloat16 average up or down at random, so that small updates add
+            up (:func:`ema.jax_backend.update.equation.lerp_narrow`). The random bits of an element depend on
+            ``seed``, the number of the update, the name of the leaf and the place of the element in it,
             not on the devices.
-        seed: of that, in [0, 2**64).
-        on_nonfinite: what becomes of an update that is due while an averaged parameter holds NaN or
-            Inf. ``"propagate"``: it is made. ``"skip"``: averages and ``count`` stay, ``skipped``
-            of the state counts it; the decision is made on the device. ``"raise"``: the call
-            raises, for loops that call ``update`` eagerly; under ``jit`` or in ``lax.scan``, where
-            nothing can be raised, it is refused.
+        seed: of the stochastic rounding, in [0, 2**64).
+        on_nonfinite: what an update does if it is due and an averaged parameter holds NaN or Inf.
+            ``"propagate"`` averages them. ``"skip"`` leaves the averages and ``count`` unchanged and adds
+            1 to ``skipped`` of the state; the device decides. ``"raise"`` raises an error, in loops that
+            call ``update`` eagerly; ``jit`` and ``lax.scan`` cannot raise, so they refuse it.
 
     Returns:
-        A transformation with :class:`ParamsEMAState`: one more array of the shape of each
-        floating-point parameter, two if compensated. ``update`` needs the params.
+        A transformation with the state :class:`ParamsEMAState`. It holds one more array of the shape of
+        each floating-point parameter, or two if compensated. ``update`` needs the params.
 
     Raises:
         ArgumentError: an argument is out of its range, ``decay`` is an array narrower than float32,

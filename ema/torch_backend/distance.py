@@ -1,4 +1,4 @@
-"""How far the average is from the live weights."""
+"""The distance between the average and the live weights."""
 
 from __future__ import annotations
 

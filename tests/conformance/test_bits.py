@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.conformance.runs import oracle, run_jax, run_torch
+
 DTYPES = ["float32", "bfloat16"]
 PRECISIONS = {
     "compensated": {"compensated": True},
@@ -34,7 +36,7 @@ def differing(ours, theirs):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_step_of_a_scan_has_the_same_bits(
-    schedules, run_jax, run_torch, dtype, optimizer, update_every, update_after_step
+    schedules, dtype, optimizer, update_every, update_after_step
 ):
     """1 000 steps in lax.scan, all schedules: 0 differing elements after any step."""
     options = {"update_every": update_every, "update_after_step": update_after_step}
@@ -48,7 +50,7 @@ def test_every_step_of_a_scan_has_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_jitted_steps_have_the_same_bits(schedule, run_jax, run_torch, dtype, optimizer):
+def test_plain_jitted_steps_have_the_same_bits(schedule, dtype, optimizer):
     """One average in the chain, one jitted call a step: 0 differing elements."""
     run = run_jax(schedule, dtype=dtype, optimizer=optimizer, steps=40, scan=False)
     averages = run_torch(schedule, run.params, dtype=dtype)
@@ -61,9 +63,7 @@ def test_plain_jitted_steps_have_the_same_bits(schedule, run_jax, run_torch, dty
 @pytest.mark.parametrize("update_every", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_precision_has_the_same_bits(
-    schedules, run_jax, run_torch, dtype, optimizer, update_every, precision
-):
+def test_every_precision_has_the_same_bits(schedules, dtype, optimizer, update_every, precision):
     """300 steps in lax.scan, all schedules: 0 differing elements after any step."""
     options = {"update_every": update_every, "update_after_step": 2, **PRECISIONS[precision]}
     run = run_jax(schedules, dtype=dtype, optimizer=optimizer, steps=300, **options)
@@ -72,7 +72,7 @@ def test_every_precision_has_the_same_bits(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_both_follow_the_float64_recursion(schedules, run_jax, oracle, dtype):
+def test_both_follow_the_float64_recursion(schedules, dtype):
     """After every step the average is within 1e-5 of float64, relative to its largest element."""
     run = run_jax(schedules, dtype=dtype, optimizer="adamw", steps=300, update_after_step=5)
     for name, schedule in schedules.items():

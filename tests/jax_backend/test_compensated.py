@@ -11,6 +11,7 @@ import pytest
 import ema
 from ema.jax_backend import get_params_ema, params_ema
 from ema.jax_backend.update.equation import lerp_compensated
+from tests.jax_helpers import train
 
 
 def fused(a, c, p, w):
@@ -91,7 +92,7 @@ def test_accuracy_against_float64():
 
 
 @pytest.mark.parametrize("options", [{}, {"update_every": 2}])
-def test_the_state_holds_a_remainder_of_each_average(options, params, train):
+def test_the_state_holds_a_remainder_of_each_average(options, params):
     """Of its shapes and dtypes; zero as long as the average is a copy."""
     params = {**params, "n": jnp.int32(3), "half": jnp.ones(3, jnp.bfloat16)}
     tx = params_ema({"a": 0.9, "b": 0.99}, compensated=True, update_after_step=3, **options)

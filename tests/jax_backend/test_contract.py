@@ -14,6 +14,7 @@ import pytest
 
 import ema
 from ema.jax_backend import get_params_ema, params_ema
+from tests.jax_helpers import grads
 
 KINDS = {
     "plain": lambda: params_ema(0.9),
@@ -148,7 +149,7 @@ def test_the_state_keeps_shapes_dtypes_and_weak_types(average, dtype):
     ids=["plain", "precise", "narrow"],
 )
 @pytest.mark.parametrize("wrapper", ["named_chain", "freeze", "partition", "checkpoint", "export"])
-def test_wrapped_it_gives_the_bits_of_the_plain_chain(wrapper, options, params, grads):
+def test_wrapped_it_gives_the_bits_of_the_plain_chain(wrapper, options, params):
     average = params_ema({"a": 0.9, "b": ema.RampWarmup(decay=0.9)}, update_every=2, **options)
     plain = optax.chain(optax.sgd(0.1), average)
     tx = {
@@ -193,7 +194,7 @@ def exported(step, params, state):
     )
 
 
-def test_frozen_parameters_are_their_own_average(params, grads):
+def test_frozen_parameters_are_their_own_average(params):
     tx = optax.chain(
         optax.sgd(0.1), optax.freeze({"dense": {"kernel": True}, "bias": False}), params_ema(0.5)
     )

@@ -13,6 +13,7 @@ from ema.jax_backend import get_params_ema, params_ema
 from ema.jax_backend.update.equation import lerp
 from ema.jax_backend.update.rounding import by_chance, round_up
 from ema.rounding import key_of, mix, stream_of
+from tests.jax_helpers import grads
 
 BFLOAT16 = {"accumulator_dtype": jnp.bfloat16}
 
@@ -158,7 +159,7 @@ def test_a_constant_target_is_reached():
 
 
 @pytest.mark.parametrize("options", [{}, {"update_every": 3, "update_after_step": 2}])
-def test_a_scan_a_resumed_run_and_single_steps_round_alike(options, params, grads):
+def test_a_scan_a_resumed_run_and_single_steps_round_alike(options, params):
     """Nothing of the chance is in the state."""
     params = {**params, "half": jnp.linspace(-1, 1, 64).astype(jnp.bfloat16)}
     tx = optax.chain(optax.sgd(0.1), params_ema({"a": 0.99, "b": 0.9}, **BFLOAT16, **options))

@@ -10,6 +10,7 @@ import pytest
 
 import ema
 from ema.jax_backend import get_params_ema, params_ema
+from tests.jax_helpers import grads, train
 
 DECAYS = {
     "short": 0.9,
@@ -32,7 +33,7 @@ def equal(a, b):
         {"accumulator_dtype": jnp.bfloat16, "update_every": 3},
     ],
 )
-def test_each_has_the_bits_of_an_average_of_its_own(options, params, train):
+def test_each_has_the_bits_of_an_average_of_its_own(options, params):
     params = {**params, "half": jnp.linspace(-1, 1, 64).astype(jnp.bfloat16)}
     several = optax.chain(optax.sgd(0.1), params_ema(DECAYS, **options))
     state, history = train(several, params, 20)
@@ -58,7 +59,7 @@ def test_a_mapping_of_one_name_is_the_name(params):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_no_two_averages_share_memory(jit, params, grads):
+def test_no_two_averages_share_memory(jit, params):
     """A donated step would be refused, or change both."""
     tx = optax.chain(optax.sgd(0.1), params_ema({"a": 0.9, "b": 0.5}))
     state = (jax.jit(tx.init) if jit else tx.init)(params)
@@ -91,7 +92,7 @@ def test_one_must_be_chosen(params):
         get_params_ema(state, name="lnog")
 
 
-def test_in_groups_each_name_is_merged(params, train):
+def test_in_groups_each_name_is_merged(params):
     both = {"a": 0.9, "b": 0.5}
     groups = {0: optax.chain(optax.sgd(0.1), params_ema(both)), 1: params_ema(both)}
     tx = optax.partition(groups, {"dense": 0, "bias": 1})

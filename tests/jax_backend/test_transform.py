@@ -10,6 +10,7 @@ import pytest
 
 import ema
 from ema.jax_backend import params_ema
+from tests.jax_helpers import grads, oracle, relative_error, train
 
 LN2 = np.log(2.0)
 # decay(n, t) as in the table of the docs, for span 3: written again, in another form.
@@ -32,9 +33,7 @@ DECAYS = [
 
 
 @pytest.mark.parametrize(("schedule", "decay"), DECAYS, ids=lambda x: type(x).__name__)
-def test_every_schedule_follows_its_recursion(
-    schedule, decay, params, train, oracle, relative_error
-):
+def test_every_schedule_follows_its_recursion(schedule, decay, params):
     tx = optax.chain(optax.sgd(0.1), params_ema(schedule, update_every=3, update_after_step=2))
     state, history = train(tx, params, 40)
     reference = oracle(params, history, decay, update_every=3, update_after_step=2)
@@ -43,7 +42,7 @@ def test_every_schedule_follows_its_recursion(
 
 
 @pytest.mark.parametrize("update_every", [1, 3])
-def test_through_update_after_step_the_average_is_the_live_params(update_every, params, grads):
+def test_through_update_after_step_the_average_is_the_live_params(update_every, params):
     tx = optax.chain(
         optax.sgd(0.1), params_ema(0.5, update_after_step=4, update_every=update_every)
     )
@@ -60,7 +59,7 @@ def test_through_update_after_step_the_average_is_the_live_params(update_every, 
         assert int(state[-1].count) == max(0, step - 4) // update_every
 
 
-def test_accuracy_against_float64(relative_error):
+def test_accuracy_against_float64():
     """10 000 updates at decay 0.9999, noise of the size of the weights: at most 1e-5."""
     rng = np.random.default_rng(3)
     weights = rng.normal(size=64).astype(np.float32)
@@ -79,7 +78,7 @@ def test_accuracy_against_float64(relative_error):
     assert relative_error(state.params_ema, reference) < 1e-5
 
 
-def test_donation_after_an_eager_init(params, grads):
+def test_donation_after_an_eager_init(params):
     """The average aliases no parameter, so a step may donate both."""
     params["half"] = jnp.ones(3, jnp.bfloat16)
     tx = optax.chain(optax.sgd(0.1), params_ema(0.9))
@@ -97,7 +96,7 @@ def test_donation_after_an_eager_init(params, grads):
     assert int(state[-1].count) == 3
 
 
-def test_scan_gives_the_bits_of_single_steps_and_nothing_is_traced_again(params, grads):
+def test_scan_gives_the_bits_of_single_steps_and_nothing_is_traced_again(params):
     tx = optax.chain(optax.sgd(0.1), params_ema(ema.RampWarmup(decay=0.99), update_every=2))
     traces = []
 
@@ -119,9 +118,7 @@ def test_scan_gives_the_bits_of_single_steps_and_nothing_is_traced_again(params,
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
-def test_narrow_params_are_averaged_in_float32_as_they_are_stored(
-    dtype, grads, oracle, relative_error
-):
+def test_narrow_params_are_averaged_in_float32_as_they_are_stored(dtype):
     """Rounded to their dtype first, and small values (subnormal in float16) not flushed."""
     values = np.geomspace(1e-7, 1.0, 64).astype(np.float32)
     params = jnp.asarray(values).astype(dtype)
@@ -182,7 +179,7 @@ def test_a_param_without_an_update_stays():
     np.testing.assert_array_equal(state.params_ema["c"], [1.5, 1.5])
 
 
-def test_vmap_over_an_ensemble(grads):
+def test_vmap_over_an_ensemble():
     tx = optax.chain(optax.sgd(0.1), params_ema(ema.UniformAverage(), update_every=2))
     members = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
 

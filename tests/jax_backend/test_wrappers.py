@@ -10,13 +10,14 @@ import pytest
 
 import ema
 from ema.jax_backend import get_params_ema, params_ema
+from tests.jax_helpers import grads, relative_error, train
 
 
 def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_masked_averages_the_chosen_leaves_alone(params, train):
+def test_masked_averages_the_chosen_leaves_alone(params):
     mask = {"dense": {"kernel": True}, "bias": False}
     tx = optax.chain(optax.sgd(0.1), optax.masked(params_ema(0.9), mask))
     state, history = train(tx, params, 5)
@@ -36,7 +37,7 @@ def test_a_mask_for_a_whole_subtree(params):
     equal(filled, params)
 
 
-def test_partition_with_an_average_per_group(params, train):
+def test_partition_with_an_average_per_group(params):
     """Averages of one name with disjoint masks are one average."""
     labels = {"dense": {"kernel": "a"}, "bias": "b"}
     groups = {
@@ -53,7 +54,7 @@ def test_partition_with_an_average_per_group(params, train):
         get_params_ema(state)
 
 
-def test_inside_multi_steps_real_steps_are_counted(params, grads):
+def test_inside_multi_steps_real_steps_are_counted(params):
     inner = optax.chain(optax.sgd(0.1), params_ema(0.9))
     tx = optax.MultiSteps(inner, every_k_schedule=3).gradient_transformation()
     with jax.numpy_dtype_promotion("standard"):  # optax's MultiSteps mixes dtypes itself
@@ -75,7 +76,7 @@ def test_inside_multi_steps_real_steps_are_counted(params, grads):
     )
 
 
-def test_inside_apply_if_finite_rejected_steps_are_not_counted(params, grads):
+def test_inside_apply_if_finite_rejected_steps_are_not_counted(params):
     tx = optax.apply_if_finite(optax.chain(optax.sgd(0.1), params_ema(0.9)), 5)
     step = jax.jit(tx.update)
     state = tx.init(params)
@@ -87,7 +88,7 @@ def test_inside_apply_if_finite_rejected_steps_are_not_counted(params, grads):
     equal(get_params_ema(state), before)
 
 
-def test_inject_hyperparams_without_static_args(params, train, relative_error):
+def test_inject_hyperparams_without_static_args(params):
     """Decay and step numbers arrive traced; the result is that of the plain transform."""
     options = {"update_after_step": 2, "update_every": 3}
     injected = optax.inject_hyperparams(params_ema)(decay=0.9, name="a", **options)
@@ -132,7 +133,7 @@ def test_inject_hyperparams_with_a_dtype_says_what_to_do(params):
         tx.init(params)
 
 
-def test_two_averages_in_one_chain(params, train):
+def test_two_averages_in_one_chain(params):
     tx = optax.chain(optax.sgd(0.1), params_ema(0.5, name="short"), params_ema(0.9, name="long"))
     state, history = train(tx, params, 4)
     for name, decay in (("short", 0.5), ("long", 0.9)):
@@ -165,7 +166,7 @@ def test_map_params_reaches_every_remainder(params):
 @pytest.mark.parametrize(
     "options", [{"compensated": True}, {"accumulator_dtype": jnp.bfloat16}], ids=["rest", "narrow"]
 )
-def test_masks_and_groups_keep_the_bits(options, params, train):
+def test_masks_and_groups_keep_the_bits(options, params):
     """A leaf is rounded by its name, which a mask leaves as it is."""
     average = params_ema(0.9, on_nonfinite="skip", **options)
     plain, history = train(optax.chain(optax.sgd(0.1), average), params, 5)

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from ema import ModelError, StateError
 from ema.torch_backend import EMAModel
 from ema.torch_backend.tensors import layouts
+from tests.torch_helpers import another, step, values
 
 
 def check_follows(model, ema_model, names, step):
@@ -95,7 +96,7 @@ def other_dtype_at_the_same_address(model):
         other_dtype_at_the_same_address,
     ],
 )
-def test_followed(model, step, change):
+def test_followed(model, change):
     """Replaced, reloaded, cast or laid out anew: the tensors that are there now are averaged."""
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -104,7 +105,7 @@ def test_followed(model, step, change):
     check_follows(model, ema_model, set(ema_model.averaged_parameters()), step)
 
 
-def test_a_cast_model_keeps_its_average_in_float32(model, step):
+def test_a_cast_model_keeps_its_average_in_float32(model):
     ema_model = EMAModel(model, 0.5)
     model.to(torch.bfloat16)
     step(model)
@@ -112,7 +113,7 @@ def test_a_cast_model_keeps_its_average_in_float32(model, step):
     assert {a.dtype for a in ema_model.averaged_parameters().values()} == {torch.float32}
 
 
-def test_an_average_never_gets_narrower(model, step):
+def test_an_average_never_gets_narrower(model):
     ema_model = EMAModel(model, 0.5)
     model.double()
     step(model)
@@ -123,7 +124,7 @@ def test_an_average_never_gets_narrower(model, step):
     assert {a.dtype for a in ema_model.averaged_parameters().values()} == {torch.float64}
 
 
-def test_an_unfrozen_parameter_joins_with_its_value(model, step):
+def test_an_unfrozen_parameter_joins_with_its_value(model):
     model.first.requires_grad_(requires_grad=False)
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -136,7 +137,7 @@ def test_an_unfrozen_parameter_joins_with_its_value(model, step):
     check_follows(model, ema_model, ["first.weight", "second.weight"], step)
 
 
-def test_once_averaged_always_averaged(model, step):
+def test_once_averaged_always_averaged(model):
     """A GAN freezes and thaws: the average of a frozen parameter goes on."""
     ema_model = EMAModel(model, 0.5)
     model.first.requires_grad_(requires_grad=False)
@@ -146,7 +147,7 @@ def test_once_averaged_always_averaged(model, step):
     assert "first.weight" in ema_model.averaged_parameters()
 
 
-def test_a_module_added_later_joins(model, step):
+def test_a_module_added_later_joins(model):
     ema_model = EMAModel(model, 0.5)
     model.norm.extra = nn.Linear(2, 2)
     ema_model.update()
@@ -197,7 +198,7 @@ def remove_module(model):
         remove_module,
     ],
 )
-def test_refused_with_the_name_and_nothing_changed(model, step, change):
+def test_refused_with_the_name_and_nothing_changed(model, change):
     """A parameter that was resized or removed: the update refuses before it does anything."""
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -212,7 +213,7 @@ def test_refused_with_the_name_and_nothing_changed(model, step, change):
     assert all(torch.equal(before[name], averages[name]) for name in before)
 
 
-def test_a_shape_that_comes_back_is_followed_again(model, step):
+def test_a_shape_that_comes_back_is_followed_again(model):
     ema_model = EMAModel(model, 0.5)
     weight = model.first.weight
     model.first.weight = nn.Parameter(torch.randn(1, 1))
@@ -222,7 +223,7 @@ def test_a_shape_that_comes_back_is_followed_again(model, step):
     check_follows(model, ema_model, ["first.weight"], step)
 
 
-def test_weights_loaded_in_place_are_averaged_from_the_next_update(model, step, another):
+def test_weights_loaded_in_place_are_averaged_from_the_next_update(model):
     ema_model = EMAModel(model, 0.5)
     before = ema_model.averaged_parameters()["first.weight"].clone()
     model.load_state_dict(another().state_dict())
@@ -231,7 +232,7 @@ def test_weights_loaded_in_place_are_averaged_from_the_next_update(model, step, 
     assert torch.equal(ema_model.averaged_parameters()["first.weight"], expected)
 
 
-def test_a_model_moved_while_averages_are_in_gets_its_weights_back(model, step, values):
+def test_a_model_moved_while_averages_are_in_gets_its_weights_back(model):
     """model.half() inside the block: the live weights come back, in half."""
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -371,7 +372,7 @@ def watched(average):
         lambda: torch.autograd.set_detect_anomaly(mode=True, check_nan=False),
     ],
 )
-def test_a_mode_is_no_change_of_the_model(model, step, inside):
+def test_a_mode_is_no_change_of_the_model(model, inside):
     """What is prepared for an update is kept, whatever mode the update is made in."""
     average = EMAModel(model, 0.5)
     average.update()

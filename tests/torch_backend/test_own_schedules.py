@@ -20,6 +20,7 @@ from ema import CheckpointError, EMAModel, EMAWarning
 from ema.checkpoint import read_state
 from ema.weights import weight_of
 from tests.own_schedules import ALL, DESCRIBED, UNDESCRIBED, WRONG, Answers, Constant, Table, Warmup
+from tests.torch_helpers import another, assert_same, step, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def advance(model, average, step, steps):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_any_schedule_is_followed(model, step, values, name):
+def test_any_schedule_is_followed(model, name):
     """Each update has the weight that the schedule gives for its number."""
     average = EMAModel(model, SCHEDULES[name], update_every=2)
     expected = values(model)
@@ -59,9 +60,7 @@ def test_any_schedule_is_followed(model, step, values, name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.filterwarnings("error")
-def test_any_schedule_is_saved_and_resumed_without_a_warning(
-    model, another, step, assert_same, tmp_path, name
-):
+def test_any_schedule_is_saved_and_resumed_without_a_warning(model, tmp_path, name):
     """In a state dict that loads with ``weights_only=True``, and in a file; both go on as before."""
     average = EMAModel(model, SCHEDULES[name])
     advance(model, average, step, 3)
@@ -92,7 +91,7 @@ def test_state_and_file_hold_the_description_or_null(model, tmp_path, name):
     average.export(tmp_path / "plain.safetensors")
 
 
-def test_several_averages_are_described_each_by_its_name(model, another, tmp_path, step):
+def test_several_averages_are_described_each_by_its_name(model, tmp_path):
     schedules = {
         "table": Table((0.5, 0.75)),
         "function": UNDESCRIBED["function"],
@@ -134,7 +133,7 @@ def test_several_averages_are_described_each_by_its_name(model, another, tmp_pat
     ],
 )
 def test_a_warning_says_where_constructor_and_state_differ(
-    model, another, tmp_path, saved, constructed, told
+    model, tmp_path, saved, constructed, told
 ):
     """As far as both can be described; the schedule of the constructor stays."""
     average = EMAModel(model, saved)
@@ -152,7 +151,7 @@ def test_a_warning_says_where_constructor_and_state_differ(
         assert other.schedule is before
 
 
-def test_a_state_with_tuples_is_that_of_the_same_schedule(model, another):
+def test_a_state_with_tuples_is_that_of_the_same_schedule(model):
     """As ``dataclasses.asdict`` gives them; a tensor in it is not compared."""
     state = EMAModel(model, Table((0.5, 0.75))).state_dict()
     other = EMAModel(another(), Table((0.5, 0.75)))
@@ -163,7 +162,7 @@ def test_a_state_with_tuples_is_that_of_the_same_schedule(model, another):
             other.load_state_dict(state)
 
 
-def test_a_file_is_loaded_where_the_class_is_not_known(model, another, tmp_path):
+def test_a_file_is_loaded_where_the_class_is_not_known(model, tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Gone(ema.Schedule):
         low: float
@@ -180,7 +179,7 @@ def test_a_file_is_loaded_where_the_class_is_not_known(model, another, tmp_path)
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("answer", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_weight_is_one_error_and_changes_nothing(model, step, answer, message, frozen):
+def test_a_wrong_weight_is_one_error_and_changes_nothing(model, answer, message, frozen):
     """Counters and tensors are what they were, and a parameter that joins has not joined."""
     if frozen:
         model.second.weight.requires_grad_(requires_grad=False)
@@ -201,7 +200,7 @@ def test_a_wrong_weight_is_one_error_and_changes_nothing(model, step, answer, me
             assert torch.equal(value, before["averages"][key])
 
 
-def test_an_error_of_the_schedule_itself_changes_nothing(model, step):
+def test_an_error_of_the_schedule_itself_changes_nothing(model):
     average = EMAModel(model, {"ours": 0.5, "short": Table(())})
     step(model)
     before = average.state_dict()
@@ -222,7 +221,7 @@ def test_a_weight_that_is_wrong_before_it_is_due_does_not_stop_a_save(model, tmp
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_and_pickles_go_on(model, step, name, duplicate, assert_same):
+def test_copies_and_pickles_go_on(model, name, duplicate):
     average = EMAModel(model, SCHEDULES[name])
     advance(model, average, step, 2)
     other = duplicate(average)
@@ -233,7 +232,7 @@ def test_copies_and_pickles_go_on(model, step, name, duplicate, assert_same):
 
 
 @pytest.mark.parametrize("name", ["tuple", "nested", "function"])
-def test_distributed_checkpoints_hold_the_description(model, another, step, tmp_path, name):
+def test_distributed_checkpoints_hold_the_description(model, tmp_path, name):
     average = EMAModel(model, SCHEDULES[name])
     advance(model, average, step, 2)
     with warnings.catch_warnings():
@@ -248,7 +247,7 @@ def test_distributed_checkpoints_hold_the_description(model, another, step, tmp_
     assert (other.step, other.schedule) == (2, SCHEDULES[name])
 
 
-def test_a_file_that_says_nonsense_about_its_schedule_is_damaged(model, another):
+def test_a_file_that_says_nonsense_about_its_schedule_is_damaged(model):
     state = EMAModel(model, Warmup(0.9, 3)).state_dict()
     with pytest.raises(CheckpointError, match="`schedule` must be a mapping, got 3"):
         EMAModel(another(), 0.5).load_state_dict({**state, "schedule": 3})

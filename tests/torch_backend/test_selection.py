@@ -9,6 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMAWarning, ModelError
 from ema.torch_backend import EMAModel
+from tests.torch_helpers import step
 
 
 def names(ema_model):
@@ -64,7 +65,7 @@ def test_rules_of_the_wrong_kind_are_refused(model, options, error):
         EMAModel(model, **options)
 
 
-def test_buffers_are_averaged_on_request(model, step):
+def test_buffers_are_averaged_on_request(model):
     """The rule "average" takes the float ones, a mapping decides by name, integers never."""
     every = EMAModel(model, 0.5, buffers="average")
     some = EMAModel(model, 0.5, buffers={"*.running_mean": "average"})
@@ -88,7 +89,7 @@ def test_copied_buffers_are_the_models_own(model):
         assert torch.equal(model.norm.running_mean, before)
 
 
-def test_the_same_parameter_under_two_names_is_averaged_once(step):
+def test_the_same_parameter_under_two_names_is_averaged_once():
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     ema_model = EMAModel(model, 0.5)
@@ -103,7 +104,7 @@ def test_the_same_parameter_under_two_names_is_averaged_once(step):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_two_parameters_on_one_storage_are_averaged_once(step, transposed):
+def test_two_parameters_on_one_storage_are_averaged_once(transposed):
     """Swapped twice they would come back wrong."""
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     shared = model["a"].weight.data
@@ -129,7 +130,7 @@ def test_memory_that_overlaps_in_part_is_refused():
         EMAModel(model)
 
 
-def test_neighbors_in_one_storage_are_fine(step):
+def test_neighbors_in_one_storage_are_fine():
     """Views that do not overlap, as flattened RNN weights are, are averaged and swapped."""
     base = torch.randn(10)
     model = nn.ParameterDict({"head": nn.Parameter(base[:6]), "tail": nn.Parameter(base[6:])})
@@ -174,7 +175,7 @@ def test_no_module_is_refused():
     ],
     ids=["compile", "DataParallel", "both", "bare"],
 )
-def test_wrapping_does_not_change_the_names(model, wrap, step):
+def test_wrapping_does_not_change_the_names(model, wrap):
     """A state of the bare model fits the wrapped one and the other way round."""
     bare = EMAModel(model, 0.5)
     wrapped = EMAModel(wrap(model), 0.5)
@@ -205,7 +206,7 @@ def test_names_that_collide_without_prefixes_are_refused(model):
         EMAModel(wrapped)
 
 
-def test_models_that_cannot_be_copied_are_averaged(step):
+def test_models_that_cannot_be_copied_are_averaged():
     """weight_norm and a module that refuses deepcopy: nothing of the model is copied."""
 
     class Stubborn(nn.Linear):
@@ -221,7 +222,7 @@ def test_models_that_cannot_be_copied_are_averaged(step):
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_lazy_modules_join_when_they_are_built(step, after):
+def test_lazy_modules_join_when_they_are_built(after):
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
     ema_model = EMAModel(model, 0.5, update_after_step=after)
     ema_model.update()
@@ -307,7 +308,7 @@ def test_a_module_that_holds_itself_is_walked_once():
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("theirs", [True, False])
-def test_a_shared_module_and_a_tied_parameter_take_each_others_average(ours, theirs, step):
+def test_a_shared_module_and_a_tied_parameter_take_each_others_average(ours, theirs):
     """In another model, in a state and in a file."""
     model, other = SharedModule(shared=ours), SharedModule(shared=theirs)
     average = EMAModel(model, 0.5)
@@ -332,7 +333,7 @@ class Renamed(nn.Module):
         self.encoder, self.embedding = inner.encoder, inner.embedding
 
 
-def test_another_of_the_names_may_come_first_elsewhere(step, tmp_path):
+def test_another_of_the_names_may_come_first_elsewhere(tmp_path):
     """A state, a file and another model know a shared tensor by whichever name they have."""
     model, other = SharedModule(), Renamed()
     average = EMAModel(model, 0.5, compensated=True)

@@ -11,6 +11,7 @@ import ema
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, StateError
 from ema.torch_backend import EMAModel
 from ema.torch_backend.tensors.memory import CHUNK
+from tests.torch_helpers import another, assert_same, step, values
 
 DECAYS = {"short": 0.5, "long": ema.HalfLife(steps=10)}
 
@@ -25,7 +26,7 @@ def kinds(request):
 
 
 @pytest.mark.parametrize("options", [{}, {"update_every": 2, "update_after_step": 1}])
-def test_each_has_the_bits_of_an_average_of_its_own(kinds, step, assert_same, options):
+def test_each_has_the_bits_of_an_average_of_its_own(kinds, options):
     both = EMAModel(kinds, DECAYS, **options)
     alone = {name: EMAModel(kinds, decay, **options) for name, decay in DECAYS.items()}
     for _ in range(5):
@@ -51,7 +52,7 @@ def test_params_are_read_once():
     assert counts["aten::_foreach_lerp_"] == 6
 
 
-def test_each_is_swapped_in_by_its_name(model, step, values, assert_same):
+def test_each_is_swapped_in_by_its_name(model):
     ema_model = EMAModel(model, DECAYS)
     for _ in range(3):
         step(model)
@@ -79,7 +80,7 @@ def test_each_is_swapped_in_by_its_name(model, step, values, assert_same):
     assert_same(values(model), live)
 
 
-def test_another_model_takes_any_of_them(model, another, step):
+def test_another_model_takes_any_of_them(model):
     ema_model = EMAModel(model, DECAYS)
     step(model)
     ema_model.update()
@@ -90,7 +91,7 @@ def test_another_model_takes_any_of_them(model, another, step):
     assert ema_model.relative_distance("short") > 0
 
 
-def test_state_round_trip_and_copies(model, another, step, assert_same):
+def test_state_round_trip_and_copies(model):
     ema_model = EMAModel(model, DECAYS)
     for _ in range(3):
         step(model)
@@ -150,7 +151,7 @@ def test_before_the_start_a_state_taken_in_a_block_is_whole(model):
         assert ema_model.state_dict()["averages"].keys() == dict(model.named_parameters()).keys()
 
 
-def test_each_is_saved_in_a_file_of_its_own(model, another, step, assert_same, tmp_path):
+def test_each_is_saved_in_a_file_of_its_own(model, tmp_path):
     ema_model = EMAModel(model, DECAYS)
     for _ in range(3):
         step(model)

@@ -15,6 +15,7 @@ from torch import nn
 import ema
 from ema import CheckpointError, EMAWarning
 from ema.torch_backend import EMAModel
+from tests.torch_helpers import another, assert_same, step
 
 
 def run(model, ema_model, step, steps):
@@ -41,7 +42,7 @@ def through_a_file(state):
     ],
 )
 @pytest.mark.parametrize("at", [1, 4, 7])
-def test_resumed_equals_uninterrupted(model, another, step, assert_same, options, at):
+def test_resumed_equals_uninterrupted(model, options, at):
     """Saved and loaded at any step, the run ends with the same bits."""
     ema_model = EMAModel(model, **options)
     run(model, ema_model, step, at)
@@ -58,7 +59,7 @@ def test_resumed_equals_uninterrupted(model, another, step, assert_same, options
     assert_same(resumed.averaged_parameters(), ema_model.averaged_parameters())
 
 
-def test_a_state_is_plain_and_its_tensors_are_copies(model, step):
+def test_a_state_is_plain_and_its_tensors_are_copies(model):
     ema_model = EMAModel(model, ema.HalfLife(steps=10))
     run(model, ema_model, step, 2)
     state = ema_model.state_dict()
@@ -70,7 +71,7 @@ def test_a_state_is_plain_and_its_tensors_are_copies(model, step):
     assert (state["format_version"], state["step"], state["count"]) == (1, 2, 2)
 
 
-def test_a_state_taken_during_a_swap_holds_the_averages(model, step, assert_same):
+def test_a_state_taken_during_a_swap_holds_the_averages(model):
     ema_model = EMAModel(model, 0.9)
     run(model, ema_model, step, 3)
     before = ema_model.state_dict()["averages"]
@@ -79,9 +80,7 @@ def test_a_state_taken_during_a_swap_holds_the_averages(model, step, assert_same
     assert_same(inside, before)
 
 
-def test_a_resumed_average_is_read_as_the_uninterrupted_one_would_be(
-    model, another, step, assert_same, load
-):
+def test_a_resumed_average_is_read_as_the_uninterrupted_one_would_be(model, load):
     """Before, at and after ``update_after_step``: after the optimizer's step and after the update."""
     options = {"decay": 0.5, "update_after_step": 4}
     uninterrupted = EMAModel(model, **options)
@@ -137,7 +136,7 @@ def load(request, tmp_path):
     ],
 )
 def test_the_update_after_step_of_the_constructor_counts(
-    model, another, step, assert_same, load, saved_with, at, after, is_live, count
+    model, load, saved_with, at, after, is_live, count
 ):
     ema_model = EMAModel(model, 0.5, update_after_step=saved_with)
     run(model, ema_model, step, at)
@@ -157,9 +156,7 @@ def test_the_update_after_step_of_the_constructor_counts(
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["", "while another model is swapped"])
-def test_before_the_start_weights_other_than_those_of_the_state_are_told(
-    model, another, step, elsewhere
-):
+def test_before_the_start_weights_other_than_those_of_the_state_are_told(model, elsewhere):
     """The average is the live weights, which the user may have forgotten to load."""
     with EMAModel(another()).use_ema() if elsewhere else nullcontext():
         _check_that_other_weights_are_told(model, another, step)
@@ -185,7 +182,7 @@ def _check_that_other_weights_are_told(model, another, step):
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16], ids=str)
-def test_before_the_start_other_dtypes_are_no_other_weights(model, step, options, live):
+def test_before_the_start_other_dtypes_are_no_other_weights(model, options, live):
     model.to(live)
     ema_model = EMAModel(model, update_after_step=5, **options)
     run(model, ema_model, step, 2)
@@ -200,7 +197,7 @@ def test_before_the_start_other_dtypes_are_no_other_weights(model, step, options
         )
 
 
-def test_several_averages_before_the_start(model, step, tmp_path):
+def test_several_averages_before_the_start(model, tmp_path):
     """One file after the other: each average equals the live weights, whatever was loaded first."""
     options = {"decay": {"a": 0.5, "b": 0.9}, "update_after_step": 3}
     ema_model = EMAModel(model, **options)
@@ -213,7 +210,7 @@ def test_several_averages_before_the_start(model, step, tmp_path):
         assert torch.equal(resumed.averaged_parameters(name)["first.bias"], model.first.bias)
 
 
-def test_a_state_of_another_model_is_refused_with_all_differences(model, step):
+def test_a_state_of_another_model_is_refused_with_all_differences(model):
     """Missing, unexpected and misshapen tensors stand in one message, and nothing has changed."""
     other = nn.ModuleDict(
         {
@@ -275,7 +272,7 @@ def damage(**changes):
         ),
     ],
 )
-def test_a_damaged_state_is_refused_and_changes_nothing(model, step, spoil, message):
+def test_a_damaged_state_is_refused_and_changes_nothing(model, spoil, message):
     ema_model = EMAModel(model, 0.9)
     run(model, ema_model, step, 2)
     before = {name: a.clone() for name, a in ema_model.averaged_parameters().items()}
@@ -286,7 +283,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(model, step, spoil, mess
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_other_settings_warn_and_the_constructor_wins(model, another, step):
+def test_other_settings_warn_and_the_constructor_wins(model):
     ema_model = EMAModel(model, 0.9, update_every=2)
     run(model, ema_model, step, 4)
     other = EMAModel(another(), 0.99, update_every=2)
@@ -299,7 +296,7 @@ def test_other_settings_warn_and_the_constructor_wins(model, another, step):
         same.load_state_dict(ema_model.state_dict())
 
 
-def test_what_was_frozen_when_it_was_saved_is_not_missing(model, another, step):
+def test_what_was_frozen_when_it_was_saved_is_not_missing(model):
     """A new process does not know what was frozen: the state does."""
     model.first.requires_grad_(requires_grad=False)
     ema_model = EMAModel(model, 0.5)
@@ -316,7 +313,7 @@ def test_what_was_frozen_when_it_was_saved_is_not_missing(model, another, step):
     assert torch.equal(loaded.averaged_parameters()["first.weight"], live)
 
 
-def test_what_was_averaged_stays_averaged_in_a_frozen_model(model, another, step, assert_same):
+def test_what_was_averaged_stays_averaged_in_a_frozen_model(model):
     """A model that is loaded for inference, all frozen but one, takes the whole average."""
     ema_model = EMAModel(model, 0.5)
     run(model, ema_model, step, 2)
@@ -331,7 +328,7 @@ def test_what_was_averaged_stays_averaged_in_a_frozen_model(model, another, step
     "duplicate", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"]
 )
 @pytest.mark.parametrize("after", [0, 9])
-def test_copies_and_pickles_go_on_alone(model, step, assert_same, duplicate, after):
+def test_copies_and_pickles_go_on_alone(model, duplicate, after):
     """Model and average are copied together, and the copy updates its own."""
     ema_model = EMAModel(model, 0.5, update_after_step=after)
     run(model, ema_model, step, 3)
@@ -349,7 +346,7 @@ def test_copies_and_pickles_go_on_alone(model, step, assert_same, duplicate, aft
     assert not torch.equal(other.averaged_parameters()["first.bias"], before["first.bias"])
 
 
-def test_a_model_that_holds_its_own_average_can_be_copied(model, step):
+def test_a_model_that_holds_its_own_average_can_be_copied(model):
     model.__dict__["average"] = EMAModel(model, 0.5)
     run(model, model.average, step, 2)
     other = copy.deepcopy(model)

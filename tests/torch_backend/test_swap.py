@@ -21,10 +21,11 @@ from ema.torch_backend.swap import places as swap_places_module
 from ema.torch_backend.swap import swap as swap_module
 from ema.torch_backend.tensors.memory import CHUNK
 from tests.torch_backend.interruptions import interrupted_at, raise_interrupt
+from tests.torch_helpers import another, step, values
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["same-dtype", "other-dtype"])
-def trained(request, model, step):
+def trained(request, model):
     """A model whose average is elsewhere, and its EMAModel."""
     model.to(request.param)
     ema_model = EMAModel(model, 0.9)
@@ -127,7 +128,7 @@ def test_another_average_of_the_same_model_is_refused(trained):
 
 
 @assigned_or_not
-def test_another_model_with_the_same_names(trained, another, values, assign):
+def test_another_model_with_the_same_names(trained, assign):
     """The averages go into another model and come back from it; ours is not touched."""
     _, ema_model = trained
     before = snapshot(ema_model)
@@ -159,7 +160,7 @@ def test_a_model_that_does_not_fit_is_refused_with_all_differences(trained):
     assert_whole(ema_model, before)
 
 
-def test_copy_to_writes_a_whole_averaged_model(trained, another):
+def test_copy_to_writes_a_whole_averaged_model(trained):
     """Averages, frozen parameters and buffers arrive; the live model keeps its own."""
     model, ema_model = trained
     model.norm.running_mean.fill_(3)
@@ -173,7 +174,7 @@ def test_copy_to_writes_a_whole_averaged_model(trained, another):
     assert torch.equal(model.first.weight, before[1]["first.weight"].to(model.first.weight))
 
 
-def test_before_the_start_a_swap_changes_nothing(model, another, step):
+def test_before_the_start_a_swap_changes_nothing(model):
     ema_model = EMAModel(model, update_after_step=9)
     step(model)
     ema_model.update()
@@ -355,7 +356,7 @@ def test_parameters_made_in_inference_mode_are_refused():
         pass
 
 
-def test_backward_through_weights_that_a_swap_has_touched_is_loud(model, step):
+def test_backward_through_weights_that_a_swap_has_touched_is_loud(model):
     """A graph that was built before a swap cannot be used by mistake after it."""
     ema_model = EMAModel(model, 0.5)
     loss = model(torch.randn(8, 4)).sum()
@@ -388,7 +389,7 @@ def test_autocast_casts_the_weights_that_are_in(assign):
 
 
 @pytest.mark.parametrize("after", [0, 5])
-def test_the_averages_of_another_are_not_taken_for_live_weights(model, step, after):
+def test_the_averages_of_another_are_not_taken_for_live_weights(model, after):
     """Neither by an update nor where an average still equals the live weights."""
     short, long = EMAModel(model, 0.5), EMAModel(model, 0.9, update_after_step=after)
     step(model)
@@ -405,7 +406,7 @@ def test_the_averages_of_another_are_not_taken_for_live_weights(model, step, aft
     long.update()
 
 
-def test_averages_of_other_tensors_are_no_hindrance(model, step):
+def test_averages_of_other_tensors_are_no_hindrance(model):
     """Two averages that share no tensor go on independently of each other."""
     first = EMAModel(model, 0.5, include="first.*")
     second = EMAModel(model, 0.5, include="second.*")
@@ -434,7 +435,7 @@ def write(model, value):
             tensor.fill_(value)
 
 
-def values(model):
+def numbers_in(model):
     """The values of each floating-point tensor of a model by its name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {n: t.unique().tolist() for n, t in named if t.is_floating_point()}
@@ -442,7 +443,7 @@ def values(model):
 
 def assert_live(model, ema_model, value=8.0):
     """The model holds this value all over, the averages hold 4, and training changes none of these."""
-    assert set(map(tuple, values(model).values())) == {(value,)}
+    assert set(map(tuple, numbers_in(model).values())) == {(value,)}
     write(model, 77.0)
     averages = ema_model.averaged_parameters().values()
     assert {tuple(average.unique().tolist()) for average in averages} == {(4.0,)}
@@ -491,7 +492,7 @@ def test_another_model_that_is_converted_in_the_block_gets_its_values_back(conve
     write(other, 3.0)
     with ema_model.use_ema(other, assign=assign):
         convert(other)
-    assert set(map(tuple, values(other).values())) == {(3.0,)}
+    assert set(map(tuple, numbers_in(other).values())) == {(3.0,)}
     assert_live(model, ema_model)
 
 
@@ -547,8 +548,8 @@ def test_what_is_removed_in_the_block_stays_removed(name):
     module, _, key = name.rpartition(".")
     with ema_model.use_ema():
         delattr(model.get_submodule(module), key)
-    assert name not in values(model)
-    assert set(map(tuple, values(model).values())) == {(8.0,)}
+    assert name not in numbers_in(model)
+    assert set(map(tuple, numbers_in(model).values())) == {(8.0,)}
 
 
 def test_a_teacher_and_an_export_see_averages_of_a_model_that_was_converted_in_the_block():

@@ -9,9 +9,10 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from ema import ModelError
 from ema.torch_backend import EMAModel
+from tests.torch_helpers import assert_same, step, values
 
 
-def test_the_output_is_that_of_the_swapped_model(model, step):
+def test_the_output_is_that_of_the_swapped_model(model):
     ema_model = EMAModel(model, 0.5)
     for _ in range(3):
         step(model)
@@ -25,7 +26,7 @@ def test_the_output_is_that_of_the_swapped_model(model, step):
     assert not torch.equal(model(x), expected)
 
 
-def test_the_live_model_is_left_alone(model, values, assert_same, step):
+def test_the_live_model_is_left_alone(model):
     """Neither weights nor gradients nor BatchNorm statistics change in training mode."""
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -40,7 +41,7 @@ def test_the_live_model_is_left_alone(model, values, assert_same, step):
     assert_same(dict(model.named_buffers()), buffers)
 
 
-def test_excluded_and_frozen_weights_are_the_live_ones(model, step):
+def test_excluded_and_frozen_weights_are_the_live_ones(model):
     model.second.requires_grad_(requires_grad=False)
     ema_model = EMAModel(model, 0.5, exclude="norm.*")
     model.eval()
@@ -51,7 +52,7 @@ def test_excluded_and_frozen_weights_are_the_live_ones(model, step):
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["one parameter", "one storage"])
-def test_tied_weights_are_tied_in_the_teacher(step, separate):
+def test_tied_weights_are_tied_in_the_teacher(separate):
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.data.t()) if separate else model[0].weight
     ema_model = EMAModel(model, 0.5)
@@ -84,7 +85,7 @@ def test_weights_that_are_tied_and_in_a_shared_module():
     assert not torch.equal(model(x), expected)
 
 
-def test_a_shared_module_has_its_live_weights_after_a_call(step, values, assert_same):
+def test_a_shared_module_has_its_live_weights_after_a_call():
     """``functional_call`` alone would leave the averages in it for good."""
     model = nn.Module()
     model.embedding = nn.Embedding(5, 3)
@@ -116,7 +117,7 @@ def test_weights_with_gaps_that_share_their_memory_are_tied_in_the_teacher():
     assert not torch.equal(model(x), expected)
 
 
-def test_half_precision_weights_are_cast(model, step):
+def test_half_precision_weights_are_cast(model):
     model.bfloat16()
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -129,7 +130,7 @@ def test_half_precision_weights_are_cast(model, step):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_a_wrapped_model_is_called_bare(model, step, wrap):
+def test_a_wrapped_model_is_called_bare(model, wrap):
     ema_model = EMAModel(wrap(model), 0.5)
     step(model)
     ema_model.update()
@@ -140,7 +141,7 @@ def test_a_wrapped_model_is_called_bare(model, step, wrap):
     assert torch.equal(ema_model(x), expected)
 
 
-def test_backward_through_a_teacher_that_an_update_has_changed_is_loud(model, step):
+def test_backward_through_a_teacher_that_an_update_has_changed_is_loud(model):
     """A graph that has saved the averages is not used with others."""
     ema_model = EMAModel(model, 0.5)
     loss = ema_model(torch.randn(8, 4, requires_grad=True)).sum()
@@ -232,7 +233,7 @@ def pruned():
 @pytest.mark.parametrize(
     "make", [lambda: weight_norm(nn.Linear(4, 4)), pruned], ids=["old weight_norm", "pruning"]
 )
-def test_weights_that_a_hook_has_computed_stay_those_of_the_student(make, step):
+def test_weights_that_a_hook_has_computed_stay_those_of_the_student(make):
     model = make()
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -248,7 +249,7 @@ def test_weights_that_a_hook_has_computed_stay_those_of_the_student(make, step):
     assert student.requires_grad
 
 
-def test_the_list_of_weights_of_a_recurrent_layer_is_as_before(step):
+def test_the_list_of_weights_of_a_recurrent_layer_is_as_before():
     model = nn.LSTM(4, 6)
     ema_model = EMAModel(model, 0.5)
     step(model)
@@ -271,7 +272,7 @@ def test_a_lazy_model_is_refused_until_it_has_run():
 
 
 @pytest.fixture(params=["weight_norm", "orthogonal"])
-def parametrized(request, step):
+def parametrized(request):
     """A parametrized layer whose average is elsewhere, in a larger model, and an input."""
     layer = getattr(parametrizations, request.param)(nn.Linear(4, 4))
     model = nn.Sequential(nn.Linear(4, 4), layer)

@@ -8,6 +8,7 @@ from torch import nn
 import ema
 from ema.torch_backend import EMAModel
 from ema.torch_backend.tensors.memory import CHUNK, SMALL
+from tests.torch_helpers import assert_same, step, values
 
 
 def train(model, ema_model, step, steps):
@@ -18,7 +19,7 @@ def train(model, ema_model, step, steps):
         yield {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_equals_lerp_bit_for_bit(model, step, values, assert_same):
+def test_equals_lerp_bit_for_bit(model):
     """The average is what Tensor.lerp_ gives with the weight 1 − decay."""
     expected = values(model)
     ema_model = EMAModel(model, decay=0.9)
@@ -122,7 +123,7 @@ def test_weight_one_copies_and_weight_zero_keeps_infinities():
     assert frozen.averaged_parameters()["0"].tolist() == [1.0, 2.0]
 
 
-def test_bfloat16_parameters_move_their_average(step):
+def test_bfloat16_parameters_move_their_average():
     """At decay 0.999 the average of a bfloat16 parameter approaches a constant target."""
     parameter = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
     ema_model = EMAModel(nn.ParameterList([parameter]), decay=0.999)
@@ -135,7 +136,7 @@ def test_bfloat16_parameters_move_their_average(step):
     torch.testing.assert_close(average, 1 + (target - 1) * (1 - 0.999**1000), rtol=1e-5, atol=0)
 
 
-def test_averages_can_be_float64(model, step, values):
+def test_averages_can_be_float64(model):
     """dtype=torch.float64 averages float32 parameters in float64."""
     ema_model = EMAModel(model, decay=0.9999, dtype=torch.float64)
     oracle = {name: value.double() for name, value in values(model).items()}
@@ -146,7 +147,7 @@ def test_averages_can_be_float64(model, step, values):
         torch.testing.assert_close(average, oracle[name], rtol=1e-14, atol=1e-14)
 
 
-def test_update_every_makes_every_kth_update(model, step, values, assert_same):
+def test_update_every_makes_every_kth_update(model):
     """With update_every=3 the average moves at steps 3, 6, … by the weights of steps 3, 6, 9."""
     ema_model = EMAModel(model, decay=0.5, update_every=3)
     expected = values(model)
@@ -158,7 +159,7 @@ def test_update_every_makes_every_kth_update(model, step, values, assert_same):
     assert (ema_model.step, ema_model.count) == (8, 2)
 
 
-def test_update_after_step_follows_the_live_weights_first(model, step, values, assert_same):
+def test_update_after_step_follows_the_live_weights_first(model):
     """Through step 5 the average is the live weights whenever it is read; updates count from it."""
     ema_model = EMAModel(model, decay=0.5, update_after_step=5, update_every=2)
     assert_same(ema_model.averaged_parameters(), values(model))
@@ -172,7 +173,7 @@ def test_update_after_step_follows_the_live_weights_first(model, step, values, a
     assert (ema_model.step, ema_model.count) == (10, 2)
 
 
-def test_before_the_start_live_weights_changed_by_hand_are_the_average(model, step, values):
+def test_before_the_start_live_weights_changed_by_hand_are_the_average(model):
     """Until update_after_step the average is the live weights, also between two updates."""
     ema_model = EMAModel(model, update_after_step=10)
     ema_model.update()
@@ -183,7 +184,7 @@ def test_before_the_start_live_weights_changed_by_hand_are_the_average(model, st
         pass
 
 
-def test_schedules_get_count_and_span(model, step, values, assert_same):
+def test_schedules_get_count_and_span(model):
     """A schedule is asked for the number of the update and the steps between two."""
     schedule = ema.HalfLifeRampup(steps=10, rampup_ratio=0.5)
     ema_model = EMAModel(model, schedule, update_every=2)
@@ -196,7 +197,7 @@ def test_schedules_get_count_and_span(model, step, values, assert_same):
     assert_same(ema_model.averaged_parameters(), expected)
 
 
-def test_reset_starts_again(model, step, values, assert_same):
+def test_reset_starts_again(model):
     """reset() makes the average the live weights and counts from 0."""
     ema_model = EMAModel(model, 0.9)
     for _ in train(model, ema_model, step, 3):
@@ -208,7 +209,7 @@ def test_reset_starts_again(model, step, values, assert_same):
     assert not torch.equal(ema_model.averaged_parameters()["first.weight"], model.first.weight)
 
 
-def test_works_across_inference_mode(model, step, values, assert_same):
+def test_works_across_inference_mode(model):
     """An average made or updated in inference mode can be used outside of it, and back."""
     with torch.inference_mode():
         ema_model = EMAModel(model, 0.5)

@@ -1,4 +1,4 @@
-"""Whole arrays in process 0, one at a time, out of the parts in all processes.
+"""Gather whole arrays in process 0, one at a time, from the parts in all processes.
 
 Process 0 says which array it wants next, and all processes gather it: for a moment every device
 holds one whole array, never two. If process 0 raises an error, every process raises it.

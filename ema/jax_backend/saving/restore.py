@@ -1,7 +1,6 @@
-"""``adapt_opt_state``: a saved optimizer state under a chain with other averages than it had.
+"""``adapt_opt_state``: use a saved optimizer state with a chain that has other averages.
 
-A chain with one more link has a state of another structure, and a checkpoint from before no longer
-fits it. The state does not hold the schedule: to change it, just restore the state.
+A chain with one more link has a state of another structure, so an older checkpoint does not fit it. The state does not hold the schedule: to change it, just restore the state.
 """
 
 from __future__ import annotations

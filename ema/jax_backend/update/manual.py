@@ -1,4 +1,4 @@
-"""Inside ``jax.shard_map``: what an array is only one device's part of."""
+"""Inside ``jax.shard_map``: the mesh axes along which an array is only one device's part."""
 
 from __future__ import annotations
 

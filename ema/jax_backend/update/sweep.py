@@ -1,7 +1,7 @@
-"""One pass over all leaves: what a step computes that updates the averages, and one that does not.
+"""One pass over all leaves, for a step that updates the averages and for a step that does not.
 
-Which of the equations a leaf takes shows in what is there: a remainder, a bfloat16 average, a key.
-Functions of the module, so that an eager ``lax.cond`` finds its compiled branches again.
+The values of a leaf decide its equation: whether there is a remainder, a bfloat16 average, a key. These are
+functions of the module, so that an eager ``lax.cond`` finds its compiled branches again.
 """
 
 from __future__ import annotations

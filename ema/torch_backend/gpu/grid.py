@@ -1,8 +1,8 @@
 """Many flat tensors as blocks of one grid, so that a kernel goes through all of them in one launch.
 
 A kernel's program takes one block: a row of a table, which holds addresses, and a number. A thread
-reads 16 bytes at once where a block is whole and begins at a multiple of 16 in every tensor. What is
-left of each tensor, at its begin and at its end, is read under a mask, in a launch of its own.
+reads 16 bytes at once where a block is whole and begins at a multiple of 16 in every tensor. The
+rest of each tensor, at its begin and at its end, is read under a mask, in a launch of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Whole tensors on rank 0, one at a time, out of the parts on all ranks.
+"""Gather whole tensors on rank 0, one at a time, from the parts on all ranks.
 
 Rank 0 says which tensor it wants next, the ranks that hold its parts send them, and rank 0 puts
-them together in memory of the CPU. No other rank ever holds more than its part, and neither does a
-GPU. If rank 0 raises an error, every rank raises it.
+them together in memory of the CPU. The other ranks, and every GPU, never hold more than their part. If rank 0 raises an error, every rank raises it.
 """
 
 from __future__ import annotations

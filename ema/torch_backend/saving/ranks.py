@@ -1,4 +1,4 @@
-"""Whether ranks that should hold the same average do: digests, compared."""
+"""Compare digests of the averages that several ranks should hold alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's caches of what it has computed from weights, which must not outlive the weights.
+"""PyTorch's caches of values that it has computed from weights; they must not outlive the weights.
 
 Autocast casts a weight once a block. ``torch.nn.utils.parametrize.cached()`` computes a
 parametrized weight once a block, and keeps it under the ``id`` of the module, whatever weights the

@@ -1,4 +1,4 @@
-"""A deep copy of a module, in which some things stand for others and histories are left out."""
+"""Deep copies of a module, with replacements for some objects and without autograd histories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live values return to tensors that were cast, moved or replaced while averages were in them.
+"""Return live values to tensors that were cast, moved or replaced while averages were in them.
 
 A swap puts the live values back into the memory that they came from. ``model.double()`` inside the
 swap leaves that memory: parameters refer to another one, each of those that were tied by memory to

@@ -1,9 +1,9 @@
-"""Averages into a model and the live weights back, wholly or not at all.
+"""Put averages into a model and the live weights back, completely or not at all.
 
-Parameters keep their memory and the values change: where an average has the dtype of its parameter
-the two change places, a chunk at a time through one small buffer, with no third copy; elsewhere the
-live values are kept aside, in their own dtype. With ``assign`` the values stay where they are and
-the parameters refer to other memory for the time.
+Parameters keep their memory, and the values change. If an average has the dtype of its parameter, the two
+exchange their values, a chunk at a time through one small buffer, without a third copy. Otherwise the live
+values are kept aside, in their own dtype. With ``assign`` no value moves: the parameters refer to the memory
+of the averages until the swap ends.
 """
 
 from __future__ import annotations

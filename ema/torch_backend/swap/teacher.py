@@ -1,4 +1,4 @@
-"""Call a model with other tensors than its own, and leave its own alone."""
+"""Call a model with averaged weights in place of its own, which stay unchanged."""
 
 from __future__ import annotations
 

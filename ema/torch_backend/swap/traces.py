@@ -1,4 +1,4 @@
-"""Take back what a forward pass leaves on the modules that it runs through."""
+"""Undo the changes that a forward pass makes to attributes of its modules."""
 
 from __future__ import annotations
 

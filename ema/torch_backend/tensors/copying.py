@@ -1,4 +1,4 @@
-"""Copies of tensors that are not averaged, whatever class they are of.
+"""Copy tensors that are not averaged, of any class.
 
 A quantized weight is either a wrapper around several tensors (torchao), which are copied one by
 one, or it keeps its scales where only its own class finds them (bitsandbytes). The bytes of the

@@ -1,4 +1,4 @@
-"""Whether the averages of one model fit another one."""
+"""Check that the averages of one model fit another model."""
 
 from __future__ import annotations
 

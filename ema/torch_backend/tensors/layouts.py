@@ -1,4 +1,4 @@
-"""Notice that tensors have other shapes, strides, dtypes or devices than before."""
+"""Detect that tensors have other shapes, strides, dtypes or devices than before."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Shards: which part of a whole tensor lies here, and how a part becomes a ``DTensor`` again.
 
 Averages are plain tensors that belong to the local part of a parameter, so that an update or a
-swap neither communicates nor passes through the dispatcher of ``DTensor``. What is seen from
-outside has the mesh and the placements of the parameter.
+swap neither communicates nor passes through the dispatcher of ``DTensor``. Users see
+``DTensor``s with the mesh and the placements of the parameters.
 
-Nothing here loads ``torch.distributed.tensor``: where it is not loaded, no tensor is sharded.
+This module does not load ``torch.distributed.tensor``: if nothing else has loaded it, no tensor is sharded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Buffers that averaging would break, whatever is asked for in bulk.
+"""Buffers that averaging would break; ``buffers="average"`` leaves them alone.
 
-A rule by name (``buffers={"*.weight_u": "average"}``) averages them all the same.
+A rule that names such a buffer (``buffers={"*.weight_u": "average"}``) averages it.
 """
 
 from __future__ import annotations

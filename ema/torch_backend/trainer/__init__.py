@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: ``EMACallback``, and what finds its checkpoints again."""
+"""The Hugging Face Trainer: ``EMACallback``, and a function that finds its checkpoints."""
 
 from __future__ import annotations
 

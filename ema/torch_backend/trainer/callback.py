@@ -36,37 +36,37 @@ class EMACallback(TrainerCallback):
 
     Steps within a gradient accumulation and steps that the gradient scaler skipped do not count.
     Every ``train()`` starts with an average that equals the weights, unless it resumes from a
-    checkpoint or a state was loaded before it. Each checkpoint of the run holds the average in
-    ``ema.safetensors``, written last; resuming finds it again.
+    checkpoint, or you loaded a state before. Each checkpoint of the run holds the average in
+    ``ema.safetensors``, which is written last. A resumed run finds it.
 
-    ``callbacks=[ema_callback]`` does all that events allow. :meth:`attach` does the rest: it
-    resumes from any folder, serves ``trainer.evaluate()`` and ``predict()`` outside of training,
-    cleans up at once after an evaluation that raises, and writes into the Trainer's logs.
+    ``callbacks=[ema_callback]`` does everything that events allow. :meth:`attach` does the rest: it
+    resumes from any folder, averages ``trainer.evaluate()`` and ``predict()`` outside of training,
+    restores the live weights at once if an evaluation raises, and writes into the Trainer's logs.
 
-    ``apply_ema``, ``restore_original``, ``get_ema_state`` and ``load_ema_state`` work without a
-    ``Trainer`` too, for instance in a new process.
+    ``apply_ema``, ``restore_original``, ``get_ema_state`` and ``load_ema_state`` also work without a
+    ``Trainer``, for instance in a new process.
 
     Args:
         decay: the decay of one update in [0, 1], or a schedule.
         update_after_step: through this step the average equals the live weights.
         update_every: optimizer steps from one update to the next.
-        dtype: see :class:`EMAModel`, as for all down to ``overlap``.
+        dtype: of all averages; see :class:`EMAModel` for this and all options down to ``overlap``.
         device: where the averages are kept.
         include: patterns of the parameters that are averaged.
         exclude: patterns of the parameters that are not averaged.
         buffers: ``"copy"``, ``"average"`` or a mapping from patterns to these.
-        compensated: keep what each update rounds away.
-        stochastic_rounding: of bfloat16 averages.
-        seed: of that rounding.
+        compensated: keep the rounding error of each update.
+        stochastic_rounding: round bfloat16 averages up or down at random.
+        seed: of the stochastic rounding.
         on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"``, where live weights hold NaN or Inf.
         overlap: on a GPU, whether updates run beside the training step.
-        eval_with_ema: whether evaluations see the averaged weights. Training goes on with the
-            live ones, and checkpoints hold those. With ``load_best_model_at_end`` the average at
-            the end is the one that gave the best metric.
+        eval_with_ema: whether evaluations see the averaged weights. Training continues with the
+            live weights, and checkpoints hold these. With ``load_best_model_at_end`` the average at
+            the end is the average that gave the best metric.
         save_ema_model: whether a complete averaged model is written to ``<output_dir>/ema`` (with
             a ``name`` to ``ema-<name>``) at the end of training, see :meth:`save_pretrained`.
         on_missing_average: ``"warn"`` or ``"error"``, for a checkpoint without an average.
-        name: tells several callbacks of one Trainer apart: ``ema-<name>.safetensors``.
+        name: of this callback, if a Trainer has several; its file is ``ema-<name>.safetensors``.
 
     Raises:
         ArgumentError: an argument is out of range.

@@ -1,4 +1,4 @@
-"""The average in every checkpoint of a run, whichever way the Trainer came to write it.
+"""Write the average into every checkpoint of a run, also into unannounced ones.
 
 A checkpoint is named after a step, and holds the average of that step. The Trainer usually saves after
 every callback has seen the end of the step, and announces it with ``on_save``. It also saves on SIGTERM

@@ -1,10 +1,10 @@
 """Averaged weights for the evaluations of a Trainer that only sends events.
 
 The Trainer announces an evaluation at the end of a step, and callbacks that come later in the list
-have yet to see the live weights of that step. So the callback only *arms* the model: it gets a
-``train`` of its own. The evaluation calls ``model.eval()``, which calls ``train(False)``, after the
-last callback has had its turn and before the first forward pass; wrappers pass the call on. That is
-when the averages come in. They leave when the last callback has been told the metrics.
+have yet to see the live weights of that step. So the callback only *arms* the model: it gives it a
+``train`` method of its own. The evaluation calls ``model.eval()``, which calls ``train(False)``, after the
+last callback has had its turn and before the first forward pass; wrappers pass the call on. At that
+moment the averages come in. They leave when the last callback has got the metrics.
 
 An evaluation that raises sends no event. Then the averages leave at the next event, or when
 something outside of an evaluation asks the model for its weights, loads others or changes its mode.

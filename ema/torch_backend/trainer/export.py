@@ -1,4 +1,4 @@
-"""Averaged weights as a model of their own that needs this library no more."""
+"""Write averaged weights as a complete model that does not need this library."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The Trainer calls these methods in the middle of an evaluation, when averages may be in the model.
 The live weights come back for the time of the call: such an optimizer rewrites these, exactly as
 often as it does without an average. Outside of training the Trainer never goes back to ``train()``
-after an evaluation. There the optimizer is not told, and it stays as it is with its weights.
+after an evaluation. There the call does not reach the optimizer, and its mode and weights stay as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The average of one run after the other: begun with training, or gone on with."""
+"""The average of one run after the other: started with training, or continued from a state."""
 
 from __future__ import annotations
 

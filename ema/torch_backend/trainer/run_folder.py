@@ -1,4 +1,4 @@
-"""Where a Trainer run keeps the average: one file in each of its checkpoint folders."""
+"""The files of the average in the folders of a Trainer run: one in each checkpoint."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from ema import ArgumentError, ArgumentTypeError, CheckpointError, EMACallback
 from ema.torch_backend import EMAModel
 from ema.torch_backend.trainer import last_complete_checkpoint
+from tests.torch_helpers import assert_same
 
 SAVING = {"steps": 8, "save_strategy": "steps", "save_steps": 3}
 
@@ -81,7 +82,7 @@ class FullDisk(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
 
 
-def test_a_disk_that_is_full_during_a_save(gpt2, new_gpt2, train, folder, assert_same):
+def test_a_disk_that_is_full_during_a_save(gpt2, new_gpt2, train, folder):
     """The previous checkpoint stays whole, nothing half-written is left, the run goes on from it."""
     whole = EMACallback(0.6)
     train(gpt2, [whole], **SAVING)

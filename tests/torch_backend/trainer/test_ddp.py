@@ -9,6 +9,7 @@ import torch
 
 from ema.torch_backend.trainer import last_complete_checkpoint
 from tests import processes
+from tests.torch_helpers import assert_same
 
 PROGRAM = Path(__file__).with_name("ddp_program.py")
 
@@ -34,7 +35,7 @@ def ranks(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_process_holds_the_same_average_and_one_writes_it(ranks, assert_same):
+def test_every_process_holds_the_same_average_and_one_writes_it(ranks):
     """That of the best step by hand; resumed from elsewhere, attached, it is the same again."""
     one, two = ranks
     assert_same(one["state"]["averages"], two["state"]["averages"])

@@ -10,6 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ema import EMACallback, StateError
+from tests.torch_helpers import assert_same
 
 DECAY = 0.6
 
@@ -57,7 +58,7 @@ def histories():
 
 
 @pytest.fixture
-def assert_equal(assert_same):
+def assert_equal():
     """The parameters of a model are these."""
     return lambda model, tensors: assert_same(
         {n: p.detach() for n, p in model.named_parameters()}, tensors

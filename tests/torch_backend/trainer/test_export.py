@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from ema import ArgumentTypeError, EMACallback, ModelError, StateError
+from tests.torch_helpers import assert_same
 
 
 @pytest.fixture
-def assert_averaged(assert_same):
+def assert_averaged():
     """A loaded model is the live one, but for what is averaged."""
 
     def check(loaded, live, callback):

@@ -19,12 +19,13 @@ from ema import (
 from ema.checkpoint import read_state
 from ema.torch_backend import EMAModel
 from ema.torch_backend.trainer import last_complete_checkpoint
+from tests.torch_helpers import assert_same
 
 SAVING = {"steps": 8, "save_strategy": "steps", "save_steps": 3}
 
 
 @pytest.fixture
-def assert_same_run(assert_same):
+def assert_same_run():
     """Two callbacks have the same weights, averages and counters."""
 
     def check(ours, theirs):
@@ -150,7 +151,7 @@ def test_a_step_more_than_all_is_announced(gpt2, new_gpt2, train):
     train(new_gpt2(), [EMACallback(0.6)], resume=True, **{**SAVING, "steps": 12})  # of three left
 
 
-def test_the_same_callback_resumes(interrupted, new_gpt2, train, assert_same, folder):
+def test_the_same_callback_resumes(interrupted, new_gpt2, train, folder):
     """Also where it still holds the average of the run that is repeated."""
     callback = interrupted()
     expected = callback.get_ema_state()

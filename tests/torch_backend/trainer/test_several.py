@@ -3,12 +3,13 @@
 import pytest
 
 from ema import EMACallback
+from tests.torch_helpers import assert_same
 
 
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("evaluates", [0, 1])
 def test_one_evaluates_and_each_averages_the_live_weights(
-    evaluates, attached, gpt2, train, tokens, recorder, assert_same
+    evaluates, attached, gpt2, train, tokens, recorder
 ):
     """In any order: evaluation is announced to the first of them before the other is updated."""
     record = recorder()
@@ -32,7 +33,7 @@ def test_one_evaluates_and_each_averages_the_live_weights(
 
 
 def test_an_evaluation_before_the_first_step_is_of_one_of_them(
-    gpt2, new_gpt2, train, tokens, folder, assert_same
+    gpt2, new_gpt2, train, tokens, folder
 ):
     """The other begins from live weights, though the average of a resumed run is in the model."""
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_dataset": tokens(4)}

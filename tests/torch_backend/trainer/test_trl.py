@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from ema import EMACallback
+from tests.torch_helpers import assert_same
 
 # TRL asks the model about activation checkpointing under its old name
 pytestmark = pytest.mark.filterwarnings(
@@ -103,7 +104,7 @@ def train(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
-def test_policy_and_reference_are_those_of_a_run_without_us(train, assert_same, attached):
+def test_policy_and_reference_are_those_of_a_run_without_us(train, attached):
     """Bit for bit, with averages evaluated in the steps in which the reference follows."""
     policy, reference, losses = train([])
     assert any(not torch.equal(reference[name], policy[name]) for name in policy)

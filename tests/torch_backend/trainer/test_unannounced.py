@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from ema import CheckpointError, EMACallback, EMAWarning
 from ema.torch_backend import EMAModel
 from ema.torch_backend.trainer import last_complete_checkpoint
+from tests.torch_helpers import assert_same
 
 MARK = "checkpoint-is-incomplete.txt"
 
@@ -92,9 +93,7 @@ def untold(front):
 
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
 @pytest.mark.parametrize("front", [True, False], ids=["front", "behind"])
-def test_a_save_in_the_middle_of_any_event(
-    saved_run, load, recorder, assert_same, folder, front, attached
-):
+def test_a_save_in_the_middle_of_any_event(saved_run, load, recorder, folder, front, attached):
     """The file has the average of that step; the run's own average is that of a run without saves."""
     record, callback = recorder(), EMACallback(0.5)
     saved_run(EVENTS, callback, record, front=front, attached=attached)
@@ -133,7 +132,7 @@ SAVE_WHILE_EVALUATING = {"on_prediction_step": 2, "on_evaluate": 3}
 @pytest.mark.filterwarnings("ignore:this evaluation saw live weights")
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
 def test_a_save_in_the_middle_of_an_evaluation_holds_live_weights(
-    saved_run, new_gpt2, load, recorder, assert_same, folder, attached
+    saved_run, new_gpt2, load, recorder, folder, attached
 ):
     """The weights to train on stand in the model's file, and the average in its own."""
     record = recorder()
@@ -149,9 +148,7 @@ def test_a_save_in_the_middle_of_an_evaluation_holds_live_weights(
 
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
 @pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
-def test_a_checkpoint_of_another_run_in_the_way(
-    saved_run, load, recorder, assert_same, folder, event, attached
-):
+def test_a_checkpoint_of_another_run_in_the_way(saved_run, load, recorder, folder, event, attached):
     """Its average is replaced; and those of steps that this run does not save stay as they are."""
     saved_run({"on_step_begin": 2, "on_step_end": 4}, EMACallback(0.5), steps=5, seed=1)
     others = load(folder / "checkpoint-2").averaged_parameters()
@@ -172,7 +169,7 @@ def test_a_checkpoint_of_another_run_without_an_average_stays_without(saved_run,
 
 
 @pytest.mark.parametrize("front", [True, False], ids=["front", "behind"])
-def test_saved_again_in_the_step_that_was_saved(saved_run, load, assert_same, folder, front):
+def test_saved_again_in_the_step_that_was_saved(saved_run, load, folder, front):
     """Alone: the file that on_save wrote is written again, with what was saved last beside it."""
     callback = EMACallback(0.5)
     saving = {"save_strategy": "steps", "save_steps": 2}
@@ -182,7 +179,7 @@ def test_saved_again_in_the_step_that_was_saved(saved_run, load, assert_same, fo
 
 
 def test_outside_of_training_a_trainer_that_is_attached_saves_the_average_too(
-    saved_run, load, assert_same, folder
+    saved_run, load, folder
 ):
     """After the run, and for Ray Tune; before it, and for another model, there is none."""
     callback = EMACallback(0.5)
@@ -220,7 +217,7 @@ class Scaled(Trainer):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_a_step_that_the_gradient_scaler_skipped_is_saved(
-    new_gpt2, make_trainer, recorder, load, assert_same, folder, optim
+    new_gpt2, make_trainer, recorder, load, folder, optim
 ):
     """In front of our callback, at every step: steps that moved nothing do not count."""
     record, saver, callback = recorder(), Saver({}), EMACallback(0.5)
@@ -283,9 +280,7 @@ def test_resuming_from_an_incomplete_checkpoint_is_pointed_out(saved_run, folder
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("hp_name", [None, lambda trial: f"own{trial.number}"], ids=["run", "own"])
 @pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
-def test_in_a_trial_of_a_search(
-    new_gpt2, make_trainer, recorder, load, assert_same, folder, attached, hp_name
-):
+def test_in_a_trial_of_a_search(new_gpt2, make_trainer, recorder, load, folder, attached, hp_name):
     """In the folder of the trial, and outside of it, where the Trainer saves on SIGTERM."""
     record, saver, callback = recorder(), Saver({}), EMACallback(0.5)
     expected = []
