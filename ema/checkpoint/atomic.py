@@ -43,7 +43,9 @@ def open_file(file: Path) -> IO[bytes]:
     _check_regular(file.stat())
     stream = os.fdopen(os.open(file, _READ), "rb")
     try:
-        _check_regular(os.fstat(stream.fileno()))  # a pipe may have replaced the file since the first check
+        _check_regular(
+            os.fstat(stream.fileno())
+        )  # a pipe may have replaced the file since the first check
     except CheckpointError:
         stream.close()
         raise

@@ -37,7 +37,9 @@ def check_contents(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo])
     Raises:
         CheckpointError: the metadata has another version, is damaged, or contradicts the tensors.
     """
-    record = record_from(metadata)  # checks the version first: a newer one may seal its header differently
+    record = record_from(
+        metadata
+    )  # checks the version first: a newer one may seal its header differently
     check_header(metadata, infos)
     digests = read_digests(metadata, infos)
     pairs = names_from_json("complex128", metadata.get("complex128", "[]"))
@@ -50,5 +52,7 @@ def check_contents(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo])
         raise CheckpointError(f"`parts` names tensors that the file lacks: {listing(absent)}")
     averaged = {record.parts[key][2] if key in record.parts else key for key in infos}
     if both := sorted(averaged.intersection(record.not_averaged)):
-        raise CheckpointError(f"`not_averaged` names tensors that the file averages: {listing(both)}")
+        raise CheckpointError(
+            f"`not_averaged` names tensors that the file averages: {listing(both)}"
+        )
     return Contents(record, digests, pairs)

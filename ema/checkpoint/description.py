@@ -1,4 +1,4 @@
-"""The text of ``ema inspect`` about a file."""
+"""The text that ``ema inspect`` prints about a file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ema.schedules import Schedule
 __all__ = ["Description", "describe_file"]
 
 _LONGEST = 300  # characters of a schedule, or of a note
-_LONGEST_NAME = 100  # characters of a name, which decide the width of the table
+_LONGEST_NAME = 100  # characters of a name; the longest name sets the width of the table
 _MOST_NOTES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A state in a file, and which of its tensors are not what was written.
+    """A saved state, and the names of its damaged tensors.
 
-    ``str`` of it is the text of ``ema inspect``.
+    ``str()`` gives the text that ``ema inspect`` prints.
     """
 
     state: StoredState
@@ -75,7 +75,7 @@ def describe_file(path: str | os.PathLike[str]) -> Description:
     """Open a file and compare every tensor with its digest.
 
     Raises:
-        CheckpointError: it cannot be read, its header is damaged, or it is none of ours.
+        CheckpointError: the file cannot be read, its header is damaged, or `ema` did not write it.
     """
     state = open_state(path)
     damaged = tuple(name for name, tensor in state.tensors.items() if not tensor.intact())
@@ -83,7 +83,7 @@ def describe_file(path: str | os.PathLike[str]) -> Description:
 
 
 def _one_line(text: str, longest: int = _LONGEST_NAME) -> str:
-    """Text of anybody's on one line: not too long, with what would steer a terminal written out."""
+    """Shorten untrusted text to one line, and escape the characters that would steer a terminal."""
     text = shortened(text, longest)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -1,7 +1,7 @@
-"""Digests of tensors and of the header: against accidents, not against forgery.
+"""Digests of tensors and of the header, which detect damage.
 
-xxh3_128 finds every damage that chance does, and costs less than reading the file. Whoever can
-change the file can change the digests too.
+xxh3_128 detects accidental damage and costs less than reading the file. It does not detect forgery:
+a program that changes the file can also change the digests.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _EMPTY = "0" * 32
 
 
 def digest(data: Any) -> str:
-    """xxh3_128 of a stretch of memory, 32 hexadecimal digits."""
+    """The xxh3_128 of a buffer, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def seal(
     metadata: Mapping[str, str], infos: Mapping[str, TensorInfo], digests: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """The metadata with the digests of all tensors and, last, that of the header.
+    """Add the digests of all tensors to the metadata and, last, the digest of the header.
 
-    Without ``digests`` it has the same length: a place to write to when they are known.
+    Without ``digests`` the result has the same length, so that a writer can reserve room for them.
     """
     digests = digests or dict.fromkeys(infos, _EMPTY)
     sealed = {**metadata, "digests": to_json({name: digests[name] for name in infos})}
@@ -42,10 +42,10 @@ def seal(
 def check_header(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:
     """Compare names, dtypes, shapes and metadata with the digest of the header.
 
-    Metadata that was added since is not checked.
+    Metadata that another program added later is not checked.
 
     Raises:
-        CheckpointError: they are not what was written.
+        CheckpointError: they differ from what was written.
     """
     own = load_json(metadata.get("header_digest", "").encode(errors="replace"), "`header_digest`")
     keys, expected = own.get("keys"), own.get("xxh3_128")
@@ -53,7 +53,7 @@ def check_header(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -
         raise CheckpointError("`header_digest` must have keys and xxh3_128")
     absent = [key for key in keys if not isinstance(key, str) or key not in metadata]
     if absent:
-        raise CheckpointError(f"the metadata lacks {absent[0]!r:.80}, which was written")
+        raise CheckpointError(f"the metadata lacks {absent[0]!r:.80}, which `header_digest` covers")
     if _header_digest(metadata, keys, infos) != expected:
         raise CheckpointError(
             "the header is damaged: names, dtypes, shapes or metadata differ from its digest"
@@ -61,19 +61,23 @@ def check_header(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -
 
 
 def read_digests(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Name of each tensor to its digest.
+    """Read the digest of each tensor, by name.
 
     Raises:
-        CheckpointError: a digest is missing, or is not a digest.
+        CheckpointError: a digest is missing or malformed.
     """
     digests = load_json(metadata.get("digests", "").encode(errors="replace"), "`digests`")
     if digests.keys() != infos.keys():
         missing = [name for name in infos if name not in digests]
         unexpected = [name for name in digests if name not in infos]
-        raise CheckpointError(f"`digests` are of other tensors: {difference(missing, unexpected)}")
+        raise CheckpointError(
+            f"`digests` belong to other tensors: {difference(missing, unexpected)}"
+        )
     for name, value in digests.items():
         if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
-            raise CheckpointError(f"the digest of `{name:.80}` is none: {value!r:.80}")
+            raise CheckpointError(
+                f"the digest of `{name:.80}` must be 32 hexadecimal digits, got {value!r:.80}"
+            )
     return digests
 
 

@@ -1,4 +1,4 @@
-"""Guess which program wrote a file or folder, by its first bytes and its names."""
+"""Guess which program wrote a file or folder, by its first bytes and by file names."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _READ_BY_CONVERT = "`ema convert` (ema.convert) reads averages out of it"
 
 
 def seems(path: Path) -> str | None:
-    """A guess at what a file is, and what reads it; None if nothing is known.
+    """Guess what wrote a file or folder, and say what can read it. None if nothing matches.
 
     Raises:
-        CheckpointError: it is neither a file nor a folder.
-        OSError: it cannot be read.
+        CheckpointError: the path is neither a regular file nor a folder.
+        OSError: the path cannot be read.
     """
     if path.is_dir():
         return _folder(path)
     with atomic.open_file(path) as stream:
         first = stream.read(16)
-    if first[8:9] == b"{":  # safetensors, perhaps damaged
+    if first[8:9] == b"{":  # a safetensors file, perhaps damaged
         return None
     if first.startswith(b"PK\3\4"):
         return _zip(path)
     known = (
         (
             first.startswith(b"\x89HDF\r\n"),
-            "an HDF5 file, which is not read: save its weights with safetensors",
+            "an HDF5 file, which `ema` cannot read: save its weights with safetensors",
         ),
         (
             first[:1] == b"\x80" and first[1:2] <= b"\5",
@@ -47,7 +47,7 @@ def seems(path: Path) -> str | None:
 
 
 def begins_like_msgpack(first: bytes) -> bool:
-    """Whether a file may be a map of msgpack whose first key is a text."""
+    """Whether a file may be a msgpack map whose first key is a string."""
     if not first or not (0x81 <= first[0] <= 0x8F or first[0] in {0xDE, 0xDF}):
         return False
     key = first[{0xDE: 3, 0xDF: 5}.get(first[0], 1) :][:1]
@@ -55,7 +55,7 @@ def begins_like_msgpack(first: bytes) -> bool:
 
 
 def _is_orbax(folder: Path) -> bool:
-    """Whether Orbax wrote it: a checkpoint, a step of a ``CheckpointManager``, or all of its steps."""
+    """Whether Orbax wrote the folder: one checkpoint, one step of a ``CheckpointManager``, or all steps."""
     if any((folder / name).exists() for name in _ORBAX):
         return True
     items = [item for item in folder.iterdir() if item.is_dir()]
@@ -67,7 +67,7 @@ def _folder(folder: Path) -> str | None:
         return f"a checkpoint of Orbax; {_READ_BY_CONVERT}"
     if (folder / ".metadata").is_file():
         return (
-            "a folder of torch.distributed.checkpoint, which is not read: make one file of it with"
+            "a folder of torch.distributed.checkpoint, which `ema` cannot read: convert it to one file with"
             " torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
     if any(
@@ -78,7 +78,7 @@ def _folder(folder: Path) -> str | None:
 
 
 def zip_entries(file: Path) -> list[zipfile.ZipInfo] | None:
-    """The entries of a zip archive; None for any other file, and for a damaged archive.
+    """The entries of a zip archive. None for any other file, or for a damaged archive.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,14 +86,18 @@ def zip_entries(file: Path) -> list[zipfile.ZipInfo] | None:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # all that zipfile raises
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+    ):  # everything that zipfile raises for a bad archive
         return None
 
 
 def _zip(path: Path) -> str:
     entries = zip_entries(path)
     if entries is None:
-        return "a zip archive, and damaged"
+        return "a damaged zip archive"
     names = [entry.filename for entry in entries]
     if any(name.endswith("data.pkl") for name in names):
         return f"a file of torch.save; {_READ_BY_CONVERT}"

@@ -1,9 +1,10 @@
-"""Where a state lies: one file, or an index and the files that it names.
+"""Paths of a state: one file, or an index and the files that it names.
 
-A state called ``ema.safetensors`` is either that file or, where it is split, an index
-``ema.safetensors.index.json`` beside files ``ema-<token>-00001-of-00003.safetensors``. The index
-decides where both are there. A save that is on its way writes to ``.ema.safetensors.<token>.tmp``
-or to files of a new token, and holds a lock on the temporary one: a temporary file without a lock is left over.
+The state ``ema.safetensors`` is either that file or, if it is split, an index
+``ema.safetensors.index.json`` with files ``ema-<token>-00001-of-00003.safetensors``. If both exist, the
+index is in force. A running save writes to ``.ema.safetensors.<token>.tmp``, and for a split state
+to files with the same new token. It holds a lock on the temporary file. A temporary file without a lock
+is left over from a killed save.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ _SUFFIX = ".safetensors"
 _RANDOM = "[0-9a-f]{16}"
 _EXAMPLE = "0" * 16
 _LONGEST = 255
-"""Bytes of a name, in the file systems of today."""
+"""Longest file name in bytes that common file systems allow."""
 
 
 def place_to_read(path: str | os.PathLike[str]) -> Path:
-    """The file that ``path`` means: a folder means ``ema.safetensors`` in it.
+    """The file to read: ``path``, or ``ema.safetensors`` in it if it is a folder.
 
-    A link is followed as it is in writing, unless there is an index beside the link itself.
+    Links are followed, as in writing, unless an index stands beside the link itself.
     """
     place = path_of(path)
     place = place / FILE_NAME if place.is_dir() else place
@@ -58,40 +59,42 @@ def place_to_read(path: str | os.PathLike[str]) -> Path:
 
 
 def exists(file: Path) -> bool:
-    """Whether there is something of that name; there is nothing of a name that is too long."""
-    return os.path.exists(file)  # noqa: PTH110 — Path.exists() raises there
+    """Whether the path exists. False for a name that is too long for the file system."""
+    return os.path.exists(file)  # noqa: PTH110 — Path.exists() raises for long names
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """The path, if the system can have such a one.
+    """Convert the argument to a ``Path``.
 
     Raises:
-        ArgumentTypeError: the argument is not a path.
-        CheckpointError: the system can have no such path.
+        ArgumentTypeError: the argument is neither a string nor a path of strings.
+        CheckpointError: the path holds a zero byte, which no file system allows.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str):
         raise ArgumentTypeError(f"`path` must be a string or a path, got {shown(path)}")
     if "\0" in text:
-        raise CheckpointError("no file can be called so: its name holds a zero byte")
+        raise CheckpointError("no file can have this name: it holds a zero byte")
     return Path(text)
 
 
 def place_to_write(path: str | os.PathLike[str]) -> Path:
-    """The file that ``path`` means: what does not end in ``.safetensors`` is a folder.
+    """The file to write. Creates its folder.
+
+    A path that does not end in ``.safetensors`` means a folder, and ``ema.safetensors`` in it.
 
     Raises:
-        CheckpointError: a file stands where a folder is meant, or the path is not a regular file.
-        OSError: the folder cannot be made.
+        CheckpointError: the path means a folder but is a file, or the file to write is not a regular file.
+        OSError: the folder cannot be created.
     """
     return file_to_write(place_of(path))
 
 
 def place_of(path: str | os.PathLike[str]) -> Path:
-    """The same before anything is made.
+    """The file to write, as :func:`place_to_write` chooses it, without creating anything.
 
     Raises:
-        CheckpointError: there is a file where a folder is meant.
+        CheckpointError: the path means a folder but is a file.
     """
     place = path_of(path)
     if place.suffix == _SUFFIX and not place.is_dir():
@@ -102,23 +105,24 @@ def place_of(path: str | os.PathLike[str]) -> Path:
 
 
 def file_to_write(path: str | os.PathLike[str]) -> Path:
-    """Where a file can be renamed to ``path``; its folder is made.
+    """The path that a finished file can be renamed to. Creates its folder.
 
-    A link is followed, for what is renamed into its place would end it; so it would end a device.
+    Links are followed, since renaming a file over a link would destroy the link. Devices are refused for
+    the same reason.
 
     Raises:
-        CheckpointError: a folder, a device or a pipe is there.
-        OSError: the folder cannot be made.
+        CheckpointError: the path is a folder, a device or a pipe.
+        OSError: the folder cannot be created.
     """
     place = Path(os.path.realpath(path_of(path)))
     if place.exists() and not place.is_file():
-        raise CheckpointError("it is not a regular file, and would be replaced by one")
+        raise CheckpointError("it is not a regular file: writing would replace it by one")
     _make(place.parent)
     return place
 
 
 def _make(folder: Path) -> None:
-    """Make a folder and those that it is in, so that a power failure cannot take them back."""
+    """Create a folder and its parents so that they survive a power failure."""
     if folder.is_dir():
         return
     _make(folder.parent)
@@ -127,7 +131,7 @@ def _make(folder: Path) -> None:
 
 
 def index_of(place: Path) -> Path:
-    """The index that a split state at ``place`` has."""
+    """The path of the index that a split state at ``place`` has."""
     return place.with_name(f"{place.name}.index.json")
 
 
@@ -137,12 +141,12 @@ def new_token() -> str:
 
 
 def temporary_of(place: Path, token: str) -> Path:
-    """Where a file is written before it is renamed to ``place``."""
+    """The temporary path where a file is written before it is renamed to ``place``."""
     return place.with_name(f".{_stem_of_temporary(place)}.{token}.tmp")
 
 
 def _stem_of_temporary(place: Path) -> str:
-    """The name, or a digest of it where a longer one than that would be too long for the system."""
+    """The name of ``place``, or its digest if the temporary name would become too long."""
     name = place.name.encode(errors="surrogateescape")
     if len(name) + len(f"..{_EXAMPLE}.tmp") <= _LONGEST:
         return place.name
@@ -167,7 +171,7 @@ def token_of(file: Path) -> str:
 
 
 def unfinished(place: Path) -> tuple[list[Path], list[Path]]:
-    """Files that saves to ``place`` may have left over: temporary ones, and those of split states."""
+    """Files that killed saves to ``place`` may have left: temporary files, and files of split states."""
     targets = map(_stem_of_temporary, (place, index_of(place)))
     names = "|".join(map(re.escape, targets))
     temporary = re.compile(rf"\.(?:{names})\.{_RANDOM}\.tmp")
@@ -180,7 +184,7 @@ def unfinished(place: Path) -> tuple[list[Path], list[Path]]:
 
 @contextlib.contextmanager
 def errors_of(path: str | os.PathLike[str], verb: str) -> Iterator[None]:
-    """Make every error a ``CheckpointError`` that names the file."""
+    """Raise every error again as a ``CheckpointError`` that names the file."""
     try:
         yield
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Read a state: mapped into memory, checked whole before anybody gets a byte of it."""
+"""Read a state: map its files into memory, and check all of it before returning any of it."""
 
 from __future__ import annotations
 
@@ -24,29 +24,28 @@ __all__ = ["MappedFile", "StoredState", "StoredTensor", "open_state", "read_stat
 
 
 _MOST_OPEN = 64
-"""Files of a split state that are open at a time: each takes a descriptor, of which a process has
-few."""
+"""Most files of a split state to keep open, since a process has few file descriptors."""
 
 
 _FEW = 1 << 20
-"""Bytes that are given back at once: small tensors share pages, and each advice is a call."""
+"""Bytes of small tensors to release at once: they share pages, and each release is a system call."""
 
 
 class MappedFile:
-    """A safetensors file in memory: its header checked, its tensors not yet looked at.
+    """A safetensors file that is mapped into memory. Its header is checked, its tensors are not.
 
-    The system lends the memory. :meth:`bytes_of` gives the memory of the last tensor back when it goes on
-    to the next, and that of small tensors when they are one MiB together. A program must not shorten the
-    file meanwhile; ``ema`` never does, since it puts another file in its place.
+    :meth:`bytes_of` releases the memory of the previous tensor; it releases small tensors once they take
+    one MiB together. No program may shorten the file in the meantime. ``ema`` never does: a save replaces
+    the whole file.
 
     Args:
         place: the file.
-        opened: maps of the files of a split state, the one that was used last at the end. The first
-            is closed where there are too many, and made again when it is asked for.
+        opened: the memory maps of all files of a split state, least recently used first. If there are too
+            many, the first one is closed; it is opened again when it is needed.
 
     Raises:
-        CheckpointError: the file is not a safetensors file, or is damaged; without its name.
-        OSError: it cannot be read.
+        CheckpointError: the file is damaged, or not a safetensors file. The message does not name it.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, place: Path, opened: dict[Path, mmap.mmap] | None = None) -> None:
@@ -62,11 +61,11 @@ class MappedFile:
 
     def _keep(self, opened: mmap.mmap) -> None:
         self._opened[self._place] = opened
-        while len(self._opened) > _MOST_OPEN:  # who still looks at a tensor keeps its map
+        while len(self._opened) > _MOST_OPEN:  # a tensor in use keeps its map alive
             del self._opened[next(iter(self._opened))]
 
     def _again(self) -> mmap.mmap:
-        """The map, made again where it was closed."""
+        """The map, opened again if it was closed."""
         opened = self._opened.pop(self._place, None)
         if opened is None:
             try:
@@ -74,7 +73,7 @@ class MappedFile:
                     if os.fstat(stream.fileno()).st_size != self._size:
                         raise CheckpointError("the file was replaced while it was being read")
                     opened = _map(stream)
-            except FileNotFoundError:  # a file of a split state has another name in each save
+            except FileNotFoundError:  # each save of a split state uses new file names
                 raise CheckpointError(
                     f"{self._place.name} is gone: another save has replaced the state while it was"
                     " being read"
@@ -85,15 +84,15 @@ class MappedFile:
         return opened
 
     def bytes_of(self, info: TensorInfo) -> memoryview:
-        """The bytes of a tensor; they stay readable, others are given back.
+        """The bytes of a tensor, which stay readable. Releases the memory of earlier tensors.
 
         Raises:
-            CheckpointError: the file has become shorter.
+            CheckpointError: the file was shortened, replaced or deleted in the meantime.
         """
         start = self.header.start + info.begin
         length = info.end - info.begin
         opened = self._again()
-        if opened.size() < len(opened):  # reading what is gone would end the process
+        if opened.size() < len(opened):  # reading beyond the end would kill the process
             raise CheckpointError("the file was shortened while it was being read")
         if self._lent is not None and self._lent[0] <= start <= self._lent[1] and length < _FEW:
             self._lent = (self._lent[0], max(self._lent[1], start + length))
@@ -105,18 +104,18 @@ class MappedFile:
         return memoryview(opened)[start : start + length]
 
     def release(self) -> None:
-        """Give the memory of the latest tensor back; it is read again if it is looked at again."""
+        """Release the memory of the latest tensor. A later access reads it from the file again."""
         opened = self._opened.get(self._place)
         if opened is not None and self._lent is not None and hasattr(opened, "madvise"):
             start, end = self._lent
             page = start - start % mmap.PAGESIZE
-            with contextlib.suppress(OSError):  # advice is not needed
+            with contextlib.suppress(OSError):  # releasing is optional
                 opened.madvise(mmap.MADV_DONTNEED, page, end - page)
         self._lent = None
 
 
 def _map(stream: IO[bytes]) -> mmap.mmap:
-    # a private map is writable, as torch wants it, and never written to
+    # a private map: torch wants writable memory, though nothing writes to it
     return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
@@ -125,11 +124,11 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        dtype: in the words of the container (``"F32"``, ``"BF16"``), or ``"C128"``.
+        dtype: its dtype in the names of safetensors (``"F32"``, ``"BF16"``), or ``"C128"``.
         shape: its shape.
-        digest: what its bytes should give.
-        file: where it is.
-        info: where in it.
+        digest: the digest of its bytes when they were written.
+        file: the file that holds it.
+        info: its position in the file.
     """
 
     dtype: str
@@ -140,15 +139,15 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """How large it is."""
+        """Its size in bytes."""
         return self.info.end - self.info.begin
 
     def bytes(self) -> memoryview:
-        """Its elements, little-endian and in row-major order: a view of the file."""
+        """A view of its elements in the file, little-endian and in row-major order."""
         return self.file.bytes_of(self.info)
 
     def intact(self) -> bool:
-        """Whether the bytes are those that were written."""
+        """Whether its bytes match its digest."""
         return digest(self.bytes()) == self.digest
 
 
@@ -157,9 +156,9 @@ class StoredState:
     """A state in a file.
 
     Attributes:
-        place: the file, or the one that an index stands for.
-        record: how far it is and how it was made.
-        tensors: the averages by canonical name.
+        place: the file; for a split state, the file name to which its index belongs.
+        record: the facts about the average.
+        tensors: the tensors, by their names in the file.
         files: the names of its files.
     """
 
@@ -172,7 +171,7 @@ class StoredState:
         """Compare every tensor with its digest.
 
         Raises:
-            CheckpointError: some are damaged; all are listed.
+            CheckpointError: tensors are damaged; the message lists them.
         """
         with errors_of(self.place, "read"):
             self._verify()
@@ -182,19 +181,19 @@ class StoredState:
         for file in {id(tensor.file): tensor.file for tensor in self.tensors.values()}.values():
             file.release()
         if damaged:
-            text = difference((), (), [f"`{name:.80}` is not what was written" for name in damaged])
+            text = difference((), (), [f"`{name:.80}` differs from its digest" for name in damaged])
             raise CheckpointError(f"the data is damaged: {text}")
 
 
 def read_state(path: str | os.PathLike[str]) -> StoredState:
-    """Open a state and check it whole: header, metadata and the digest of every tensor.
+    """Open a state and check its header, its metadata and the digest of every tensor.
 
     Args:
         path: the file, or a folder with ``ema.safetensors`` in it.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged, of a newer version or none of ours; with
-            the file and the reason.
+        CheckpointError: the file cannot be read, is damaged, has a newer version, or was not written by
+            `ema`. The message names the file and the reason.
 
     Example:
         >>> import numpy as np, tempfile
@@ -212,7 +211,7 @@ def read_state(path: str | os.PathLike[str]) -> StoredState:
 
 
 def open_state(path: str | os.PathLike[str]) -> StoredState:
-    """Open a state and check all but the data: see :meth:`StoredState.verify`.
+    """Open a state and check its header and metadata. :meth:`StoredState.verify` checks the tensors.
 
     Raises:
         CheckpointError: see :func:`read_state`.
@@ -228,14 +227,18 @@ def open_state(path: str | os.PathLike[str]) -> StoredState:
             except FileNotFoundError as error:
                 missing = error
             former, index = index, read_index(place)
-            if former != index:  # another save has put a state in this one's place meanwhile
+            if former != index:  # another save has replaced this state in the meantime
                 continue
             if missing is not None:
                 if Path(path).is_dir() and (kind := seems(Path(path))):
-                    raise CheckpointError(f"it is not there, and its folder seems to be {kind}")
+                    raise CheckpointError(
+                        f"the file does not exist, and its folder seems to be {kind}"
+                    )
                 raise missing
             return state
-        raise CheckpointError("it is replaced all the time, by more than one process")
+        raise CheckpointError(
+            "several processes replace it all the time: it changed during each of 100 attempts to read it"
+        )
 
 
 def _open_whole(place: Path) -> StoredState:

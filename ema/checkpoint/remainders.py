@@ -1,4 +1,4 @@
-"""Remainders of compensated averages, which a file holds beside the averages."""
+"""Keep the remainders of compensated averages in one file with the averages."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _Tensor = TypeVar("_Tensor")
 def joined(
     averages: Mapping[str, _Tensor], remainders: Mapping[str, _Tensor]
 ) -> tuple[dict[str, _Tensor], dict[str, tuple[str, str, str]]]:
-    """All tensors of a file by their keys, and the ``parts`` of its record.
+    """Combine averages and remainders into the tensors of one file, with the ``parts`` of its record.
 
     Args:
-        averages: by canonical name.
-        remainders: likewise, of all of them or of none.
+        averages: the averages, by canonical name.
+        remainders: the remainders of all averages, by canonical name; or nothing.
 
     Raises:
-        CheckpointError: an average has the name that a remainder is to have.
+        CheckpointError: an average already has the name of a remainder.
     """
     parts = {f"{_REMAINDER}/{name}": ("", _REMAINDER, name) for name in remainders}
     if taken := [key for key in parts if key in averages]:
         raise CheckpointError(
-            f"`{shortened(taken[0])}` is what the remainder of `{shortened(parts[taken[0]][2])}` is"
-            " called in the file: give the parameter another name"
+            f"`{shortened(taken[0])}` is also the name of the remainder of"
+            f" `{shortened(parts[taken[0]][2])}` in the file: give the parameter another name"
         )
     keyed = {f"{_REMAINDER}/{name}": tensor for name, tensor in remainders.items()}
     return {**averages, **keyed}, parts
 
 
 def separated(stored: StoredState) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The averages of a file and their remainders, by canonical name.
+    """Separate the tensors of a file into averages and remainders, by canonical name.
 
     Raises:
-        CheckpointError: it holds something else, or remainders that are not those of the averages.
+        CheckpointError: the file holds tensors of another kind, or the remainders do not match the averages.
     """
     averages = dict(stored.tensors)
     remainders: dict[str, StoredTensor] = {}
@@ -65,5 +65,5 @@ def separated(stored: StoredState) -> tuple[dict[str, StoredTensor], dict[str, S
         missing = [name for name in averages if name not in remainders]
         unexpected = [name for name in remainders if name not in averages]
         if text := difference(missing, unexpected, mismatched):
-            raise CheckpointError(f"the remainders are not those of the averages: {text}")
+            raise CheckpointError(f"the remainders do not match the averages: {text}")
     return averages, remainders

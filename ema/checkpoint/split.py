@@ -1,4 +1,4 @@
-"""A state that is split over several files, and the index that holds them together."""
+"""Split a state over several files, and read and write the index that names them."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from ema.errors import CheckpointError
 __all__ = ["MAX_FILES", "MAX_NAMES", "Index", "index_from", "index_text", "read_index", "split"]
 
 MAX_NAMES = 8_000_000
-"""Bytes of names in one file; a header holds each of them up to four times."""
+"""Most bytes of names in one file. A header holds each name up to four times."""
 
 MAX_FILES = 99_999
-"""Their numbers have five digits."""
+"""Most files of one state: their numbers have five digits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The metadata of the state, and for each tensor the file that it is in."""
+    """The metadata of a split state, and the name of the file that holds each tensor."""
 
     metadata: dict[str, str]
     file_of: dict[str, str]
 
     @property
     def files(self) -> list[str]:
-        """The files, each once."""
+        """The names of the files, without repetitions."""
         return list(dict.fromkeys(self.file_of.values()))
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in groups, one for each file.
+    """Split names into groups, one for each file.
 
-    A group has at most ``limit`` bytes of tensors, or one tensor; at most ``MAX_TENSORS`` tensors;
-    and at most ``MAX_NAMES`` bytes of names, so that its header stays under the limit of safetensors.
+    A group has at most ``limit`` bytes of tensors, unless one tensor alone is larger. It has at most
+    ``MAX_TENSORS`` tensors and ``MAX_NAMES`` bytes of names, so that its header stays within the limit of
+    safetensors.
 
     Raises:
         CheckpointError: there are more groups than a state can have files.
@@ -72,15 +73,15 @@ def index_text(metadata: Mapping[str, str], file_of: Mapping[str, str]) -> bytes
 
 
 def read_index(place: Path, *, lenient: bool = False) -> Index | None:
-    """The index of the state at ``place``; None where it is not split.
+    """Read the index of the state at ``place``. None if the state is not split.
 
     Args:
-        place: the file that the index stands for.
-        lenient: whether one that is damaged is None too.
+        place: the file to which the index belongs.
+        lenient: whether to return None for a damaged index too.
 
     Raises:
-        CheckpointError: it is damaged, or names files that are none of its own.
-        OSError: it cannot be read.
+        CheckpointError: the index is damaged, or names files that cannot belong to this state.
+        OSError: the index cannot be read.
     """
     file = index_of(place)
     if not exists(file):
@@ -101,7 +102,7 @@ def index_from(place: Path, text: bytes) -> Index:
     """Check and read the text of an index.
 
     Raises:
-        CheckpointError: it is damaged, or names files that are none of its own.
+        CheckpointError: the index is damaged, or names files that cannot belong to this state.
     """
     fields = load_json(text, "the index", MAX_INDEX)
     metadata, file_of = fields.get("metadata"), fields.get("weight_map")
@@ -114,5 +115,7 @@ def index_from(place: Path, text: bytes) -> Index:
         raise CheckpointError("`weight_map` must hold strings")
     for file in set(file_of.values()):
         if not is_shard_name(place, file):  # a name with a path could lead anywhere
-            raise CheckpointError(f"{file!r:.80} is not a file of a split state")
+            raise CheckpointError(
+                f"the index names {file!r:.80}, which cannot be a file of this state"
+            )
     return Index(metadata, file_of)

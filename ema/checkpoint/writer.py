@@ -41,9 +41,9 @@ from ema.errors import CheckpointError, shortened, shown
 __all__ = ["MAX_SHARD_SIZE", "Source", "write_state", "write_tensors"]
 
 MAX_SHARD_SIZE = 50 * 10**9
-"""Bytes of tensors beyond which a state is split over several files."""
+"""Most bytes of tensors in one file. A larger state is split over several files."""
 
-_CHUNK = 8 << 20  # digested and written while it is in the cache
+_CHUNK = 8 << 20  # small enough to stay in the cache from the digest to the write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Source:
     """A tensor to be written.
 
     Attributes:
-        dtype: in the words of the container (``"F32"``, ``"BF16"``), or ``"C128"``.
+        dtype: its dtype in the names of safetensors (``"F32"``, ``"BF16"``), or ``"C128"``.
         shape: its shape.
-        read: its elements, little-endian and in row-major order, as a stretch of bytes; called
-            once, when it is its turn, so that no second tensor need be in memory.
+        read: returns its elements as contiguous bytes, little-endian and in row-major order. The writer
+            calls it once, just before it writes this tensor, so that one tensor at a time is in memory.
     """
 
     dtype: str
@@ -69,22 +69,23 @@ def write_state(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
-    """Put a state in the place of the one that is there; killed at any moment, one of them is there.
+    """Write a state atomically: if the process is killed, the previous state survives.
 
     Args:
-        path: a file ending in ``.safetensors``, or a folder, which is made; in it
-            ``ema.safetensors``.
-        record: what the file says about the tensors.
-        tensors: by canonical name; the order does not matter, equal states give equal files.
-        max_shard_size: bytes in one file; a larger state is split.
+        path: a file that ends in ``.safetensors``; or a folder, which is created, for
+            ``ema.safetensors`` in it.
+        record: the facts about the average.
+        tensors: the tensors, by their names in the file. Their order does not matter: equal states give
+            equal files.
+        max_shard_size: most bytes of tensors in one file. A larger state is split.
 
     Returns:
-        The file, or the one that the index stands for.
+        The file; for a split state, the file name to which its index belongs.
 
     Raises:
         ArgumentError: ``max_shard_size`` is not positive.
-        ArgumentTypeError: it is not a number.
-        CheckpointError: it cannot be written, with the file and the reason.
+        ArgumentTypeError: ``max_shard_size`` is not a number.
+        CheckpointError: the state cannot be written. The message names the file and the reason.
     """
     validate.positive("max_shard_size", max_shard_size)
     with errors_of(path, "written"):
@@ -93,7 +94,7 @@ def write_state(
     metadata = record_to(record)
     metadata["dtype"] = ", ".join(sorted({source.dtype for source in tensors.values()}))
     pairs = [name for name, source in tensors.items() if source.dtype == "C128"]
-    for name in pairs:  # the container has no such dtype: pairs of reals
+    for name in pairs:  # safetensors lacks complex128: store pairs of reals
         source = tensors[name]
         stored[name] = Source("F64", (*source.shape, 2), source.read)
     if pairs:
@@ -104,7 +105,7 @@ def write_state(
         groups = split({name: _size(stored[name]) for name in _order(stored)}, max_shard_size)
         if len(groups) > 1:
             _write_split(place, metadata, stored, groups)
-            place.unlink(missing_ok=True)  # the index decides from its renaming on
+            place.unlink(missing_ok=True)  # the new index is already in force
         else:
             _write_whole(
                 place,
@@ -112,7 +113,7 @@ def write_state(
                 lambda infos, digests: seal(metadata, infos, digests),
                 lambda header: check_contents(header.metadata, header.tensors),
             )
-            if exists(index_of(place)):  # until it is gone the old state is in force
+            if exists(index_of(place)):  # the old state is in force until its index is gone
                 index_of(place).unlink(missing_ok=True)
         atomic.flush_folder(place.parent)
         for name in [] if old is None else old.files:
@@ -123,10 +124,10 @@ def write_state(
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Source], metadata: Mapping[str, str]
 ) -> Path:
-    """Write a plain safetensors file, whole or not at all.
+    """Write a plain safetensors file atomically.
 
     Raises:
-        CheckpointError: it cannot be written, with the file and the reason.
+        CheckpointError: the file cannot be written. The message names the file and the reason.
     """
     with errors_of(path, "written"):
         _check_sources(tensors, DTYPE_BITS)
@@ -141,9 +142,7 @@ def _check_sources(tensors: Mapping[str, Source], dtypes: Collection[str]) -> No
         if not isinstance(name, str):
             raise CheckpointError(f"names of tensors must be strings, got {shown(name)}")
         if source.dtype not in dtypes:
-            raise CheckpointError(
-                f"`{shortened(name)}` is {source.dtype}, which safetensors does not have"
-            )
+            raise CheckpointError(f"`{shortened(name)}` is {source.dtype}, which safetensors lacks")
         sizes = source.shape
         if not isinstance(sizes, tuple) or not all(
             type(n) is int and 0 <= n < 1 << 63 for n in sizes
@@ -180,7 +179,7 @@ def _write_split(
     old = index_of(place) if exists(index_of(place)) else place
 
     def sealed(digests: Mapping[str, str] | None) -> bytes:
-        """The text of the index, once a reader would take it."""
+        """The text of the index, after the checks of a reader."""
         text = index_text(seal(metadata, infos, digests), file_of)
         check_contents(index_from(place, text).metadata, infos)
         return text
@@ -190,7 +189,7 @@ def _write_split(
         file_of |= dict.fromkeys(names, file)
     sealed(None)  # before anything is written
     try:
-        # the lock on it keeps other saves from the files of its token, until the index names them
+        # while the index is locked, other saves do not delete the files with its token
         with atomic.create(index) as stream:
             for file, names in zip(shards, groups, strict=True):
                 with atomic.create(place.with_name(file)) as shard:
@@ -213,15 +212,15 @@ def _write_split(
 
 _Metadata = Callable[[Mapping[str, TensorInfo], Mapping[str, str] | None], dict[str, str]]
 _Check = Callable[[Header], object]
-"""The checks of a reader on a header; they raise if it would refuse the header."""
+"""A reader's checks of a header. Raises what the reader would raise."""
 
 
 def _nothing(_: Header) -> None:
-    """Such a file holds no metadata of ours."""
+    """Check nothing: the file holds no metadata of `ema`."""
 
 
 def _infos(tensors: Mapping[str, Source]) -> dict[str, TensorInfo]:
-    """Where each tensor comes to stand in a file of these."""
+    """The position of each tensor in a file that holds these tensors."""
     infos: dict[str, TensorInfo] = {}
     position = 0
     for name in _order(tensors):
@@ -235,12 +234,13 @@ def _infos(tensors: Mapping[str, Source]) -> dict[str, TensorInfo]:
 def _stream(
     stream: IO[bytes], tensors: Mapping[str, Source], metadata: _Metadata, check: _Check
 ) -> dict[str, str]:
-    """Tensors first, digested on the way, and the header when its digests are known.
+    """Write the tensors and compute their digests, then write the header that contains the digests.
 
-    A reader's own checks are made of the header: before the first tensor, and of what is published.
+    The header passes the reader's checks twice: without digests before the first tensor is written, and
+    with them before the file is published.
 
     Returns:
-        The digests.
+        The digest of each tensor.
     """
     infos = _infos(tensors)
     size = sum(info.end - info.begin for info in infos.values())
@@ -251,7 +251,7 @@ def _stream(
     header = build_header(infos, metadata(infos, digests))
     if len(header) != len(room):
         raise CheckpointError("the header changed its length while the tensors were written")
-    if header != room:  # that of a file of a split state holds no digests
+    if header != room:  # equal if it holds no digests, as in a file of a split state
         check(parse_header(header, len(header) + size))
         stream.seek(0)
         _write(stream, header)
@@ -262,13 +262,15 @@ def _copy(name: str, source: Source, stream: IO[bytes]) -> str:
     read = source.read()
     try:
         data = memoryview(read)
-        data = data.cast("B") if data.nbytes else memoryview(b"")  # no elements cannot be cast
-    except TypeError as error:  # no buffer, or one with gaps
-        raise CheckpointError(f"`{shortened(name)}` must be a stretch of bytes: {error}") from None
+        data = data.cast("B") if data.nbytes else memoryview(b"")  # an empty buffer cannot be cast
+    except TypeError as error:  # not a buffer, or not contiguous
+        raise CheckpointError(f"`{shortened(name)}` must be contiguous bytes: {error}") from None
     if len(data) != _size(source):
         raise CheckpointError(f"`{shortened(name)}` takes {_size(source)} bytes, got {len(data)}")
     state = xxhash.xxh3_128()
-    own = bytearray(min(len(data), _CHUNK))  # another thread may write into the tensor meanwhile
+    own = bytearray(
+        min(len(data), _CHUNK)
+    )  # a copy, since another thread may change the tensor meanwhile
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]
         own[: len(chunk)] = chunk
@@ -286,7 +288,7 @@ def _write(stream: IO[bytes], data: bytes | memoryview) -> None:
 
 
 def _order(tensors: Mapping[str, Source]) -> list[str]:
-    """Wide dtypes first, so that every tensor is aligned; then by name."""
+    """Sort names by dtype, the widest first, so that every tensor is aligned; then by name."""
     return sorted(tensors, key=lambda name: (-DTYPE_BITS[tensors[name].dtype], name))
 
 
@@ -295,14 +297,14 @@ def _size(source: Source) -> int:
 
 
 def _clean(place: Path) -> Index | None:
-    """Remove what killed saves have left; an index that cannot be read keeps its files.
+    """Remove what killed saves have left. If the index cannot be read, keep all files of split states.
 
     Returns:
-        The index that is in force.
+        The index that is in force, if there is one and it can be read.
     """
     temporaries, shards = unfinished(place)
     busy = {token_of(file) for file in temporaries if not atomic.remove_unlocked(file)}
-    old = read_index(place, lenient=True)  # only now: it may have been published meanwhile
+    old = read_index(place, lenient=True)  # read last: a running save may just have published it
     if old is None and exists(index_of(place)):
         return None
     named = set() if old is None else set(old.files)

@@ -176,12 +176,12 @@ def test_both_write_the_same_bytes(tmp_path, precision):
         (
             {"weight": np.transpose},
             ArgumentError,
-            "must have new names of tensors of the file, got `weight`",
+            "must have names that tensors get, got `weight`",
         ),
         (
             {"kernel": "transpose"},
             ArgumentTypeError,
-            "must hold functions, which it does not for `kernel`",
+            "must hold functions, but does not for `kernel`",
         ),
         ("transpose", ArgumentTypeError, "must be a table or a function, got 'transpose'"),
     ],

@@ -95,7 +95,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ModelError, match="`_extra_state` is a dict, only tensors can be exported"):
         EMAModel(Extra(1, 1)).export(tmp_path / "m.safetensors")
     wide = nn.ParameterList([nn.Parameter(torch.randn(1, dtype=torch.complex128))])
-    with pytest.raises(CheckpointError, match="`0` is C128, which safetensors does not have"):
+    with pytest.raises(CheckpointError, match="`0` is C128, which safetensors lacks"):
         EMAModel(wide).export(tmp_path / "m.safetensors")
     hidden = nn.Linear(1, 1)
     hidden.register_state_dict_post_hook(lambda _module, state, *_: state.__delitem__("bias"))

@@ -93,14 +93,14 @@ def test_metadata_of_a_wrong_type_is_refused_in_both_backends(tmp_path, metadata
     ("wrong", "message"),
     [
         ({1: source()}, "names of tensors must be strings, got 1"),
-        ({"w": Source("F33", (1,), bytes)}, "`w` is F33, which safetensors does not have"),
-        ({"w": Source(None, (1,), bytes)}, "`w` is None, which safetensors does not have"),
+        ({"w": Source("F33", (1,), bytes)}, "`w` is F33, which safetensors lacks"),
+        ({"w": Source(None, (1,), bytes)}, "`w` is None, which safetensors lacks"),
         ({"w": Source("F32", (2.0,), bytes)}, r"`w` has no valid shape: \(2\.0,\)"),
         ({"w": Source("F32", [2], bytes)}, r"`w` has no valid shape: \[2\]"),
         ({"w": Source("F32", (-1,), bytes)}, r"`w` has no valid shape: \(-1,\)"),
         ({"w": Source("F32", (10**5000,), bytes)}, "`w` has no valid shape"),
         ({"w": Source("F32", (2**61, 0, 2**61), bytes)}, "`w` has a shape that overflows"),
-        ({"w": Source("F32", (1,), lambda: "text")}, "`w` must be a stretch of bytes"),
+        ({"w": Source("F32", (1,), lambda: "text")}, "`w` must be contiguous bytes"),
         ({"w": Source("F32", (1,), lambda: memoryview(b"01234567")[::2])}, "`w` must be a stretch"),
         ({"w": Source("F32", (1,), bytes)}, "`w` takes 4 bytes, got 0"),
     ],
@@ -117,7 +117,9 @@ def test_tensors_that_cannot_be_are_refused_and_nothing_is_replaced(tmp_path, wr
 
 def test_parts_are_those_of_tensors_that_are_there(tmp_path):
     record = Record(step=1, count=1, parts={"remainder/x": ("", "remainder", "x")})
-    with pytest.raises(CheckpointError, match="`parts` names tensors that the file lacks: `remaind"):
+    with pytest.raises(
+        CheckpointError, match="`parts` names tensors that the file lacks: `remaind"
+    ):
         write_state(tmp_path, record, tensors(2))
     assert list(tmp_path.iterdir()) == []
 

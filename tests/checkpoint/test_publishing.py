@@ -76,7 +76,9 @@ def test_what_a_reader_would_refuse_replaces_nothing(tmp_path, metadata, shards,
 @pytest.mark.parametrize("size", [50 * 10**9, 8])
 def test_a_name_that_is_averaged_and_not_averaged_is_refused(tmp_path, size):
     record = Record(step=1, count=1, not_averaged=("layers.1.weight", "head"))
-    with pytest.raises(CheckpointError, match=r"`not_averaged` names .* averages: `layers.1.weight`"):
+    with pytest.raises(
+        CheckpointError, match=r"`not_averaged` names .* averages: `layers.1.weight`"
+    ):
         write_state(tmp_path, record, tensors(3), max_shard_size=size)
     assert list(tmp_path.iterdir()) == []
 

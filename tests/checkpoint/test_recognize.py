@@ -496,7 +496,7 @@ def test_without_torch_its_files_are_refused_in_one_line(tmp_path):
         ("x.msgpack", b"\x81\xa6params\x80" + bytes(20), "a msgpack file, as flax.serialization"),
         ("x.pkl", b"\x80\x04\x95" + bytes(20), "a pickle, as older versions of torch.save"),
         ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file, which is not read"),
-        ("x.zip", b"PK\3\4" + bytes(40), "a zip archive, and damaged"),
+        ("x.zip", b"PK\3\4" + bytes(40), "a damaged zip archive"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -151,7 +151,9 @@ def test_a_rename_that_cannot_be_is_refused(tmp_path):
     ema_model.save(tmp_path)
     with pytest.raises(ArgumentError, match="must have names of the file, got `scael`"):
         ema_model.load(tmp_path, rename={"scael": "x"})
-    with pytest.raises(ArgumentError, match=r"gives `conv\.bias` and `scale` one name, `scale`"):
+    with pytest.raises(
+        ArgumentError, match=r"gives `conv\.bias` and `scale` the same name, `scale`"
+    ):
         ema_model.load(tmp_path, rename={"conv.bias": "scale"})
     with pytest.raises(CheckpointError, match="missing: `scale`"):
         ema_model.load(tmp_path, rename={"scale": None})
@@ -230,7 +232,7 @@ def test_a_remainder_whose_name_is_taken_is_refused(tmp_path):
     model.register_parameter("w", nn.Parameter(torch.ones(2)))
     model.register_parameter("remainder/w", nn.Parameter(torch.ones(2)))
     with pytest.raises(
-        CheckpointError, match="`remainder/w` is what the remainder of `w` is called"
+        CheckpointError, match="`remainder/w` is also the name of the remainder of `w`"
     ):
         EMAModel(model, 0.9, compensated=True).save(tmp_path)
     assert list(tmp_path.iterdir()) == []

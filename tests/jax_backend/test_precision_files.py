@@ -135,6 +135,8 @@ def test_in_groups_and_in_an_nnx_optimizer(tmp_path, params):
 def test_names_that_collide_are_refused(tmp_path):
     params = {"w": jnp.ones(2), "remainder/w": jnp.ones(2)}
     tx = params_ema(0.9, compensated=True)
-    with pytest.raises(ema.CheckpointError, match="`remainder/w` is what the remainder of `w`"):
+    with pytest.raises(
+        ema.CheckpointError, match="`remainder/w` is also the name of the remainder of `w`"
+    ):
         save_params_ema(tmp_path, tx.init(params))
     save_params_ema(tmp_path, params_ema(0.9).init(params))

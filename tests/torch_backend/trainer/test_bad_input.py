@@ -52,8 +52,8 @@ def plain(file, new_gpt2):
     [
         (truncate, "checkpoint-3/ema.safetensors: ", False),
         (empty, "checkpoint-3/ema.safetensors: ", False),
-        (alter, "is not what was written", False),
-        (alter, "is not what was written", True),
+        (alter, "differs from its digest", False),
+        (alter, "differs from its digest", True),
         (replace, r"has shape \(16, 48\), the state has \(8, 24\)", True),
         (plain, "checkpoint-3/ema.safetensors: ", False),
     ],
