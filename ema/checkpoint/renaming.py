@@ -59,7 +59,7 @@ def check_transform(transform: Transform, names: Collection[str]) -> None:
     if isinstance(transform, Mapping):
         if unknown := [name for name in transform if name not in names]:
             raise ArgumentError(
-                f"`transform` must have names that tensors get, got {listing(unknown)}"
+                f"`transform` must have new names of tensors, got {listing(unknown)}"
             )
         if odd := [name for name, function in transform.items() if not callable(function)]:
             raise ArgumentTypeError(

@@ -1,6 +1,6 @@
-"""Averages that other libraries have saved, read and written as ``ema.safetensors``.
+"""Convert averages that other libraries have saved to ``ema.safetensors``.
 
-Sits on top of both backends, and imports torch or JAX only for a source that is theirs.
+This package stands on top of both backends. It imports torch or JAX only for a source that needs it.
 """
 
 from __future__ import annotations

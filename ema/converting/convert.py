@@ -1,4 +1,4 @@
-"""``ema.convert``: read what another library has saved, write ``ema.safetensors``."""
+"""``ema.convert``: read an average that another library has saved, and write ``ema.safetensors``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ema.schedules import Schedule, as_schedule
 __all__ = ["BUFFERS", "Conversion", "convert"]
 
 BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
-"""Names of statistics in state dicts. They are not weights; other libraries copy or ignore them."""
+"""Patterns of BatchNorm statistics in state dicts. They are not weights; other libraries copy or ignore them."""
 
 _AVERAGES = ("F64", "F32", "F16", "BF16", "C64", "C128", *FLOAT8)
 
@@ -39,13 +39,13 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-        place: the file.
-        kind: what the source turned out to be.
-        record: what the file says now.
-        names: of the averages.
-        left_out: tensors of the source that were not written: integers, excluded ones, and those
-            beside the averages.
-        notes: what the user should know of how it was read.
+        place: the new file.
+        kind: the kind of source that was recognized.
+        record: the facts in the new file.
+        names: the names of the averages.
+        left_out: names of tensors in the source that were not written: integers, excluded tensors, and
+            tensors beside the averages.
+        notes: what the user should know about how the source was read.
     """
 
     place: Path
@@ -74,48 +74,54 @@ def convert(
     update_after_step: int | None = None,
     update_every: int | None = None,
 ) -> Conversion:
-    """Write an average of another library as ``ema.safetensors``, for ``EMAModel.load`` and JAX.
+    """Convert an average of another library to ``ema.safetensors``, which both backends load.
 
-    Reads the state dicts of diffusers' ``EMAModel``, ema-pytorch, torch-ema, ``AveragedModel``, timm
-    (``state_dict_ema``), Lightning's ``WeightAveraging`` and of this library, in a file of
-    ``torch.save`` (``weights_only=True``, no object is made of it) or in memory; safetensors files;
-    folders of ``save_pretrained``; Orbax folders; Flax's msgpack files; ``.npz``; an ``nnx.EMA``
-    itself. In a checkpoint of a program's own the average is the part whose name says so, such as
-    ``ema``, ``ema_params`` or ``model_ema``, and whose names and shapes are those of the weights beside
-    it. Raw weights are never taken for averages: where nothing says which part is the average, it is
-    refused, and a ``teacher`` or a ``target`` is proposed.
+    Reads the following sources:
+
+    - State dicts of diffusers' ``EMAModel``, ema-pytorch, torch-ema, ``AveragedModel``, timm
+      (``state_dict_ema``), Lightning's ``WeightAveraging`` and this library, in memory or in a file of
+      ``torch.save``. Such a file is read with ``weights_only=True`` and cannot run code.
+    - Safetensors files, and folders of ``save_pretrained``.
+    - Orbax folders, Flax's msgpack files, and ``.npz`` archives.
+    - An ``nnx.EMA`` in memory.
+
+    In any other checkpoint, the average is the part whose name says so, such as ``ema``, ``ema_params``
+    or ``model_ema``, and whose tensors have the names and shapes of the weights beside it. Raw weights are
+    never taken for averages: if nothing says which part is the average, this function refuses the source
+    and names parts that may be one, such as a ``teacher`` or a ``target``.
 
     Args:
         source: a file, a folder, a state dict, or an ``nnx.EMA``.
-        target: a file that ends in ``.safetensors``, or a folder, which is made.
-        key: which part of the source is the average: keys with dots between them
-            (``"state.ema_params"``), or what the names of a flat state dict begin with.
+        target: a file that ends in ``.safetensors``, or a folder, which is created.
+        key: the part of the source that is the average: keys with dots between them
+            (``"state.ema_params"``), or the prefix of its names in a flat state dict.
         averaged: the weights are averages, though nothing in the source says so.
-        force: replace what is at ``target``.
-        max_bytes: that the tensors may take, since a small file can mean very large ones; by default
-            four times the bytes of a file of torch.save, a hundred times those of what is compressed
-            (``.npz``, Orbax), and 1 GiB in any case.
-        names: for diffusers and torch-ema, which save a list: the names of the parameters in
-            their order, or the model.
-        exclude: patterns of the names of tensors that are not averages.
-        rename: from a name in the source to that of the parameter, a function or a table; None
-            in place of a name leaves the tensor out.
-        name: which average of an Orbax folder or of our own state dict, where there are several.
-        step: steps so far, where the source does not tell, or in place of what it tells.
-        count: updates so far, likewise; by default those that ``step`` and the next two give.
-        decay: a number or a schedule, likewise.
-        update_after_step: likewise.
+        force: replace an existing file at ``target``.
+        max_bytes: most bytes that the tensors may take, since a small file can declare very large tensors.
+            By default 1 GiB or, if larger, a multiple of the source's size: 4 times for a file of
+            torch.save, 100 times for a compressed source (``.npz``, Orbax).
+        names: the names of the parameters in order, or the model. Needed for diffusers and torch-ema,
+            which save a list.
+        exclude: patterns of names of tensors that are not averages.
+        rename: a function or table from a name in the source to the parameter's name. None as the new
+            name leaves the tensor out.
+        name: the average to take, if an Orbax folder or a state dict of this library holds several.
+        step: steps so far. This and the next four override what the source says.
+        count: updates so far. By default what the source says; if it does not, or if ``step`` is given,
+            computed from the steps, ``update_after_step`` and ``update_every``.
+        decay: a number or a schedule.
+        update_after_step: see :class:`ema.EMAModel`.
         update_every: likewise.
 
     Returns:
-        What was found and written.
+        What was recognized and written.
 
     Raises:
-        ArgumentError: the source has no names, and ``names`` are not given or are too few or many.
-        CheckpointError: it cannot be read, or holds nothing that is known.
+        ArgumentError: the source has no names, and ``names`` is missing or has the wrong length.
+        CheckpointError: the source cannot be read, or does not hold exactly one average.
 
     Warns:
-        EMAWarning: neither the source nor ``step`` tells how many steps there were.
+        EMAWarning: neither the source nor ``step`` says how many steps were taken.
     """
     where = source if _is_path(source) else f"the {type(source).__name__}"
     if max_bytes is not None:
@@ -129,7 +135,7 @@ def convert(
         new_names = renamed([*kept, *found.told.get("not_averaged", ())], rename)
         written = {new: kept[old] for new, old in new_names.items() if old in kept}
         if not written:
-            raise CheckpointError(f"`rename` leaves out all of its {len(kept)} averages")
+            raise CheckpointError(f"`rename` leaves out all of the {len(kept)} averages")
         stored, parts = joined(written, _remainders(found, written, new_names))
         given = {
             "step": step,
@@ -151,7 +157,7 @@ def convert(
 def _remainders(
     found: Found, written: Iterable[str], old_names: Mapping[str, str]
 ) -> dict[str, Source]:
-    """The remainders of the averages that are written, by their new names."""
+    """The remainders of the averages to write, by their new names."""
     rests = {new: found.remainders.get(old_names[new]) for new in written}
     return {new: rest for new, rest in rests.items() if rest is not None}
 
@@ -161,10 +167,10 @@ def _is_path(source: Any) -> bool:
 
 
 def _read(source: Any, options: _Options) -> Found:
-    """The average in a source of any kind.
+    """Find the average in a source of any kind.
 
     Raises:
-        ArgumentError: the source has one average, and ``name`` is another one.
+        ArgumentError: ``name`` is given, but the source holds one average without that name.
     """
     if _is_path(source):
         found = _read_path(path_of(source), options)
@@ -178,7 +184,7 @@ def _read(source: Any, options: _Options) -> Found:
 
 
 def _averages_among(tensors: dict[str, Source], exclude: str | Iterable[str]) -> dict[str, Source]:
-    """The tensors that are averages by their dtype and name, in dtypes that the format holds."""
+    """The tensors that may be averages by their dtype and name, in dtypes that the format holds."""
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     kept = {
         key: tensor
@@ -186,15 +192,15 @@ def _averages_among(tensors: dict[str, Source], exclude: str | Iterable[str]) ->
         if tensor.dtype in _AVERAGES and not any(fnmatchcase(key, p) for p in patterns)
     }
     if not kept:
-        raise CheckpointError(f"none of its {len(tensors)} tensors is an average")
+        raise CheckpointError(f"none of its {len(tensors)} tensors can be an average")
     return widened(kept, tensors)
 
 
 def _check_free(target: str | os.PathLike[str], force: bool) -> None:
-    """Before anything is read.
+    """Refuse to replace an existing file without ``force``, before anything is read.
 
     Raises:
-        CheckpointError: there is a state already.
+        CheckpointError: the target exists.
     """
     with errors_of(target, "written"):
         place = place_of(target)
@@ -209,13 +215,13 @@ def _bytes_of(tensor: Source) -> int:
 
 
 def _most(file: Path) -> int:
-    """The bytes that the tensors of a file of torch.save may take; expanded ones take few bytes there."""
+    """Most bytes for the tensors of a file of torch.save, which stores an expanded tensor in few bytes."""
     return max(1 << 30, 4 * file.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """The user's options about the source, see :func:`convert`."""
+    """The arguments of :func:`convert` that describe the source."""
 
     name: str | None
     key: str | None
@@ -242,7 +248,7 @@ def _read_path(path: Path, options: _Options) -> Found:
         found = plain_sources.read_folder(path, key=key, averaged=averaged)
         if found is None:
             raise CheckpointError(
-                "the folder holds neither safetensors weights nor Orbax's files:"
+                "the folder holds neither safetensors weights nor an Orbax checkpoint:"
                 f" it holds {listing(sorted(file.name for file in path.iterdir()), 5) or 'nothing'}"
             )
         return found
@@ -271,7 +277,7 @@ def _read_object(source: Any, options: _Options) -> Found:
 
         name, key, averaged = options.name, options.key, options.averaged
         return torch_sources.read_state_dict(source, name, key=key, averaged=averaged)
-    nnx = sys.modules.get("flax.nnx")  # whose object it is, has imported it
+    nnx = sys.modules.get("flax.nnx")  # already imported if the object is an nnx.EMA
     if nnx is not None and isinstance(source, nnx.EMA):
         from ema.converting import jax_sources
 
@@ -284,28 +290,28 @@ def _read_object(source: Any, options: _Options) -> Found:
 def _with_names(found: Found, names: Any) -> dict[str, Source]:
     if isinstance(found.tensors, dict):
         if names is not None:
-            raise ArgumentError(f"`names` are not needed: {found.kind} has names of its own")
+            raise ArgumentError(f"`names` must be None: {found.kind} has its own names")
         return found.tensors
     if names is None:
         raise ArgumentError(
-            f"`names` must be given: {found.kind} saves a list of {len(found.tensors)} tensors;"
-            " the names of the parameters in their order, or the model"
+            f"`names` must be given, since {found.kind} saves a list of {len(found.tensors)} tensors:"
+            " pass the names of the parameters in order, or the model"
         )
     if hasattr(names, "named_parameters"):
         names = [key for key, _ in names.named_parameters()]
     names = list(names)
     if len(names) != len(found.tensors) or len(set(names)) != len(names):
         raise ArgumentError(
-            f"`names` must be {len(found.tensors)} different ones, got {len(names)}:"
+            f"`names` must be {len(found.tensors)} different names, got {len(names)}:"
             f" {listing(names)}"
         )
     return dict(zip(names, found.tensors, strict=True))
 
 
 def _record(found: Found, given: Mapping[str, Any]) -> Record:
-    """The record of the source, with what the user gives in place of what it tells.
+    """The facts of the source, overridden by what the user gives.
 
-    Without a count it is the one that the steps and the timing give.
+    A missing count is computed from the steps and the timing.
     """
     told, given = _known_fields(found.told), _known_fields(given)
     if "step" in given:
@@ -313,7 +319,7 @@ def _record(found: Found, given: Mapping[str, Any]) -> Record:
         told.pop("count", None)
     facts = {**told, **given}
     if "step" not in facts:
-        warn(f"{found.kind} does not tell how many steps there were: the file says 0; pass step=")
+        warn(f"{found.kind} does not say how many steps were taken: the file says 0; pass step=")
         facts["step"] = 0
     if "count" not in facts:
         since = facts["step"] - facts.get("update_after_step", 0)
@@ -322,5 +328,5 @@ def _record(found: Found, given: Mapping[str, Any]) -> Record:
 
 
 def _known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record that are known."""
+    """The fields that are not None."""
     return {field: value for field, value in fields.items() if value is not None}

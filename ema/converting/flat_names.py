@@ -25,7 +25,12 @@ _COUNTERS = ("decay", "num_updates", "initted", "step")
 def prefixed(
     tree: Any, is_tensor: IsTensor, path: KeyPath, proposed: list[str]
 ) -> Iterator[tuple[str, Chosen]]:
-    """``model_ema.…`` beside ``model.…``, ``ema.…`` beside the rest."""
+    """Find groups such as ``model_ema.…`` beside ``model.…``, or ``ema.…`` beside all other names.
+
+    Yields:
+        What ``key`` would take, and where the average lies. Groups that may be averages, but are not
+        certain, go to ``proposed``.
+    """
     shapes = _shapes(tree, is_tensor)
     plain, shared = without_shared_prefixes(shapes)
     groups = _by_first_word(plain)
@@ -51,7 +56,7 @@ def prefixed(
 
 
 def _beside(tree: Any, own: Mapping[str, str], used: set[str]) -> dict[str, Any]:
-    """The entries of a group that are not among its averages, by their short names."""
+    """Everything in a group besides its averages, by short name."""
     return {short: tree[old] for short, old in own.items() if old not in used}
 
 
@@ -60,7 +65,7 @@ def _shapes(tree: Any, is_tensor: IsTensor) -> dict[str, tuple[int, ...]]:
 
 
 def _by_first_word(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Names in groups by their first word: the rest of each name to its value."""
+    """Group names by their first word. Each group maps the rest of a name to its value."""
     groups: dict[str, dict[str, str]] = {}
     for name, value in names.items():
         first, separator, rest = name.partition("." if "." in name else "/")
@@ -78,7 +83,7 @@ def _names_of(
     *,
     alone: bool,
 ) -> dict[str, str] | None:
-    """New names of the averages to those in the state dict; None where it is not seen that they are."""
+    """Map new names of averages to names in the state dict; None if nothing shows that they are averages."""
     stripped = without_shared_prefixes(own)[0]
     names = {new: own[short] for new, short in stripped.items()}
     mine = {(new, shapes[old]) for new, old in names.items() if shapes[old]}
@@ -93,7 +98,7 @@ def _names_of(
 def _with_dots(
     own: Mapping[str, str], plain: Mapping[str, str], groups: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
-    """Names of latent diffusion's ``LitEma``, which have lost their dots, by those of the raw weights.
+    """Restore the dots in the names of latent diffusion's ``LitEma``, with the names of the raw weights.
 
     ``model_ema.diffusion_modelinweight`` is the average of ``model.diffusion_model.in.weight``.
     """
@@ -108,8 +113,8 @@ def _with_dots(
         found = {rest: by_dotless[rest] for rest in own if rest in by_dotless}
         if twice := [names for names in found.values() if len(names) > 1]:
             raise CheckpointError(
-                f"{listing(twice[0])} are one name without dots: which of them the average is of"
-                " cannot be told"
+                f"{listing(twice[0])} are the same without dots, so it is ambiguous which of them the"
+                " average belongs to"
             )
         if len(found) > len(best):
             best = {new_of[names[0]]: own[rest] for rest, names in found.items()}

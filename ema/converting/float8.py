@@ -1,4 +1,4 @@
-"""Weights of eight bits: kept as the float32 that each of their values is."""
+"""Widen float8 weights to float32, which represents each of their values exactly."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ema.errors import CheckpointError
 __all__ = ["FLOAT8", "widened"]
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-"""An average of eight bits would never move: its steps are smaller than the distance of two values."""
+"""Dtypes to widen. A float8 average would never move: an update is smaller than its precision."""
 
 _SCALES = ("_scale", "_scale_inv", "_scale_2", ".scale", ".scales")
 
 
 def widened(tensors: Mapping[str, Source], beside: Mapping[str, Source]) -> dict[str, Source]:
-    """The tensors, with float32 in place of float8; float32 holds each of its values.
+    """Widen float8 tensors to float32.
 
     Args:
-        tensors: averages by name.
+        tensors: the averages, by name.
         beside: all tensors of the source.
 
     Raises:
-        CheckpointError: scales are beside them: then they are quantized, and the weights others.
+        CheckpointError: the source holds a scale for a float8 tensor, so its values are quantized.
     """
     for name, source in tensors.items():
         if source.dtype in FLOAT8 and (scale := _scale_of(name, beside)):
             raise CheckpointError(
                 f"`{name}` is {source.dtype} with a scale beside it, `{scale}`: these weights are"
-                " quantized; convert the checkpoint from which they were made"
+                " quantized; convert the checkpoint that was quantized"
             )
     return {
         name: Source("F32", source.shape, partial(_wide, source))
@@ -54,10 +54,10 @@ def _wide(source: Source) -> Any:
 
 
 def _values(dtype: str) -> Any:
-    """The value of each of the 256 codes: ``(−1)^s · 2^(e − bias) · 1.m``, IEEE 754 in small.
+    """The value of each of the 256 codes: ``(−1)^s · 2^(e − bias) · 1.m``, as in IEEE 754.
 
-    E4M3 has no infinities, and NaN only where all other bits are 1 (OCP, "8-bit floating point
-    specification"); E5M2 has both: it is the upper half of a float16.
+    E4M3 has no infinities, and is NaN if all bits but the sign are 1 (OCP, "8-bit floating point
+    specification"). E5M2 is the upper half of a float16 and has both.
     """
     codes = np.arange(256, dtype=np.uint16)
     if dtype == "F8_E5M2":

@@ -1,4 +1,4 @@
-"""The average that was found in a source of another library."""
+"""The average that was found in a source, in this library's terms."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ __all__ = [
 ]
 
 
-_COUNTING = ("I", "U", "BOOL")  # such as the counter that AveragedModel has beside its module
+_COUNTING = ("I", "U", "BOOL")  # such as the counter of AveragedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """An average of another library, in our terms.
+    """An average of another library, in this library's terms.
 
     Attributes:
-        kind: what wrote it.
-        tensors: by name, or a list where the source has no names.
-        name: of the average, where the source has one for it.
-        told: fields of a :class:`~ema.checkpoint.Record` that the source tells.
-        remainders: of compensated averages, by the names of those.
-        notes: what the user should know of how it was read.
-        at_users_word: nothing in the source says that these are averages.
-        left_out: names of what is in the source beside the averages.
+        kind: the library or function that wrote it.
+        tensors: the averages by name, or a list if the source has no names.
+        name: the name of the average, if the source names it.
+        told: the fields of a :class:`~ema.checkpoint.Record` that the source contains.
+        remainders: the remainders of a compensated average, by name.
+        notes: what the user should know about how the source was read.
+        at_users_word: only the user says that these are averages; the source does not.
+        left_out: names of other things in the source.
     """
 
     kind: str
@@ -53,10 +53,7 @@ class Found:
 
 
 def stripped(found: Found) -> Found:
-    """The same without ``module.`` and ``_orig_mod.`` where all names begin so.
-
-    DDP and ``torch.compile`` put them there; the names of the model that is wrapped lack them.
-    """
+    """Remove ``module.`` and ``_orig_mod.``, with which DDP and ``torch.compile`` begin all names."""
     if not isinstance(found.tensors, dict):
         return found
     weights = [
@@ -68,27 +65,28 @@ def stripped(found: Found) -> Found:
     return dataclasses.replace(
         found,
         tensors={name.removeprefix(prefix): tensor for name, tensor in found.tensors.items()},
-        notes=(*found.notes, f"all names began with `{prefix}`, which was left out"),
+        notes=(*found.notes, f"all names began with `{prefix}`, which was removed"),
     )
 
 
 def check_size(size: int, most: int) -> None:
-    """Refuse what is larger than a file of its size lets one expect.
+    """Refuse tensors that are suspiciously large for their file.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: ``size`` exceeds ``most``.
     """
     if size > most:
         raise CheckpointError(
-            f"its tensors take {size:,} bytes, {most:,} are allowed for a file of that size:"
+            f"its tensors take {size:,} bytes, {most:,} are allowed for a file of this size:"
             f" max_bytes={size} (--max-bytes) allows them"
         )
 
 
 def counters(beside: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps and updates by the counters that programs keep beside an average.
+    """Read steps and updates from the counters that programs keep beside an average.
 
-    A counter of the average's own (``num_updates``) counts its updates; ``step`` is the program's.
+    A counter such as ``num_updates`` counts updates of the average. A counter such as ``step`` counts
+    training steps.
     """
     for name in ("num_updates", "updates", "n_updates", "ema_step", "optimization_step"):
         if name in beside and (value := _count(beside[name])) is not None:
@@ -107,10 +105,10 @@ def _count(value: Any) -> int | None:
 
 
 def lit_ema_fields(beside: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps and schedule of the ``LitEma`` of latent diffusion.
+    """Read steps and schedule of latent diffusion's ``LitEma``.
 
-    Its decay after ``num_updates`` n is ``min(decay, (1 + n) / (10 + n))``; where it does not count,
-    n is −1 and the decay constant.
+    Its decay after ``num_updates`` n is ``min(decay, (1 + n) / (10 + n))``. If n is −1, it does not count
+    updates and the decay is constant.
     """
     if not {"decay", "num_updates"} <= beside.keys():
         return {}
@@ -124,13 +122,13 @@ def lit_ema_fields(beside: Mapping[str, Any]) -> dict[str, Any]:
         step = whole("num_updates", updates)
         return {"step": step, "count": step, "schedule": RampWarmup(decay=decay)}
     except EMAError as error:
-        raise CheckpointError(f"the state of LitEma is wrong: {error}") from None
+        raise CheckpointError(f"the state of LitEma is invalid: {error}") from None
 
 
 def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Step and schedule of a diffusers ``EMAModel``, which copies at its first update.
+    """Read step and schedule of a diffusers ``EMAModel``, whose first update copies the weights.
 
-    Its decay at ``optimization_step`` is that of our count ``optimization_step −
+    Its decay at ``optimization_step`` is this library's decay at count ``optimization_step −
     update_after_step − 1``.
     """
     step = whole("optimization_step", state.get("optimization_step"))
@@ -144,7 +142,7 @@ def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:
                 power=state["power"],
                 min_decay=state["min_decay"],
             )
-        else:  # no schedule of ours has a min_decay above its first decay
+        else:  # RampWarmup starts at 2/11: it cannot express a higher min_decay
             schedule = RampWarmup(decay=state["decay"]) if state["min_decay"] <= 2 / 11 else None
     except (KeyError, TypeError, EMAError) as error:
         raise CheckpointError(f"this is not a state of diffusers' EMAModel: {error}") from None
@@ -158,7 +156,11 @@ def diffusers_fields(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole(name: str, value: Any) -> int:
-    """A count, also out of a tensor or array of one element."""
+    """Convert a count to an integer, also from a tensor or array of one element.
+
+    Raises:
+        CheckpointError: the value is not a count.
+    """
     if hasattr(value, "item") and getattr(value, "shape", None) in ((), (1,)):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -1,4 +1,4 @@
-"""``nnx.EMA``, in memory."""
+"""Read an ``nnx.EMA`` in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["read_nnx"]
 
 
 def read_nnx(average: Any) -> Found:
-    """An ``nnx.EMA``, which counts no steps and knows its decay as a number."""
+    """The averages of an ``nnx.EMA``, which does not count steps."""
     tensors: dict[str, Source] = {
         name: source_of(name, leaf)
         for name, leaf in Flat.of(nnx.to_pure_dict(average.params)).items()

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint before they are read: their dtype, their shape, and how to read them."""
+"""Arrays of a checkpoint that are not read yet: their dtype, their shape, and how to read them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-"""NumPy's names of dtypes, and those of the container."""
+"""The safetensors name of each dtype, by NumPy's name."""
 
 _SMALLEST_BOUND = 1 << 30
 _USUAL_RATIO = 100
-"""How much smaller than its averages a source may be without the user's word."""
+"""How many times larger than the source its averages may be, unless the user sets ``max_bytes``."""
 
 _COUNTERS = {"int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"}
 
@@ -48,11 +48,11 @@ class Leaf:
     """An array that can be read.
 
     Attributes:
-        dtype: NumPy's name of it, one of ``DTYPES``.
+        dtype: NumPy's name of its dtype, a key of ``DTYPES``.
         shape: its shape.
-        read: its elements, native and in row-major order, as a stretch of bytes.
-        planned: told before any tensor is read that this one will be, with the place that it will
-            have among them.
+        read: returns its elements as contiguous bytes, in native byte order and row-major order.
+        planned: called before any tensor is read, if this one will be, with a key that sorts tensors in
+            the order in which they are read.
     """
 
     dtype: str
@@ -67,7 +67,7 @@ class Leaf:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element, also of the dtypes that NumPy does not know."""
+        """Bytes of one element, also for dtypes that NumPy lacks."""
         if self.dtype.startswith("float8"):
             return 1
         return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
@@ -78,19 +78,19 @@ class Leaf:
         return self.itemsize * math.prod(self.shape)
 
     def source(self, name: str) -> Source:
-        """The leaf for the writer."""
+        """The leaf as a tensor for the writer. Announces that it will be read."""
         if self.planned is not None:
-            self.planned((-self.itemsize, name))  # as the writer orders them
+            self.planned((-self.itemsize, name))  # the writer's order
         return Source(DTYPES[self.dtype], self.shape, self.read)
 
     def number(self, name: str) -> int:
-        """The count that the leaf holds.
+        """Read the count that the leaf holds.
 
         Raises:
-            CheckpointError: it holds something else, or several.
+            CheckpointError: it does not hold one integer.
         """
         if self.shape not in {(), (1,)} or self.dtype not in _COUNTERS:
-            several = ": jax.vmap and jax.pmap make several of them; save one member alone"
+            several = ": jax.vmap and jax.pmap make several counts; save one member alone"
             raise CheckpointError(
                 f"`{shortened(name)}` must be a count, got {self.dtype}{list(self.shape)}"
                 + (several if self.shape not in {(), (1,)} else "")
@@ -100,10 +100,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """Something in the place of an array that cannot be read.
+    """An array that cannot be read.
 
     Attributes:
-        reason: what it is, after its name: ``"is an array of objects, which …"``.
+        reason: why; an error puts it after the name: ``"is an array of objects, which …"``.
     """
 
     reason: str
@@ -115,16 +115,16 @@ def is_leaf(node: Any) -> bool:
 
 
 def is_stored_array(node: Any) -> bool:
-    """Whether the node is an array, also one that cannot be read."""
+    """Whether the node is an array, readable or not."""
     return isinstance(node, Leaf | Unread)
 
 
 class Bound:
-    """Bytes that the averages of a compressed source may take.
+    """Limits the bytes that the averages of a compressed source may take.
 
     Args:
         size: bytes of the source.
-        max_bytes: what the user allows; by default 1 GiB, or 100 times the source.
+        max_bytes: the limit. By default 1 GiB or, if larger, 100 times the source.
     """
 
     def __init__(self, size: int, max_bytes: int | None) -> None:
@@ -133,14 +133,14 @@ class Bound:
         self._total = 0
 
     def add(self, nbytes: int, _order: tuple[int, str]) -> None:
-        """Count an average that will be read.
+        """Add an average that will be read.
 
         Raises:
-            CheckpointError: it is too much.
+            CheckpointError: the averages exceed the limit.
         """
         self._total += nbytes
         if self._total > self._most:
             raise CheckpointError(
-                f"its {self._size} bytes declare averages of {self._total} bytes and more, where"
-                f" {self._most} are allowed: max_bytes= (--max-bytes) allows more"
+                f"its {self._size} bytes declare averages of {self._total} bytes or more, {self._most}"
+                " are allowed: max_bytes= (--max-bytes) allows more"
             )

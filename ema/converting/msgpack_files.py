@@ -1,8 +1,8 @@
-"""Msgpack files of Flax: ``flax.serialization.to_bytes`` and ``flax.training.checkpoints``.
+"""Read msgpack files of ``flax.serialization.to_bytes`` and ``flax.training.checkpoints``.
 
-They are maps of maps. An array is an extension of type 1, which holds ``[shape, dtype, bytes]``; a NumPy
-scalar is one of type 3. An array beyond 1 GiB is a map ``{"__msgpack_chunked_array__": true, "shape":
-{"0": …}, "chunks": {"0": …}}``. They are read without Flax and JAX, and execute nothing.
+Such a file holds nested maps. An array is an extension of type 1 with ``[shape, dtype, bytes]``; a NumPy
+scalar is an extension of type 3. An array beyond 1 GiB is a map ``{"__msgpack_chunked_array__": true,
+"shape": {"0": …}, "chunks": {"0": …}}``. Reading needs neither Flax nor JAX, and runs no code of the file.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["read_msgpack"]
 _ARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
 _ELSEWHERE = "//GDAPlaceholder:"
-"""How Flax begins what it writes in the place of an array of several processes."""
+"""Start of the text that Flax writes in place of an array of several processes."""
 _DEEPEST = 64
 
 
 def read_msgpack(file: Path, *, name: str | None, key: str | None, averaged: bool) -> Found:
-    """The average of a train state or of an optimizer's state with ``params_ema``.
+    """Find the average of a train state, or of an optimizer state with ``params_ema``.
 
     Raises:
-        ArgumentError: the file has several averages, and ``name`` names another one.
+        ArgumentError: the file has several averages, and ``name`` does not choose one of them.
         CheckpointError: the file is damaged, or does not hold exactly one average.
         MissingExtraError: msgpack is not installed.
     """
@@ -47,9 +47,9 @@ def read_msgpack(file: Path, *, name: str | None, key: str | None, averaged: boo
             strict_map_key=False,
         )
         _check_depth(tree)
-    except (ValueError, CheckpointError) as error:  # what msgpack raises is a ValueError
+    except (ValueError, CheckpointError) as error:  # msgpack raises ValueErrors
         raise CheckpointError(
-            "it begins like a msgpack file, which flax.serialization writes, and is damaged:"
+            "it begins like a msgpack file of flax.serialization, but is damaged:"
             f" {str(error) or type(error).__name__:.200}"
         ) from None
     return found_in(tree, "msgpack", name=name, key=key, averaged=averaged)
@@ -64,11 +64,11 @@ def _check_depth(tree: Any, depth: int = 0) -> None:
 
 
 def _mapping(pairs: list[tuple[Any, Any]]) -> Any:
-    """A map with texts as keys; None for an empty one, such as ``optax.MaskedNode``."""
+    """A map with string keys. None for an empty map, such as ``optax.MaskedNode``."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str | int) or isinstance(key, bool) or str(key) in found:
-            raise CheckpointError(f"a key must be a text of its own, got {key!r:.80}")
+            raise CheckpointError(f"keys must be different strings, got {key!r:.80}")
         if isinstance(value, str) and value.startswith(_ELSEWHERE):
             found[str(key)] = Unread(
                 "is an array of several processes, which Flax has saved in a folder beside the"
@@ -93,8 +93,8 @@ def _extension(unpack: Any, code: int, data: bytes) -> Any:
     leaf = Leaf(dtype, _shape(shape), partial(_same, elements))
     if leaf.nbytes != len(elements):
         raise CheckpointError(
-            f"an array of {dtype}{list(leaf.shape)!s:.80} has {len(elements)} bytes,"
-            f" and takes {leaf.nbytes}"
+            f"an array of {dtype}{list(leaf.shape)!s:.80} must have {leaf.nbytes} bytes,"
+            f" got {len(elements)}"
         )
     return leaf
 
@@ -114,11 +114,11 @@ def _from_chunks(fields: dict[str, Any]) -> Leaf:
 
 
 def _listed(fields: Any) -> list[Any]:
-    """A list that was saved as a map from its positions."""
+    """A list that was saved as a map from positions."""
     if fields is None:
         return []
     if not isinstance(fields, dict) or fields.keys() != {str(i) for i in range(len(fields))}:
-        raise CheckpointError("an array in chunks must number them")
+        raise CheckpointError("an array in chunks must number its chunks")
     return [fields[str(i)] for i in range(len(fields))]
 
 

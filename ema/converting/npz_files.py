@@ -1,7 +1,7 @@
-"""Archives of ``np.savez`` and ``np.savez_compressed``: read one array at a time, without pickles.
+"""Read archives of ``np.savez`` and ``np.savez_compressed``, one array at a time and without pickles.
 
 Names such as ``params/dense/kernel`` (big_vision and other programs of Google) or ``params.dense.kernel``
-are paths in a tree. NumPy has no bfloat16, and writes such an array as one of two raw bytes an element.
+are paths in a tree. NumPy lacks bfloat16 and writes such an array with two raw bytes per element.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LONGEST_HEADER = 10_000
 
 
 def is_npz(file: Path) -> bool:
-    """Whether it is an archive that holds only NumPy's arrays."""
+    """Whether the file is an archive that holds only NumPy arrays."""
     entries = zip_entries(file)
     return bool(entries) and all(entry.filename.endswith(".npy") for entry in entries or ())
 
@@ -39,38 +39,42 @@ def is_npz(file: Path) -> bool:
 def read_npz(
     file: Path, *, name: str | None, key: str | None, averaged: bool, max_bytes: int | None
 ) -> Found:
-    """The average of a train state, or weights that the user says are averages.
+    """Find the average of a train state, or weights that the user says are averages.
 
     Args:
         file: the archive.
-        name: which average of ``params_ema``, where there are several.
-        key: names the part that is the average.
-        averaged: the arrays are averages, though nothing says so.
-        max_bytes: the averages may become that large; by default 1 GiB, or 100 times the archive.
+        name: the average of ``params_ema`` to take, if there are several.
+        key: the part that is the average.
+        averaged: the arrays are averages, though nothing in the archive says so.
+        max_bytes: most bytes that the averages may take. By default 1 GiB or, if larger, 100 times the
+            archive.
 
     Raises:
-        ArgumentError: there are several averages of ``params_ema``, and ``name`` names another one.
-        CheckpointError: it is damaged, would become larger than ``max_bytes``, or does not hold an average, or
-            several.
+        ArgumentError: there are several averages of ``params_ema``, and ``name`` does not choose one of
+            them.
+        CheckpointError: the archive is damaged, its averages are larger than ``max_bytes``, or it does not
+            hold exactly one average.
     """
     with _errors():
         tree = _tree(_leaves(file, Bound(file.stat().st_size, max_bytes)))
     found = found_in(tree, "npz", name=name, key=key, averaged=averaged)
-    unnamed = [f"arr_{i}" for i in range(len(tree))]  # by np.savez(*arrays)
+    unnamed = [f"arr_{i}" for i in range(len(tree))]  # the names that np.savez(*arrays) gives
     if isinstance(found.tensors, dict) and found.tensors.keys() == tree.keys() == {*unnamed}:
         return dataclasses.replace(found, tensors=[found.tensors[array] for array in unnamed])
     return found
 
 
 def _leaves(file: Path, bound: Bound) -> dict[str, Any]:
-    archive = zipfile.ZipFile(file)  # closed with the last of its arrays
+    archive = zipfile.ZipFile(file)  # closed once its last array is garbage
     found: dict[str, Any] = {}
     for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
         if name in found:
             raise CheckpointError(f"it holds two arrays that are called `{shortened(name)}`")
         if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise CheckpointError(f"`{shortened(name)}` is compressed as np.savez does not do it")
+            raise CheckpointError(
+                f"`{shortened(name)}` is compressed in a way that np.savez does not use"
+            )
         with archive.open(member) as stream:
             found[name] = _leaf(archive, member, stream, bound)
     return found
@@ -81,14 +85,16 @@ def _leaf(
 ) -> Any:
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
-        return Unread(f"is an array of version {version} of NumPy's format, of fields perhaps")
+        return Unread(
+            f"is an array in version {version} of NumPy's format, perhaps with named fields"
+        )
     shape, by_columns, dtype = _HEADERS[version](stream, max_header_size=_LONGEST_HEADER)
     name = "bfloat16" if dtype == np.dtype("V2") else dtype.name
     if dtype.hasobject:
-        return Unread("is an array of objects, which would have to be unpickled")
+        return Unread("is an array of objects, which only unpickling could read")
     if dtype.kind == "V" and name != "bfloat16":
         return Unread(
-            f"is an array of {dtype.itemsize} raw bytes an element: np.savez loses the dtypes of"
+            f"is an array of {dtype.itemsize} raw bytes per element: np.savez loses the dtypes of"
             " ml_dtypes; save it as float32, or with Orbax"
         )
     if name not in DTYPES:
@@ -120,7 +126,7 @@ class _Array:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def read(self) -> Any:
-        """The elements, native and in row-major order."""
+        """The elements as bytes, in native byte order and row-major order."""
         with _errors(), self.archive.open(self.member) as stream:
             stream.seek(self.start)
             data = bytearray(self.nbytes)
@@ -128,7 +134,7 @@ class _Array:
             while view and (part := stream.read(min(len(view), _CHUNK))):
                 view[: len(part)] = part
                 view = view[len(part) :]
-            if view or stream.read(1):  # at the end the checksum is compared
+            if view or stream.read(1):  # reading to the end compares the checksum
                 raise CheckpointError(
                     f"`{self.member.filename}` is shorter or longer than it declares"
                 )
@@ -140,7 +146,7 @@ class _Array:
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Names as paths; as they are where one is both an array and a part with arrays."""
+    """Build a tree from names that are paths. Stay flat if a name is both an array and a part with arrays."""
     separator = "/" if any("/" in name for name in leaves) else "."
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -158,18 +164,18 @@ def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """The errors that damaged archives raise."""
+    """Raise the errors of a damaged archive again as a ``CheckpointError``."""
     try:
         yield
     except (
         zipfile.BadZipFile,
         zlib.error,
         EOFError,
-        RuntimeError,  # an archive with a password, or of a kind that zipfile lacks
+        RuntimeError,  # a password, or a compression that zipfile lacks
         ValueError,
     ) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"it begins like an archive of np.savez, and cannot be read: {error}"
+            f"it begins like an archive of np.savez, but cannot be read: {error}"
         ) from None

@@ -1,4 +1,4 @@
-"""Plain safetensors files and ``save_pretrained`` folders: weights under the names of the model."""
+"""Read plain safetensors files and ``save_pretrained`` folders."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _SCALARS = {"F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8"}
 
 
 def read_safetensors(file: Path, *, key: str | None = None, averaged: bool = False) -> Found:
-    """One file, as NeMo, Kohya's scripts and others write it.
+    """Find the average in one file, such as NeMo and Kohya's scripts write.
 
     Raises:
-        CheckpointError: it is damaged, or nothing says which of its tensors are averages.
+        CheckpointError: the file is damaged, or nothing says which of its tensors are averages.
     """
     mapped = MappedFile(file)
     if mapped.header.metadata.get("format") == FORMAT:
@@ -48,10 +48,10 @@ def read_safetensors(file: Path, *, key: str | None = None, averaged: bool = Fal
 
 
 def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False) -> Found | None:
-    """A folder that ``save_pretrained`` wrote, in one file or several; None for any other folder.
+    """Find the average in a folder of ``save_pretrained``. None for any other folder.
 
     Raises:
-        CheckpointError: it is damaged, or nothing says that it holds averages.
+        CheckpointError: the folder is damaged, or nothing says that it holds averages.
     """
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
@@ -69,8 +69,8 @@ def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False)
     except CheckpointError as error:
         if _told_beside(folder):
             raise CheckpointError(
-                "its notes are those of averages, but they stay in a folder when other weights are"
-                f" saved there, or saved from there: {error}"
+                "its config or notes describe averages, but such files remain in the folder when other"
+                f" weights are saved there, so they are not trusted: {error}"
             ) from None
         raise
     if not found.at_users_word:
@@ -79,14 +79,14 @@ def read_folder(folder: Path, *, key: str | None = None, averaged: bool = False)
 
 
 def _told_beside(folder: Path) -> dict[str, Any]:
-    """Steps and schedule of the averages that were saved, in the files beside them."""
+    """Read steps and schedule from the files beside the weights."""
     if (folder / "config.json").is_file():
         config = _load(folder / "config.json")
-        if "optimization_step" in config:  # put there by diffusers' EMAModel.save_pretrained
+        if "optimization_step" in config:  # written by diffusers' EMAModel.save_pretrained
             return diffusers_fields(config)
     if (folder / _OUR_NOTE).is_file():
         note = _load(folder / _OUR_NOTE)
-        if note.get("weights") == "ema":  # put there by our export from a Trainer
+        if note.get("weights") == "ema":  # written by this library's export from a Trainer
             return {name: whole(name, note[name]) for name in ("step", "count") if name in note}
     return {}
 
@@ -116,14 +116,14 @@ def _is_source(value: Any) -> bool:
 
 
 def _scalar(value: Any) -> Any:
-    """The number in a tensor of one element."""
+    """The number in a tensor of one element; any other value as it is."""
     if isinstance(value, Source) and math.prod(value.shape) == 1 and value.dtype in _SCALARS:
         return np.frombuffer(bytes(value.read()), _SCALARS[value.dtype])[0].item()
     return value
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, Source]:
-    """Each tensor from the file that the index names for it; another may have a stale copy."""
+    """Take each tensor from the file that the index names. Other files may hold stale copies."""
     weight_map = _weight_map(index)
     files = {file: _sources(MappedFile(folder / file)) for file in sorted({*weight_map.values()})}
     if missing := [name for name, file in weight_map.items() if name not in files[file]]:
@@ -138,8 +138,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index.name} must have a weight_map")
     for file in sorted({*found.values()}):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file):  # a path could lead anywhere
-            raise CheckpointError(f"{index.name} names {file!r:.80}, which is not a file beside it")
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):  # a path could lead out of the folder
+            raise CheckpointError(
+                f"{index.name} names {file!r:.80}, which cannot be a safetensors file in the same folder"
+            )
     return found
 
 

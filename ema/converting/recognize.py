@@ -1,8 +1,8 @@
-"""Find the average in a checkpoint by the names of its parts, and never take raw weights for it.
+"""Find the average in a checkpoint by the names of its parts, without mistaking raw weights for it.
 
-A checkpoint is a tree of mappings and lists. Its leaves are tensors, or descriptions of tensors that are
-still in the file, and other values. Frameworks differ only in their tensors, so that one set of rules
-serves all of them. The rules take a part for an average if two things hold:
+A checkpoint is a tree of mappings and lists. Its leaves are tensors, descriptions of tensors that are
+still in the file, and other values. Frameworks differ only in their tensors, so one set of rules serves
+all of them. The rules take a part for an average if two things hold:
 
 - Its name says so: ``ema``, ``params_ema``, ``model_ema``, ``state_dict_ema``, ``g_ema``, ``swa_model``. Other
   words in the name may only tell which weights it averages. ``swa_attn`` may be a layer, and
@@ -42,7 +42,7 @@ from ema.errors import CheckpointError, listing
 __all__ = ["choose"]
 
 _WEIGHTS = {"params", "model", "module", "state_dict", "model_state_dict", "weights", "variables"}
-"""A part inside one of these is a layer, whatever it is called."""
+"""Names of weights. Any part inside them is a layer, even if its name sounds like an average."""
 _WRAPPERS = {"module", "model", "net", "state", "dict", "average"}
 _MOST_PARTS = 10_000
 _DEEPEST = 8
@@ -55,10 +55,10 @@ def choose(
 
     Args:
         tree: the checkpoint.
-        is_tensor: tells its tensors.
-        key: names the part that is the average: keys with dots between them, or what the names of
-            a flat state dict begin with.
-        averaged: the weights are averages, whatever they are called.
+        is_tensor: whether a node is a tensor.
+        key: the part that is the average: keys with dots between them, or the prefix of its names in a
+            flat state dict.
+        averaged: the weights are averages, though no name says so.
 
     Raises:
         CheckpointError: the tree does not hold exactly one average, or lacks ``key``. The message lists
@@ -89,11 +89,11 @@ def choose(
 
 
 class _Search:
-    """A search of the names in a tree.
+    """A search of a tree for parts whose names say that they are averages.
 
     Attributes:
-        candidates: averages, each with what ``key`` takes.
-        proposed: what may be one.
+        candidates: the averages found, each with the ``key`` that chooses it.
+        proposed: keys of parts that may be averages, but are not certain.
     """
 
     def __init__(self, tree: Any, is_tensor: IsTensor) -> None:
@@ -104,7 +104,7 @@ class _Search:
         self._look(tree, ())
 
     def _look(self, tree: Any, path: KeyPath) -> None:
-        """Averages among the parts of ``tree``, else among the parts of those."""
+        """Look for averages among the parts of ``tree``. If there are none, look inside each part."""
         before = len(self.candidates)
         parts = {
             name: part
@@ -132,7 +132,7 @@ class _Search:
                 self._look(parts[name], (*path, name))
 
     def _inside(self, part: Any, name: str) -> KeyPath | None:
-        """The way from a part to its tensors; None if it is not seen to be an average of weights."""
+        """The path from a part to its tensors; None if nothing shows that it averages weights."""
         said = words(name)
         others = [each for label, each in self._weights if may_be_of(said, words(label))]
         if others:
@@ -145,7 +145,7 @@ class _Search:
 def _weights(
     tree: Any, is_tensor: IsTensor, path: KeyPath = ()
 ) -> Iterator[tuple[str, set[Named]]]:
-    """The name and the tensors of every part that has weights and is not called an average."""
+    """Yield name and tensors of each part that holds weights and is not called an average."""
     for name, part in _parts(tree, is_tensor).items():
         if not words(name) & (SURE | MAYBE):
             yield name, named(part, is_tensor)
@@ -154,7 +154,7 @@ def _weights(
 
 
 def _parts(tree: Any, is_tensor: IsTensor) -> dict[str, Any]:
-    """The parts that hold tensors, without those of optimizers."""
+    """The parts that hold tensors, except those of optimizers."""
     return {
         name: child
         for name, child in children(tree)[:_MOST_PARTS]
@@ -165,8 +165,8 @@ def _parts(tree: Any, is_tensor: IsTensor) -> dict[str, Any]:
 
 
 def _matching(part: Any, others: Sequence[set[Named]], is_tensor: IsTensor) -> KeyPath | None:
-    """The way to what has the names and shapes of one of the others: the part, or one in it."""
-    if (wrapped := _wrapped(part, is_tensor)) is not None:  # with its counters beside it
+    """The path to the tensors whose names and shapes match one of the others, in this part or below."""
+    if (wrapped := _wrapped(part, is_tensor)) is not None:  # then counters may lie beside it
         way = _matching(dict(children(part))[wrapped], others, is_tensor)
         if way is not None:
             return (wrapped, *way)
@@ -177,13 +177,13 @@ def _matching(part: Any, others: Sequence[set[Named]], is_tensor: IsTensor) -> K
         for name, child in _parts(part, is_tensor).items()
         if (way := _matching(child, others, is_tensor)) is not None
     }
-    if len(ways) > 1:  # the live weights may be kept beside the average
+    if len(ways) > 1:  # the part may also hold the live weights
         ways = {name: way for name, way in ways.items() if words(name) & SURE}
     return (next(iter(ways)), *next(iter(ways.values()))) if len(ways) == 1 else None
 
 
 def _wrapped(part: Any, is_tensor: IsTensor) -> str | None:
-    """The only part with weights, if its name says nothing: ``{"module": …, "updates": 5}``."""
+    """The only part with weights, if it is a mere wrapper, as in ``{"module": …, "updates": 5}``."""
     parts = list(_parts(part, is_tensor))
     direct = any(is_tensor(child) and shape_of(child) for _, child in children(part))
     one = len(parts) == 1 and not direct and bool(words(parts[0]) & (SURE | _WRAPPERS))
@@ -191,7 +191,7 @@ def _wrapped(part: Any, is_tensor: IsTensor) -> str | None:
 
 
 def _only(part: Any, is_tensor: IsTensor) -> KeyPath | None:
-    """The way to the one mapping with tensors."""
+    """The path to the only mapping with tensors; None if a name suggests that one part is an average."""
     if any(is_tensor(child) for _, child in children(part)):
         return ()
     parts = _parts(part, is_tensor)
@@ -203,7 +203,7 @@ def _only(part: Any, is_tensor: IsTensor) -> KeyPath | None:
 
 
 def _beside(around: Any, name: str, inside: KeyPath, is_tensor: IsTensor) -> dict[str, Any]:
-    """Counters of the average: those beside it, and before those the ones in what wraps it."""
+    """Counters of the average. Those in its wrapper take precedence over those beside it."""
     values: dict[str, Any] = {}
     for step in (name, *inside):
         level = dict(children(around))
@@ -222,20 +222,19 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
         if (flat := _by_prefix(tree, is_tensor, key)) is not None:
             return flat
         raise CheckpointError(
-            f"key= (--key) names {key!r:.80}, which is not there: it holds"
-            f" {described_parts(tree, is_tensor)}"
+            f"it lacks key= (--key) {key!r:.80}: it holds {described_parts(tree, is_tensor)}"
         )
     part = subtree(tree, path)
     if next(flattened(part, is_tensor), None) is None:
         raise CheckpointError(
-            f"key= (--key) names {key!r:.80}, a part without tensors: it holds"
+            f"key= (--key) {key!r:.80} is a part without tensors: it holds"
             f" {described_parts(tree, is_tensor)}"
         )
     inside = _Search(part, is_tensor).candidates
     if len(inside) > 1:
         names = listing(f"{key}.{label}" for label, _ in inside)
         raise CheckpointError(f"`{key}` holds several averages: key= (--key) names one of {names}")
-    if inside:  # beside the weights that it is of
+    if inside:  # an average beside its weights
         chosen = inside[0][1]
         return dataclasses.replace(chosen, path=(*path, *chosen.path), kind=f"`{key}`")
     way = _only(part, is_tensor) or ()
@@ -245,7 +244,7 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
 
 
 def _path_of(tree: Any, key: str, is_tensor: IsTensor) -> KeyPath | None:
-    """Names may have dots of their own: the longest that is there is tried first."""
+    """The path that ``key`` means. Names may contain dots, so it tries the longest name first."""
     if is_tensor(tree):
         return None
     names = dict(children(tree))
@@ -261,7 +260,7 @@ def _path_of(tree: Any, key: str, is_tensor: IsTensor) -> KeyPath | None:
 
 
 def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: KeyPath = ()) -> Chosen | None:
-    """A part of a flat state dict, at the top or below the first words of ``key``."""
+    """The tensors in a flat state dict whose names begin with ``key``, at the top or in a part."""
     below = dict(children(tree))
     own = {
         name[len(key) + 1 :]: name
@@ -270,7 +269,7 @@ def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: KeyPath = ()) -> 
     }
     if own:
         candidates = [each for label, each in prefixed(tree, is_tensor, (), []) if label == key]
-        if candidates:  # its counters are separated from its tensors, and lost dots are restored
+        if candidates:  # this also separates counters from tensors, and restores lost dots
             return dataclasses.replace(candidates[0], path=path)
         names = {new: own[rest] for new, rest in without_shared_prefixes(own)[0].items()}
         label = ".".join((*path, key))
@@ -284,7 +283,7 @@ def _by_prefix(tree: Any, is_tensor: IsTensor, key: str, path: KeyPath = ()) -> 
 
 
 def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
-    """The only part with tensors that belongs to no optimizer, or the tree itself."""
+    """Choose the only part with tensors besides optimizers, or else the tree itself."""
     if path := _only_part(tree, is_tensor):
         label = f"`{'.'.join(path)}`"
         beside = _beside(subtree(tree, path[:-1]), path[-1], (), is_tensor)
@@ -302,12 +301,12 @@ def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
         kind=kind,
         beside=beside,
         at_users_word=True,
-        notes=(f"that {what} are averages is taken at your word",),
+        notes=(f"nothing in the source says that {what} are averages; only you do",),
     )
 
 
 def _only_part(tree: Mapping[str, Any], is_tensor: IsTensor) -> KeyPath:
-    """The path to the only part with tensors that belongs to no optimizer; empty if there are more."""
+    """The path to the only part with tensors besides optimizers; empty if there are several."""
     path: KeyPath = ()
     node: Any = tree
     while not any(is_tensor(child) for _, child in children(node)):
@@ -323,5 +322,5 @@ def _only_part(tree: Mapping[str, Any], is_tensor: IsTensor) -> KeyPath:
 
 
 def _is_plain(tree: Any, is_tensor: IsTensor) -> bool:
-    """Weights alone: a flat state dict, or a nested one as Flax has it."""
+    """Whether the tree holds tensors, flat as in a state dict or nested as in Flax."""
     return next(flattened(tree, is_tensor), None) is not None

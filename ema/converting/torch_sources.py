@@ -1,4 +1,7 @@
-"""States that ``torch.save`` wrote: told apart by what they hold, never unpickled as objects."""
+"""Read state dicts and files of ``torch.save``, and recognize them by their keys.
+
+Files are read with ``weights_only=True``, so that they cannot run code.
+"""
 
 from __future__ import annotations
 
@@ -44,30 +47,30 @@ def read_pickle(
     averaged: bool = False,
     most: int,
 ) -> Found:
-    """A file of ``torch.save``, with ``weights_only=True``.
+    """Find the average in a file of ``torch.save``.
 
     Args:
         file: the file.
         name: see :func:`read_state_dict`.
         key: likewise.
         averaged: likewise.
-        most: bytes that its tensors may take in memory.
+        most: most bytes that an archive may unpack to.
 
     Raises:
         ArgumentError: see :func:`read_state_dict`.
-        CheckpointError: it is damaged, holds objects, or nothing that is known.
+        CheckpointError: the file is damaged, holds objects, or is not recognized.
     """
     _check_archive(file, most)
     try:
-        # timm keeps its command line, a Namespace of plain values
+        # timm saves its command line, a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other pickle protocols
+            warnings.simplefilter("ignore")  # about other pickle protocols
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refused(error)) from None
     except OSError:
         raise
-    except Exception as error:  # what a damaged archive raises is not said anywhere
+    except Exception as error:  # PyTorch does not document what a damaged archive raises
         raise CheckpointError(
             f"torch.save did not write it, or it is damaged: {error!r:.200}"
         ) from None
@@ -75,26 +78,26 @@ def read_pickle(
 
 
 def _refused(error: pickle.UnpicklingError) -> str:
-    """Without PyTorch's advice to run what the file says."""
+    """The error for a refused pickle, without PyTorch's advice to load it unsafely."""
     objects = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
         r"find class ([\w.]+)", str(error)
     )
     if "Unsupported operand" in str(error):
         return (
-            "its pickle has what is not read as plain values: a pickle_protocol of 4 or later, for"
-            " one; torch.save takes 2 by default"
+            "its pickle holds more than plain values, or has a pickle_protocol of 4 or later; torch.save"
+            " uses 2 by default"
         )
     if objects is None:
         return "torch.save did not write it, or it is damaged: its pickle cannot be read as plain values"
     return (
-        f"it holds an object of {objects[1]:.100}, and only tensors and plain values are read, since"
-        " an object could run anything: save its state_dict()"
+        f"it holds an object of {objects[1]:.100}, but only tensors and plain values are read, since"
+        " loading an object can run any code: save its state_dict()"
     )
 
 
 def _check_archive(file: Path, most: int) -> None:
-    """A compressed archive may unfold to a thousand times its size."""
-    entries = zip_entries(file) or ()  # older forms of torch.save are not archives
+    """Refuse an archive that unpacks to more than ``most`` bytes: it may be compressed 1,000 times."""
+    entries = zip_entries(file) or ()  # older versions of torch.save did not write archives
     check_size(sum(entry.file_size for entry in entries), most)
 
 
@@ -104,17 +107,17 @@ def read_state_dict(
     """Recognize a state by its keys.
 
     Args:
-        state: what was saved.
-        name: which average of it, where there are several.
-        key: which part of it is the average, keys with dots between them.
-        averaged: its weights are averages, though nothing in it says so.
+        state: the state.
+        name: the average to take, if there are several.
+        key: the part that is the average: keys with dots between them.
+        averaged: the weights are averages, though nothing in the state says so.
 
     Raises:
-        ArgumentError: there are several, and ``name`` is none of them.
-        CheckpointError: it is none that is known.
+        ArgumentError: there are several averages, and ``name`` does not choose one of them.
+        CheckpointError: the state is not recognized.
     """
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"it holds a {type(state).__name__}, no state")
+        raise CheckpointError(f"it must hold a state dict, got {type(state).__name__}")
     exchanged = key == "ema_state_dict" and _is_exchanged(
         state
     )  # raw weights, even if the user names them
@@ -130,12 +133,12 @@ def read_state_dict(
 
 
 def _from_part(part: Any, chosen: Chosen, around: Any) -> Found:
-    """The average that was chosen, which is in no form of its own.
+    """The chosen average, if it does not have the form of a known library.
 
     Args:
         part: its tensors.
         chosen: how they were chosen.
-        around: everything in the same place of the state.
+        around: the whole mapping in which they lie.
     """
     values = {each: _number(value) for each, value in chosen.beside.items()}
     told = counters(values)
@@ -144,7 +147,9 @@ def _from_part(part: Any, chosen: Chosen, around: Any) -> Found:
         told |= lit_ema_fields(values)
         used = set(chosen.names.values())
         left_out = tuple(str(each) for each in around if each not in used)
-    elif isinstance(part, list | tuple) and all(map(_is_tensor, part)):  # names must be given
+    elif isinstance(part, list | tuple) and all(
+        map(_is_tensor, part)
+    ):  # a list: the user must pass names
         kind, listed = f"{chosen.kind} of torch.save", _listed(chosen.kind, part)
         return Found(kind=kind, tensors=listed, told=told)
     return stripped(
@@ -160,21 +165,21 @@ def _from_part(part: Any, chosen: Chosen, around: Any) -> Found:
 
 
 def _flat(part: Any) -> dict[str, Any]:
-    """The tensors of nested dicts by their paths, with dots.
+    """The tensors of nested dicts, by their paths with dots.
 
     Raises:
-        CheckpointError: two of them have one path.
+        CheckpointError: two tensors have the same path.
     """
     tensors: dict[str, Any] = {}
     for path, tensor in flattened(part, _is_tensor):
         if (dotted := ".".join(path)) in tensors:
-            raise CheckpointError(f"it has two tensors that are called {dotted!r:.200}")
+            raise CheckpointError(f"it holds two tensors with the name {dotted!r:.200}")
         tensors[dotted] = tensor
     return tensors
 
 
 def _known(state: Mapping[Any, Any], name: str | None) -> Found | None:
-    """A state of a library whose own form says that it holds averages."""
+    """The average of a known library, whose form alone says that it holds averages; None for others."""
     if state.keys() >= {"format_version", "averages"}:
         return _ours(state, name)
     for keys, read in _READERS:
@@ -204,7 +209,7 @@ def _ours(state: Mapping[str, Any], name: str | None) -> Found:
     try:
         schedule = None if described is None else known_schedule(described)
     except EMAError as error:
-        raise CheckpointError(f"`schedule` does not describe one: {error}") from None
+        raise CheckpointError(f"`schedule` does not describe a schedule: {error}") from None
     facts = (
         "step",
         "count",
@@ -225,7 +230,7 @@ def _ours(state: Mapping[str, Any], name: str | None) -> Found:
 
 
 def _labels(averages: Any) -> list[str]:
-    """The names of several averages; none where there is one."""
+    """The names of several averages; empty if there is only one."""
     several = isinstance(averages, Mapping) and any(
         isinstance(tensors, Mapping) for tensors in averages.values()
     )
@@ -238,11 +243,11 @@ def _diffusers(state: Mapping[str, Any]) -> Found:
 
 
 def _torch_ema(state: Mapping[str, Any]) -> Found:
-    """Without ``use_num_updates`` the decay is constant, and steps are not counted."""
+    """Read a state of torch-ema, which counts no steps if ``use_num_updates`` is off."""
     tensors = _listed("`shadow_params`", state["shadow_params"])
     schedule: RampWarmup | ConstantDecay
     if "decay" not in state:
-        raise CheckpointError("a state of torch-ema needs `decay`, which this one lacks")
+        raise CheckpointError("a state of torch-ema must have `decay`")
     try:
         if state["num_updates"] is None:
             schedule = ConstantDecay(decay=state["decay"])
@@ -264,7 +269,7 @@ def _ema_pytorch(state: Mapping[str, Any]) -> Found:
 
 
 def _averaged_model(state: Mapping[str, Any]) -> Found:
-    """It counts the copy that it starts with, and so does ``UniformAverage``."""
+    """Read an ``AveragedModel``. It counts its first copy as an update, like ``UniformAverage``."""
     step = whole("n_averaged", state["n_averaged"])
     return Found(
         kind="AveragedModel",
@@ -283,13 +288,13 @@ def _lightning(state: Mapping[str, Any]) -> Found:
 
 
 def _is_exchanged(state: Mapping[str, Any]) -> bool:
-    """Whether OpenMMLab's ``EMAHook`` wrote it, which exchanges averages and raw weights in a save."""
+    """Whether OpenMMLab's ``EMAHook`` wrote it, which swaps averages and raw weights when it saves."""
     shadow, tensors = state.get("ema_state_dict"), state.get("state_dict")
     return isinstance(shadow, Mapping) and isinstance(tensors, Mapping) and "steps" in shadow
 
 
 def _mmengine(state: Mapping[str, Any]) -> Found:
-    """It saves the averages as ``state_dict``, and the raw weights as those of the average."""
+    """Read an ``EMAHook``. It saves averages as ``state_dict``, and raw weights as ``ema_state_dict``."""
     shadow, tensors = state["ema_state_dict"], state["state_dict"]
     names = [name.removeprefix("module.") for name in shadow if name.startswith("module.")]
     if absent := [name for name in names if name not in tensors]:
@@ -326,18 +331,20 @@ def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
     if not found:
-        raise CheckpointError(f"no tensor is called {prefix}…")
+        raise CheckpointError(f"it holds no tensor whose name begins with `{prefix}`")
     return found
 
 
 def _named(tensors: Mapping[str, Any]) -> dict[str, Source]:
-    """Tensors by name; what is tied, the same memory under two names, under the first."""
+    """Tensors by name. A tied tensor, whose memory has two names, appears under the first."""
     sources: dict[str, Source] = {}
     seen: set[object] = set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
-            raise CheckpointError(f"{name!r:.80} is {type(tensor).__name__}, no tensor")
-        source = source_of(name, tensor)  # refuses what has neither strides nor an address
+            raise CheckpointError(
+                f"{name!r:.80} must be a tensor with a string as its name, got {type(tensor).__name__}"
+            )
+        source = source_of(name, tensor)  # refuses tensors without strides or address
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and memory in seen:
             continue

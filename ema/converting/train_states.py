@@ -1,8 +1,7 @@
-"""Trees of JAX programs: train states, states of ``params_ema``, and those of ``EMA`` for nnx.
+"""Find averages in saved trees of JAX: train states, states of ``params_ema``, and ``EMA`` for nnx.
 
-They have been saved as nested mappings and lists of arrays, by Orbax or as msgpack. Names of classes are
-lost, and keys may have become strings. An nnx Variable and a boxed linen param have a level of their own,
-``{"value": array}``.
+Orbax and Flax save such trees as nested mappings and lists of arrays. Class names are lost, and keys may
+have become strings. An nnx Variable or a boxed linen param adds one level, ``{"value": array}``.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ _OF_OPTAX_EMA = {"count", "ema"}
 
 
 def found_in(tree: Any, source: str, *, name: str | None, key: str | None, averaged: bool) -> Found:
-    """The average that a tree holds.
+    """Find the average that a tree holds.
 
     Args:
-        tree: mappings and lists with a ``Leaf`` in the place of each array, and None where there is
-            nothing.
-        source: what wrote it.
-        name: which average of ``params_ema``, where there are several.
-        key: names the part to look at.
-        averaged: the weights are averages, though nothing says so.
+        tree: mappings and lists with a ``Leaf`` for each array, and None for each hole.
+        source: the format of the file, for messages.
+        name: the average of ``params_ema`` to take, if there are several.
+        key: the part that is the average.
+        averaged: the weights are averages, though nothing in the tree says so.
 
     Raises:
-        ArgumentError: there are several averages of ``params_ema``, and ``name`` names another one.
-        CheckpointError: it does not hold an average, or it holds several.
+        ArgumentError: there are several averages of ``params_ema``, and ``name`` does not choose one of
+            them.
+        CheckpointError: the tree does not hold exactly one average.
     """
     tree = _unboxed(tree)
     if is_leaf(tree):
@@ -68,7 +67,7 @@ def found_in(tree: Any, source: str, *, name: str | None, key: str | None, avera
 def _ours(
     tree: Any, path: KeyPath, source: str, name: str | None, *, averaged: bool = True
 ) -> Found | None:
-    """An average of this library in a part of a tree: states of ``params_ema``, or an ``EMA``."""
+    """The average of this library in a part of a tree, from ``params_ema`` or an ``EMA``; else None."""
     part = subtree(tree, path)
     if states := list(_states(part, path)):
         if not path:
@@ -78,14 +77,14 @@ def _ours(
 
 
 def _nodes(node: Any) -> Iterator[Any]:
-    """Every mapping and list, from the top."""
+    """Yield every node of the tree, from the top."""
     yield node
     for _, child in _children(node):
         yield from _nodes(child)
 
 
 def _unboxed(node: Any) -> Any:
-    """Without the levels of nnx Variables and of linen's boxes."""
+    """Remove the levels that nnx Variables and linen's boxes add."""
     if isinstance(node, Mapping):
         if node.keys() == {"value"} and (is_leaf(node["value"]) or node["value"] is None):
             return node["value"]
@@ -96,7 +95,7 @@ def _unboxed(node: Any) -> Any:
 
 
 def _pruned(node: Any) -> Any:
-    """Without what is certainly no average of weights, and without states of ``params_ema``."""
+    """Remove optax's averages of gradients, and the states of ``params_ema``."""
     if isinstance(node, Mapping):
         if node.keys() == _OF_OPTAX_EMA or _is_state(node):
             return {}
@@ -111,7 +110,7 @@ def _from_part(tree: Any, chosen: Chosen, source: str) -> Found:
     if chosen.names is not None:
         part = {new: part[old] for new, old in chosen.names.items()}
     elif isinstance(part, Mapping) and part.keys() == {"params"} and not is_leaf(part["params"]):
-        # the variables of a linen module, or an nnx.EMA
+        # these are the variables of a linen module, or an nnx.EMA
         part = part["params"]
     tensors, others = _tensors(part)
     step = chosen.beside.get("step")
@@ -134,7 +133,7 @@ def _is_state(node: Any) -> bool:
 
 
 def _states(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
-    """Every part that has the fields of a ``ParamsEMAState``, with the place where it is."""
+    """Yield every part that has the fields of a ``ParamsEMAState``, with its path."""
     if _is_state(node):
         yield path, node
         return
@@ -192,10 +191,10 @@ def _from_states(
 def _together(
     groups: Iterable[_Group],
 ) -> tuple[dict[str, Source], dict[str, Source], tuple[str, ...]]:
-    """Averages and remainders of all groups, and the names of what none of them averages.
+    """The averages and remainders of all groups, and the names of leaves that no group averages.
 
     Raises:
-        CheckpointError: two groups have an average of one name.
+        CheckpointError: two groups have averages of the same name.
     """
     tensors: dict[str, Source] = {}
     remainders: dict[str, Source] = {}
@@ -215,7 +214,7 @@ def _labels(path: KeyPath, state: Mapping[str, Any], name: str | None) -> list[s
         return (
             list(state["name"]) if isinstance(state["name"], Mapping) and state["name"] else [None]
         )
-    # an nnx.State drops what holds no arrays, such as the names
+    # an nnx.State drops everything without arrays, such as the names
     average = state["params_ema"]
     if not isinstance(average, Mapping) or len(average) < 2:
         return [None]
@@ -228,14 +227,14 @@ def _labels(path: KeyPath, state: Mapping[str, Any], name: str | None) -> list[s
     if contents[0] and all(each == contents[0] for each in contents):
         where = ".".join((*path, "params_ema"))
         raise ArgumentError(
-            f"`name` must choose one of the averages {listing(average)}, if they are those of one"
-            f" model; key={where!r} (--key) says that they are parts of one"
+            f"`name` must choose one of {listing(average)}, if these are several averages of one model;"
+            f" if they are parts of one average, pass key={where!r} (--key)"
         )
     return [None]
 
 
 class _Group:
-    """The part of one average in one state. Several parts with holes in different places are one average."""
+    """The part of an average that lies in one state. Parts with complementary holes make one average."""
 
     def __init__(self, path: KeyPath, state: Mapping[str, Any], label: str | None) -> None:
         self.path = path
@@ -249,20 +248,20 @@ class _Group:
         self.counters = (
             _count("step", state["step"]),
             _count("count", state["count"]),
-            # without its option the field is a tree without leaves, in whichever form that was saved
+            # without the option the field has no leaves, though its form depends on the format
             None if not is_leaf(skipped) else _count("skipped", skipped),
         )
 
     def field(self, name: str) -> Any:
-        """One of the trees of the state."""
+        """One tree of the state, such as ``remainder``."""
         tree = self._state.get(name)
         return tree[self._label] if tree and self._several else tree
 
     def completes(self, other: _Group) -> bool:
-        """Whether all that the other averages is masked out here, at the same step.
+        """Whether this part has holes for everything that the other part averages, at the same step.
 
-        Both must be links of one chain or groups of one ``optax.partition``, not parts of other names,
-        except for the statistics beside the optimizer in an ``EMATrainState``.
+        Both parts must be links of one chain or groups of one ``optax.partition``. The exception are the
+        statistics beside the optimizer in an ``EMATrainState``.
         """
         if self.counters != other.counters:
             return False
@@ -282,7 +281,7 @@ class _Group:
 
 
 def _models(groups: list[_Group]) -> list[list[_Group]]:
-    """The groups that make one average each."""
+    """Sort parts into lists, each of which makes one average."""
     models: list[list[_Group]] = []
     for group in groups:
         for model in models:
@@ -295,7 +294,7 @@ def _models(groups: list[_Group]) -> list[list[_Group]]:
 
 
 def _shared(paths: list[KeyPath]) -> KeyPath:
-    """The beginning that all paths share."""
+    """The longest common prefix of all paths."""
     first = paths[0]
     return first[
         : sum(1 for n in range(1, len(first) + 1) if all(p[:n] == first[:n] for p in paths))
@@ -306,10 +305,10 @@ def _shared(paths: list[KeyPath]) -> KeyPath:
 
 
 def _our_ema(tree: Any, source: str, *, averaged: bool) -> Found | None:
-    """``nnx.state(average)`` or its pure dict, of our ``EMA``.
+    """The average in ``nnx.state(ema)`` of this library's ``EMA``, or in its pure dict; else None.
 
-    Without ``finer``, ``remainder`` and ``skipped`` it is params and two counters, which others have too:
-    then the user has to say so.
+    Without arrays in ``finer``, ``remainder`` or ``skipped``, the state holds only params and two counters.
+    Other programs have such states too, so then ``averaged`` must say that it is an average.
     """
     if not isinstance(tree, Mapping) or not (
         _OF_OUR_EMA <= tree.keys() <= _OF_OUR_EMA | _ONLY_IN_OUR_EMA
@@ -319,7 +318,7 @@ def _our_ema(tree: Any, source: str, *, averaged: bool) -> Found | None:
     if not averaged and not any(map(is_leaf, own)):
         return None
     tensors, others = _tensors(tree["params"])
-    finer = _tensors(tree.get("finer"))[0]  # the model has rounded copies of these
+    finer = _tensors(tree.get("finer"))[0]  # `params` holds rounded copies of these
     skipped = tree.get("skipped")
     return Found(
         kind=f"EMA in {source}",
@@ -346,7 +345,7 @@ def _children(node: Any) -> list[tuple[str, Any]]:
 
 
 def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Everything in a tree that is neither a mapping nor a list, with its path."""
+    """Yield everything in a tree that is neither a mapping nor a list, with its path."""
     if isinstance(node, Mapping | list):
         for key, child in _children(node):
             yield from _leaves(child, (*path, key))
@@ -365,7 +364,7 @@ def _tensors(tree: Any) -> tuple[dict[str, Source], list[str]]:
         if not isinstance(leaf, Leaf) or not leaf.is_average:
             others += [name] if path else []
         elif name in found:
-            raise CheckpointError(f"it holds two tensors that are called `{shortened(name)}`")
+            raise CheckpointError(f"it holds two tensors with the name `{shortened(name)}`")
         else:
             found[name] = leaf.source(name)
     return found, others

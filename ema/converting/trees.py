@@ -1,4 +1,4 @@
-"""Checkpoints as trees: their parts, their tensors, and what these are called."""
+"""Checkpoints as trees: their parts, their tensors, and the names of both."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _TOO_DEEP = 100
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Where the average lies.
+    """Where the average lies in a tree.
 
     Attributes:
-        path: keys from the top to the mapping that holds its tensors; ``()`` is the whole tree.
-        kind: of the checkpoint, in a few words.
-        names: where the mapping is flat and only some of its tensors are averages: for each new
-            name the one in the mapping. None: all of them, under their own.
-        beside: the mapping with counters: what is beside the tensors and around them.
-        at_users_word: nothing in the tree says that these are averages.
+        path: the keys from the top to the mapping that holds the averages; ``()`` is the whole tree.
+        kind: a short description, for messages.
+        names: the name in the mapping for each new name, if the mapping is flat and holds other tensors
+            too. None if all its tensors are averages and keep their names.
+        beside: values near the averages, such as counters, by name.
+        at_users_word: only the user says that these are averages; the tree does not.
         notes: what the user should know.
     """
 
@@ -62,7 +62,7 @@ def subtree(tree: Any, path: KeyPath) -> Any:
 
 
 def described_parts(tree: Any, is_tensor: IsTensor) -> str:
-    """The parts of a checkpoint in a few words, for messages."""
+    """Describe the parts of a checkpoint in a few words, for messages."""
     if not isinstance(tree, Mapping):
         return f"a {type(tree).__name__}"
     parts = []
@@ -80,7 +80,7 @@ def described_parts(tree: Any, is_tensor: IsTensor) -> str:
 
 
 def flattened(tree: Any, is_tensor: IsTensor, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """The tensors of a tree with their paths."""
+    """Yield the tensors of a tree with their paths."""
     if is_tensor(tree):
         yield path, tree
         return
@@ -91,7 +91,11 @@ def flattened(tree: Any, is_tensor: IsTensor, path: KeyPath = ()) -> Iterator[tu
 
 
 def without_shared_prefixes(names: Iterable[str]) -> tuple[dict[str, str], str]:
-    """New name to old, without what DDP and ``torch.compile`` put before all of them; and that prefix."""
+    """Remove the prefixes that DDP and ``torch.compile`` add, if all names have them.
+
+    Returns:
+        The old name of each new name, and the prefix that was removed.
+    """
     new = {name: name for name in names}
     prefix = ""
     while new:
@@ -106,7 +110,7 @@ def without_shared_prefixes(names: Iterable[str]) -> tuple[dict[str, str], str]:
 
 
 def children(tree: Any) -> list[tuple[str, Any]]:
-    """The parts of a mapping or a list, with names; a list names them by their positions."""
+    """The parts of a mapping or a list, with their names. A part of a list is named by its position."""
     if isinstance(tree, Mapping):
         return [(str(name), child) for name, child in tree.items()]
     if isinstance(tree, list | tuple):
@@ -115,17 +119,17 @@ def children(tree: Any) -> list[tuple[str, Any]]:
 
 
 def named(part: Any, is_tensor: IsTensor) -> set[Named]:
-    """Names and shapes of the tensors of a part, without the prefixes that all names share."""
+    """Names and shapes of the tensors of a part, without prefixes that all names share."""
     shapes = {".".join(path): shape_of(leaf) for path, leaf in flattened(part, is_tensor)}
     large = {name: shape for name, shape in shapes.items() if shape} or shapes  # without counters
     return {(new, large[old]) for new, old in without_shared_prefixes(large)[0].items()}
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor, or of its description."""
+    """The shape of a tensor or of its description; ``()`` for anything else."""
     return tuple(getattr(tensor, "shape", ()))
 
 
 def mostly(own: set[Named], others: set[Named]) -> bool:
-    """Whether nine of ten names and shapes are among the others."""
+    """Whether at least 90 percent of the names and shapes are among the others."""
     return 10 * len(own & others) >= 9 * len(own)

@@ -1,4 +1,4 @@
-"""Words in the names of a checkpoint that say what a part is."""
+"""Words in the names of a checkpoint's parts that say what a part holds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 __all__ = ["MAYBE", "NO_WEIGHTS", "OF_ALL", "OPTIMIZERS", "SURE", "may_be_of", "words"]
 
 SURE = {"ema", "swa", "polyak", "averaged", "shadow"}
-"""Words for an average."""
+"""Words that always mean an average."""
 
 MAYBE = {"teacher", "target", "average", "avg", "momentum"}
-"""Words for an average, a hard copy of raw weights, or another model."""
+"""Words that mean an average, a copy of raw weights, or another model."""
 
 OF_ALL = {
     "model",
@@ -27,10 +27,10 @@ OF_ALL = {
     "param",
     "parameters",
 }
-"""Words that every name of weights may have."""
+"""Words that the name of any weights may have."""
 
 _LIVE = {"student", "online", "live", "raw", "current"}
-"""Words for weights that are trained."""
+"""Words for the weights in training."""
 
 NO_WEIGHTS = {
     "grad",
@@ -57,15 +57,21 @@ NO_WEIGHTS = {
 """Words for tensors that are not weights."""
 
 OPTIMIZERS = {"opt", "optim", "optimizer", "optimizers", "scheduler", "scaler"}
-"""Words for what holds moments of gradients, and averages of them."""
+"""Words for optimizers and the like, which hold moments of gradients."""
 
 
 def words(name: str) -> set[str]:
-    """``G_ema``, ``modelEMA`` and ``ema-params`` say ``ema``; ``schema`` does not."""
+    """Split a name into lower-case words.
+
+    ``G_ema``, ``modelEMA`` and ``ema-params`` contain the word ``ema``; ``schema`` does not.
+    """
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
 def may_be_of(average: set[str], weights: set[str]) -> bool:
-    """Whether the first words may name an average of the second: ``g_ema`` averages ``g`` or ``model``."""
+    """Whether a part with the words ``average`` may average the part with the words ``weights``.
+
+    ``g_ema`` may average ``g`` or ``model``.
+    """
     of, called = average - SURE - OF_ALL, weights - OF_ALL
     return average <= SURE or called == of or called <= _LIVE

@@ -176,7 +176,7 @@ def test_both_write_the_same_bytes(tmp_path, precision):
         (
             {"weight": np.transpose},
             ArgumentError,
-            "must have names that tensors get, got `weight`",
+            "must have new names of tensors, got `weight`",
         ),
         (
             {"kernel": "transpose"},

@@ -72,7 +72,7 @@ def test_convert_writes_our_file(tmp_path):
     )
     result = run(*arguments)
     assert result.exit_code == 0
-    assert "does not tell how many steps" in result.output
+    assert "does not say how many steps" in result.output
     told = ("--step", "7", "--schedule", "HalfLife(steps=9)")
     result = run(*arguments, *told)
     assert result.exit_code == 2

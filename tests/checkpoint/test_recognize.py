@@ -215,7 +215,7 @@ def test_counters_beside_an_average_are_read(tmp_path, state, step, count):
 
 
 def test_an_epoch_counts_no_steps(tmp_path):
-    with pytest.warns(EMAWarning, match="does not tell how many steps"):
+    with pytest.warns(EMAWarning, match="does not say how many steps"):
         convert({"model": RAWS, "ema": AVERAGES, "epoch": 70}, tmp_path / "ours")
 
 
@@ -252,7 +252,7 @@ def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path, key):
 def test_a_word_of_the_users_is_taken_and_said(tmp_path, state):
     result = convert(state, tmp_path / "ours", averaged=True, step=1)
     assert_averages(result)
-    assert any("taken at your word" in note for note in result.notes)
+    assert any("only you do" in note for note in result.notes)
 
 
 def test_a_word_does_not_choose_between_parts(tmp_path):
@@ -312,7 +312,7 @@ def test_averages_of_ddp_lose_the_prefix_and_that_is_said(tmp_path):
         dist.destroy_process_group()
     torch.save(average.state_dict(), tmp_path / "theirs.pt")
     result = convert(tmp_path / "theirs.pt", tmp_path / "ours")
-    assert result.notes == ("all names began with `module.`, which was left out",)
+    assert result.notes == ("all names began with `module.`, which was removed",)
     assert sorted(result.names) == sorted(name for name, _ in model.named_parameters())
     EMAModel(model).load(tmp_path / "ours")
 
@@ -356,7 +356,9 @@ def test_an_export_of_ours_tells_how_far_its_averages_are(tmp_path):
     folder.mkdir()
     save(AVERAGES, folder / "model.safetensors")
     (folder / "ema.json").write_text(json.dumps({"weights": "ema", "step": 8, "count": 4}))
-    with pytest.raises(CheckpointError, match="its notes are those of averages, but they stay in"):
+    with pytest.raises(
+        CheckpointError, match="its config or notes describe averages, but such files"
+    ):
         convert(folder, tmp_path / "ours")  # a model that is trained from it may be saved there
     result = convert(folder, tmp_path / "ours", averaged=True)
     assert_averages(result)
@@ -375,19 +377,19 @@ def test_odd_trees_are_read_or_refused_in_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="nested deeper than 100 levels, or holds itself"):
         convert({"ema": cyclic}, tmp_path / "ours", step=1)
     twice = {"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}}
-    with pytest.raises(CheckpointError, match=r"two tensors that are called 'a\.b'"):
+    with pytest.raises(CheckpointError, match=r"two tensors with the name 'a\.b'"):
         convert({"ema": twice}, tmp_path / "ours", step=1)
     complex_file = save({"ema": {"c": torch.ones(2, dtype=torch.complex128)}}, tmp_path / "c.pt")
     result = convert(complex_file, tmp_path / "complex", step=1)
     assert read_state(result.place).tensors["c"].dtype == "C128"
-    with pytest.raises(CheckpointError, match="`rename` leaves out all of its 3 averages"):
+    with pytest.raises(CheckpointError, match="`rename` leaves out all of the 3 averages"):
         convert({"ema": AVERAGES}, tmp_path / "ours", step=1, rename=lambda _: None)
 
 
 def test_a_list_of_averages_needs_names(tmp_path):
     state = {"model": RAWS, "ema": list(AVERAGES.values())}
     with pytest.raises(
-        ema.ArgumentError, match=r"`names` must be given: `ema` of torch\.save saves a l"
+        ema.ArgumentError, match=r"`names` must be given, since `ema` of torch\.save saves a l"
     ):
         convert(state, tmp_path / "ours", key="ema", step=1)
     assert_averages(convert(state, tmp_path / "ours", key="ema", step=1, names=list(AVERAGES)))
