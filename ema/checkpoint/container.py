@@ -126,18 +126,20 @@ def parse_header(head: bytes, size: int) -> Header:
         raise CheckpointError("`__metadata__` must be an object")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise CheckpointError(f"`__metadata__` must hold strings, {key!r:.80} does not")
+            raise CheckpointError(
+                f"`__metadata__` must hold strings, got {type(value).__name__} for {key!r:.80}"
+            )
     infos = {name: _tensor_info(name, fields) for name, fields in items.items()}
     infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
     position = 0
     for name, info in infos.items():
         if info.begin != position:
             raise CheckpointError(
-                f"`{name:.80}` begins at byte {info.begin} of the data where {position} is due"
+                f"`{name:.80}` must begin at byte {position} of the data, got {info.begin}"
             )
         position = info.end
     if position != (data := size - 8 - length):
-        raise CheckpointError(f"the tensors take {position} bytes, the file has {data} for them")
+        raise CheckpointError(f"the tensors take {position} bytes, the file has room for {data}")
     return Header(infos, metadata, 8 + length)
 
 
@@ -148,7 +150,7 @@ def header_length(first: bytes, size: int) -> int:
         CheckpointError: the header would be larger than the file or than ``MAX_HEADER``.
     """
     if size < 8 or len(first) < 8:
-        raise CheckpointError(f"{size} bytes are too short for a safetensors file")
+        raise CheckpointError(f"a file of {size} bytes is too short for a safetensors file")
     length = int.from_bytes(first, "little")
     if length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
@@ -254,7 +256,7 @@ def build_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
     """
     items: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     if "__metadata__" in infos:
-        raise CheckpointError("no tensor can be called `__metadata__` in a safetensors file")
+        raise CheckpointError("a tensor of a safetensors file cannot have the name `__metadata__`")
     for name, info in infos.items():
         items[name] = {
             "dtype": info.dtype,

@@ -110,11 +110,13 @@ def index_from(place: Path, text: bytes) -> Index:
         raise CheckpointError("the index must have metadata and weight_map")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise CheckpointError(f"the metadata must hold strings, {key!r:.80} does not")
+            raise CheckpointError(
+                f"the metadata must hold strings, got {type(value).__name__} for {key!r:.80}"
+            )
     if not all(isinstance(file, str) for file in file_of.values()):
         raise CheckpointError("`weight_map` must hold strings")
     for file in set(file_of.values()):
-        if not is_shard_name(place, file):  # a name with a path could lead anywhere
+        if not is_shard_name(place, file):  # a path could lead out of the folder
             raise CheckpointError(
                 f"the index names {file!r:.80}, which cannot be a file of this state"
             )

@@ -187,7 +187,7 @@ def _write_split(
     for file, names in zip(shards, groups, strict=True):
         infos |= _infos({name: tensors[name] for name in names})
         file_of |= dict.fromkeys(names, file)
-    sealed(None)  # before anything is written
+    sealed(None)  # refuse before anything is written
     try:
         # while the index is locked, other saves do not delete the files with its token
         with atomic.create(index) as stream:
@@ -204,7 +204,7 @@ def _write_split(
     except BaseException:
         atomic.remove(index)
         current = read_index(place, lenient=True)
-        if current is None or shards[0] not in current.files:  # else the new state is in place
+        if current is None or shards[0] not in current.files:  # otherwise the new state is in force
             for file in shards:
                 atomic.remove(place.with_name(file))
         raise
@@ -250,7 +250,7 @@ def _stream(
     digests = {name: _copy(name, tensors[name], stream) for name in infos}
     header = build_header(infos, metadata(infos, digests))
     if len(header) != len(room):
-        raise CheckpointError("the header changed its length while the tensors were written")
+        raise CheckpointError("the header changed length while the tensors were written")
     if header != room:  # equal if it holds no digests, as in a file of a split state
         check(parse_header(header, len(header) + size))
         stream.seek(0)

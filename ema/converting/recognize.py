@@ -70,7 +70,7 @@ def choose(
     if len(found.candidates) > 1:
         names = listing(label for label, _ in found.candidates)
         raise CheckpointError(
-            f"it holds several averages, {names}: key= (--key) names the one that is meant"
+            f"it holds several averages, {names}: pass key= (--key) to choose one"
         )
     if found.candidates:
         return found.candidates[0][1]
@@ -83,8 +83,8 @@ def choose(
     )
     raise CheckpointError(
         f"nothing in it says that it holds averages{proposed}: it holds {described_parts(tree, is_tensor)};"
-        " key= (--key) names the part that is the average, and averaged=True (--averaged) says that"
-        " the weights are averages"
+        " pass key= (--key) to name the part that is the average, or averaged=True (--averaged) if the"
+        " weights are averages"
     )
 
 
@@ -222,18 +222,21 @@ def _by_key(tree: Mapping[str, Any], is_tensor: IsTensor, key: str) -> Chosen:
         if (flat := _by_prefix(tree, is_tensor, key)) is not None:
             return flat
         raise CheckpointError(
-            f"it lacks key= (--key) {key!r:.80}: it holds {described_parts(tree, is_tensor)}"
+            f"key= (--key) must name one of its parts, got {key!r:.80}: it holds"
+            f" {described_parts(tree, is_tensor)}"
         )
     part = subtree(tree, path)
     if next(flattened(part, is_tensor), None) is None:
         raise CheckpointError(
-            f"key= (--key) {key!r:.80} is a part without tensors: it holds"
+            f"key= (--key) must name a part with tensors, got {key!r:.80}: it holds"
             f" {described_parts(tree, is_tensor)}"
         )
     inside = _Search(part, is_tensor).candidates
     if len(inside) > 1:
         names = listing(f"{key}.{label}" for label, _ in inside)
-        raise CheckpointError(f"`{key}` holds several averages: key= (--key) names one of {names}")
+        raise CheckpointError(
+            f"`{key}` holds several averages: pass key= (--key) to choose one of {names}"
+        )
     if inside:  # an average beside its weights
         chosen = inside[0][1]
         return dataclasses.replace(chosen, path=(*path, *chosen.path), kind=f"`{key}`")
@@ -292,8 +295,8 @@ def _at_users_word(tree: Mapping[str, Any], is_tensor: IsTensor) -> Chosen:
         parts = [name for name, child in children(tree) if not is_tensor(child)]
         if any(words(name) & OPTIMIZERS for name in parts) or not _is_plain(tree, is_tensor):
             raise CheckpointError(
-                f"it holds {described_parts(tree, is_tensor)}: key= (--key) names the part that is the"
-                " average"
+                f"it holds {described_parts(tree, is_tensor)}: pass key= (--key) to name the part"
+                " that is the average"
             )
         beside, kind, what = {}, "weights", "the weights"
     return Chosen(

@@ -117,10 +117,8 @@ def read_state_dict(
         CheckpointError: the state is not recognized.
     """
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"it must hold a state dict, got {type(state).__name__}")
-    exchanged = key == "ema_state_dict" and _is_exchanged(
-        state
-    )  # raw weights, even if the user names them
+        raise CheckpointError(f"it holds a {type(state).__name__}, not a state dict")
+    exchanged = key == "ema_state_dict" and _is_exchanged(state)  # this key holds raw weights
     if (key is None or exchanged) and (found := _known(state, name)) is not None:
         return found
     chosen = choose(state, _is_tensor, key=key, averaged=averaged)

@@ -148,9 +148,7 @@ def _refuse_others(tree: Any, states: list[tuple[KeyPath, Mapping[str, Any]]]) -
     except CheckpointError:
         return
     labels = listing([other.kind.strip("`"), *(".".join(path) for path, _ in states)])
-    raise CheckpointError(
-        f"it holds several averages, {labels}: key= (--key) names the one that is meant"
-    )
+    raise CheckpointError(f"it holds several averages, {labels}: pass key= (--key) to choose one")
 
 
 def _from_states(
@@ -169,8 +167,7 @@ def _from_states(
     if len(models) > 1:
         places = listing(".".join(_shared([group.path for group in model])) for model in models)
         raise CheckpointError(
-            f"it holds averages of several models or steps, {places}: key= (--key) names the one"
-            " that is meant"
+            f"it holds averages of several models or steps, {places}: pass key= (--key) to choose one"
         )
     tensors, remainders, others = _together(groups)
     step, count, skipped = groups[0].counters

@@ -51,7 +51,7 @@ def test_inspect_refuses_in_one_line(tmp_path):
     result = run("inspect", tmp_path / "x.safetensors")
     assert result.exit_code == 2
     assert result.output.strip().endswith(
-        "x.safetensors: 5 bytes are too short for a safetensors file"
+        "x.safetensors: a file of 5 bytes is too short for a safetensors file"
     )
 
 

@@ -452,7 +452,7 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
     (tmp_path / "b.pt").write_bytes(pickle.dumps({"state_dict_ema": Malicious()}))
     torch.save({"ema": nn.Linear(2, 2)}, tmp_path / "c.pt")
     for file, message in {
-        "a.pt": "it holds an object of print, and only tensors and plain values are read",
+        "a.pt": "it holds an object of print, but only tensors and plain values are read",
         "b.pt": "its pickle holds more than plain values, or has a pickle_protocol of 4",
         "c.pt": r"it holds an object of torch\.nn\.modules\.linear\.Linear, .* save its state_dict",
     }.items():
@@ -467,7 +467,7 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
     ("state", "message"),
     [
         ({"model": {}, "optimizer": {}}, "that it holds averages: it holds `model`, `optimizer`"),
-        ([1, 2], "it must hold a state dict, got list"),
+        ([1, 2], "it holds a list, not a state dict"),
         ({"shadow_params": 3, "num_updates": 1, "decay": 0.9}, "`shadow_params` must be a list"),
         ({"n_averaged": torch.tensor(1)}, "it holds no tensor whose name begins with `module"),
         ({"n_averaged": "x", "module.w": torch.ones(1)}, "`n_averaged` must be a count, got 'x'"),

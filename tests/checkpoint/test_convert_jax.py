@@ -214,7 +214,9 @@ def test_a_key_names_the_part_and_a_wrong_one_is_refused(tmp_path, averages, con
     state = {"a": {"weights": tree(RAW), "mine": tree(AVERAGE)}, "step": jnp.int32(3)}
     source = WRITERS[place](tmp_path / place, state)
     averages(source, key="a.mine", step=1)
-    with pytest.raises(CheckpointError, match=r"lacks key= .*'a\.yours': it holds"):
+    with pytest.raises(
+        CheckpointError, match=r"key= .* must name one of its parts, got 'a\.yours': it holds"
+    ):
         converted(source, key="a.yours", step=1)
 
 
@@ -222,7 +224,7 @@ def test_a_key_names_the_part_and_a_wrong_one_is_refused(tmp_path, averages, con
 def test_of_several_averages_one_must_be_named(tmp_path, averages, converted, place):
     state = {"params": tree(RAW), "ema": tree(AVERAGE), "ema_slow": tree(RAW)}
     source = WRITERS[place](tmp_path / place, state)
-    with pytest.raises(CheckpointError, match="several averages, `ema`, `ema_slow`: key="):
+    with pytest.raises(CheckpointError, match="several averages, `ema`, `ema_slow`: pass key="):
         converted(source, step=1)
     averages(source, key="ema", step=1)
 
@@ -290,7 +292,7 @@ def test_groups_of_one_model_are_one_average_and_two_models_are_two(tmp_path, co
         converted(source)
     both = WRITERS[place](tmp_path / "both", {"generator": one, "critic": two})
     with pytest.raises(
-        CheckpointError, match=r"or steps, `\w+\.inner_states`, `\w+\.inner_states`: key="
+        CheckpointError, match=r"or steps, `\w+\.inner_states`, `\w+\.inner_states`: pass key="
     ):
         converted(both)
     converted(both, key="generator")
@@ -306,7 +308,7 @@ def test_actor_and_critic_are_told_apart(tmp_path, converted, steps):
     )
     source = orbax(tmp_path / "both", {"a": actor, "b": [optax.EmptyState(), critic]})
     with pytest.raises(
-        CheckpointError, match=r"several models or steps, `a`, `b\.1`: key= \(--key"
+        CheckpointError, match=r"several models or steps, `a`, `b\.1`: pass key= \(--key"
     ):
         converted(source)
     assert converted(source, key="b")[0].names == ("critic",)
@@ -319,7 +321,7 @@ def test_an_average_beside_that_of_params_ema_is_asked_for(tmp_path, converted, 
         tmp_path / "run",
         {"ema_params": tree(AVERAGE), "opt_state": [updated(params_ema(0.9), tree(RAW))]},
     )
-    with pytest.raises(CheckpointError, match=r"`ema_params`, `opt_state\.0`: key="):
+    with pytest.raises(CheckpointError, match=r"`ema_params`, `opt_state\.0`: pass key="):
         converted(source)
     averages(source, key="ema_params", step=1)
     assert converted(source, key="opt_state")[0].record.step == 3
@@ -723,7 +725,7 @@ def test_an_archive_runs_nothing(tmp_path, converted, capsys):
         tmp_path / "x.npz",
         **{"ema/w": np.ones(2), "ema/o": np.array([Malicious()]), "params/w": np.ones(2)},
     )
-    with pytest.raises(CheckpointError, match="`o` is an array of objects, which would have to be"):
+    with pytest.raises(CheckpointError, match="`o` is an array of objects, which only unpickling"):
         converted(tmp_path / "x.npz", step=1)
     assert "executed" not in capsys.readouterr().out
 
@@ -734,7 +736,9 @@ def test_other_archives_of_arrays_are_refused(tmp_path, converted):
     np.save(array, np.ones(3))
     with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("ema/w.npy", array.getvalue())
-    with pytest.raises(CheckpointError, match=r"`ema/w` is compressed as np\.savez does not"):
+    with pytest.raises(
+        CheckpointError, match=r"`ema/w` is compressed in a way that np\.savez does not"
+    ):
         converted(file, step=1)
     with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that is there twice

@@ -464,11 +464,11 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ((0, 8), (12, 20), "`b` begins at byte 12 of the data where 8 is due"),
-        ((0, 8), (4, 12), "`b` begins at byte 4 of the data where 8 is due"),
-        ((0, 8), (0, 8), "`b` begins at byte 0 of the data where 8 is due"),
-        ((4, 12), (12, 20), "`a` begins at byte 4 of the data where 0 is due"),
-        ((0, 8), (8, 16), "the tensors take 16 bytes, the file has 20 for them"),
+        ((0, 8), (12, 20), "`b` must begin at byte 8 of the data, got 12"),
+        ((0, 8), (4, 12), "`b` must begin at byte 8 of the data, got 4"),
+        ((0, 8), (0, 8), "`b` must begin at byte 8 of the data, got 0"),
+        ((4, 12), (12, 20), "`a` must begin at byte 0 of the data, got 4"),
+        ((0, 8), (8, 16), "the tensors take 16 bytes, the file has room for 20"),
     ],
 )
 def test_tensors_fill_the_data_without_gap_or_overlap(tmp_path, first, second, message):

@@ -220,7 +220,9 @@ def test_an_epoch_counts_no_steps(tmp_path):
 
 
 def test_several_are_asked_for(tmp_path):
-    with pytest.raises(CheckpointError, match=r"several averages, `ema_long`, `ema_short`: key="):
+    with pytest.raises(
+        CheckpointError, match=r"several averages, `ema_long`, `ema_short`: pass key="
+    ):
         convert(REFUSED["two"], tmp_path / "ours", step=1)
     assert_averages(convert(REFUSED["two"], tmp_path / "ours", key="ema_long", step=1))
 
@@ -257,7 +259,7 @@ def test_a_word_of_the_users_is_taken_and_said(tmp_path, state):
 
 def test_a_word_does_not_choose_between_parts(tmp_path):
     """One part beside the optimizer needs no choice."""
-    with pytest.raises(CheckpointError, match=r"key= \(--key\) names the part"):
+    with pytest.raises(CheckpointError, match=r"pass key= \(--key\) to name the part"):
         convert({"g": RAWS, "d": RAWS, "optimizer": ADAM}, tmp_path / "ours", averaged=True, step=1)
     assert_averages(
         convert({"net": AVERAGES, "optimizer": ADAM}, tmp_path / "ours", averaged=True, step=1)
@@ -288,7 +290,7 @@ def test_names_that_are_one_without_dots_are_refused(tmp_path):
         "model.ab.c": torch.ones(1),
         "model_ema.abc": torch.ones(1),
     }
-    with pytest.raises(CheckpointError, match=r"`model.a.bc`, `model.ab.c` are one name without"):
+    with pytest.raises(CheckpointError, match=r"`model.a.bc`, `model.ab.c` are the same without"):
         convert(state, tmp_path / "ours", step=1)
 
 
@@ -497,7 +499,7 @@ def test_without_torch_its_files_are_refused_in_one_line(tmp_path):
         ("x.npz", "npz", "an archive of numpy.savez; `ema convert`"),
         ("x.msgpack", b"\x81\xa6params\x80" + bytes(20), "a msgpack file, as flax.serialization"),
         ("x.pkl", b"\x80\x04\x95" + bytes(20), "a pickle, as older versions of torch.save"),
-        ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file, which is not read"),
+        ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file, which `ema` cannot read"),
         ("x.zip", b"PK\3\4" + bytes(40), "a damaged zip archive"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
