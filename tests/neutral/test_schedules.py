@@ -260,6 +260,8 @@ def test_a_cosine_begins_with_its_start_and_ends_with_its_end():
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=str)
 def test_an_update_closes_one_step_unless_it_is_told_otherwise(schedule):
+    for cls in (Schedule, type(schedule)):
+        assert inspect.signature(cls.weight).parameters["span"].default == 1
     for count in (1.0, 7.0, 300.0):
         assert schedule.weight(count) == schedule.weight(count, 1)
 
