@@ -258,6 +258,28 @@ def test_a_cosine_begins_with_its_start_and_ends_with_its_end():
         assert schedule.weight(100 / span, span) > 1 - 0.99
 
 
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=str)
+def test_an_update_closes_one_step_unless_it_is_told_otherwise(schedule):
+    for cls in (Schedule, type(schedule)):
+        assert inspect.signature(cls.weight).parameters["span"].default == 1
+    for count in (1.0, 7.0, 300.0):
+        assert schedule.weight(count) == schedule.weight(count, 1)
+
+
+def test_the_documented_defaults():
+    assert ema.HalfLifeRampup(steps=1) == ema.HalfLifeRampup(steps=1, rampup_ratio=0.05)
+    assert ema.InverseGammaWarmup(decay=0.9) == ema.InverseGammaWarmup(
+        decay=0.9, inv_gamma=1, power=2 / 3, min_decay=0
+    )
+    cosine = ema.CosineDecay(start=0.5, total_steps=9)
+    assert cosine == ema.CosineDecay(start=0.5, end=1, total_steps=9)
+
+
+def test_a_number_outside_of_its_range_is_named_as_the_argument_that_it_was():
+    with pytest.raises(ema.ArgumentError, match=r"^`decay\['a'\]` must lie in \[0, 1\], got 1.5"):
+        as_schedule(1.5, "decay['a']")
+
+
 def test_an_infinite_half_life_is_a_fixed_share_of_the_run():
     """``steps=inf``: the half-life is ``rampup_ratio`` of all steps so far, also as plain values."""
     schedule = ema.HalfLifeRampup(steps=math.inf, rampup_ratio=0.1)
