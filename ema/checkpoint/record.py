@@ -228,7 +228,7 @@ def _schedule(name: str, text: str) -> Schedule | dict[str, Any] | None:
     try:
         return known_schedule(description)
     except EMAError as error:
-        raise CheckpointError(f"`{name}` does not describe one: {error}") from None
+        raise CheckpointError(f"`{name}` does not describe a schedule: {error}") from None
 
 
 def names_from_json(name: str, text: str) -> tuple[str, ...]:
