@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ema import profiles as profiles
 from ema.decay import (
     compute_optimal_decay,
     decay_from_half_life,

@@ -18,10 +18,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, final
 
-from ema import profiles, validate
+from ema import validate
 from ema.errors import ArgumentError, ArgumentTypeError
 from ema.namespace import FLOAT_MATH, Namespace, Scalar
 from ema.plain_values import number_from_plain, plain_fields
+from ema.widths import gamma_from_std
 
 __all__ = [
     "EXAMPLES",
@@ -268,7 +269,7 @@ class PowerFunction(Schedule):
     @classmethod
     def from_std(cls, std: float) -> PowerFunction:
         """The one whose memory has relative width ``std``, in (0, 0.2886…], for instance 0.1."""
-        return cls(gamma=profiles.gamma_from_std(std))
+        return cls(gamma=gamma_from_std(std))
 
     def weight(self, count: Scalar, span: Scalar = 1, xp: Namespace = FLOAT_MATH) -> Scalar:
         later = xp.maximum(count, 2.0)  # log1p(−1) is −∞, which jax_debug_infs reports
