@@ -284,7 +284,7 @@ def _formula(schedule: Schedule, span: int) -> _Formula | None:
         power = schedule.gamma + 1.0 if isinstance(schedule, PowerFunction) else 1.0
         # (1 − 1/m)^power multiplied over m; the first update copies
         return _Formula(
-            lambda counts: power * np.log(np.maximum(counts, 1.0)),
+            lambda counts: -power * np.log(np.maximum(counts, 1.0)),
             lambda updates: min(updates, 1),
         )
     if type(schedule) in (ConstantDecay, HalfLife):
