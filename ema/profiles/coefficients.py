@@ -75,12 +75,10 @@ def posthoc_coefficients(
             f"`steps` must hold at least two snapshots up to `target_step` ({target[0]:g}),"
             f" got {len(used)}"
         )
-    sources = [_profile(pairs[index]) for index in used]
+    sources = [_profile(pair) for pair in pairs]
     if metric == "tails":
-        found = combine(sources, _profile(target), continuous=True).coefficients
-    else:
-        found = _closest_responses(sources, _profile(target))
-    coefficients[used] = found
+        return combine(sources, _profile(target), continuous=True).coefficients
+    coefficients[used] = _closest_responses([sources[index] for index in used], _profile(target))
     return coefficients
 
 

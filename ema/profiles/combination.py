@@ -133,14 +133,17 @@ def _nodes(profiles: Sequence[Profile], *, continuous: bool) -> tuple[Floats, Fl
 def _equal(
     profiles: Sequence[Profile], tails: Floats, target: Profile, wanted: Floats
 ) -> Floats | None:
-    """All of the first source that has the same memory as the target, if there is one."""
-    for index, source in enumerate(profiles):
-        same = source.initial_share == target.initial_share
-        if same and np.array_equal(tails[:, index], wanted):
-            found = np.zeros(len(profiles))
-            found[index] = 1.0
-            return found
-    return None
+    """All of the source with the memory of the target, the latest of several; None without one."""
+    equal = [
+        index
+        for index, source in enumerate(profiles)
+        if source.initial_share == target.initial_share and np.array_equal(tails[:, index], wanted)
+    ]
+    if not equal:
+        return None
+    found = np.zeros(len(profiles))
+    found[max(equal, key=lambda index: profiles[index].step)] = 1.0
+    return found
 
 
 def _constrained(factor: Floats, wanted: Floats) -> Floats:

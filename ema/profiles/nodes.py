@@ -19,7 +19,7 @@ _NODES = 40
 """Nodes in a piece; sums and integrals of polynomials up to degree 79 are exact."""
 _HALVINGS = 8
 """Halvings of the first interval towards 0, where a fractional power of the time is not smooth."""
-_LONGEST = 1024
+_LONGEST = 256
 """Steps from which on a piece is halved towards its end: averages may remember few steps only."""
 
 

@@ -262,7 +262,7 @@ def profile_of(
     array([0.125, 0.125, 0.25 , 0.5  ])
     >>> profile.tail
     array([1.   , 0.875, 0.75 , 0.5  ])
-    >>> profile.mean_age
+    >>> round(profile.mean_age, 12)
     0.875
     """
     schedule = as_schedule(decay)

@@ -17,11 +17,17 @@ MODULES = {  # how many examples each has at least, so that a lost one is notice
     "ema.plan.model": 2,
     "ema.command.plan": 0,
     "ema.plan.table": 0,
-    "ema.profiles": 2,
+    "ema.profiles": 0,
+    "ema.profiles.closed": 2,
+    "ema.profiles.coefficients": 3,
+    "ema.profiles.combination": 3,
+    "ema.profiles.nodes": 0,
+    "ema.profiles.runs": 4,
     "ema.plan.quantities": 5,
     "ema.schedules": 0,
     "ema.selftest": 0,
     "ema.validate": 0,
+    "ema.widths": 2,
 }
 
 

@@ -30,6 +30,7 @@ NEUTRAL = (
     "ema.schedules",
     "ema.selftest",
     "ema.validate",
+    "ema.widths",
 )
 FORBIDDEN = {
     **dict.fromkeys(NEUTRAL, FRAMEWORKS),
@@ -42,6 +43,7 @@ PLANTED = [  # the file in which an import is planted, what is imported, and wha
     ("errors.py", "flax", "ema.errors"),
     ("info.py", "transformers", "ema.info"),
     ("validate.py", "optax", "ema"),
+    ("profiles/combination.py", "torch", "ema.profiles"),
     ("command/main.py", "rich", "ema.command.main"),
     ("plan/model.py", "torch", "ema.plan.model"),
     ("command/plan.py", "typer", "ema.command.plan"),
