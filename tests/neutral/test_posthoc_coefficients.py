@@ -370,11 +370,6 @@ GOOD = {"steps": [1, 2, 3], "stds": [0.1, 0.1, 0.1], "target_step": 3, "target_s
             ema.ArgumentError,
             "`metric` must be 'tails' or 'response', got ['tails']",
         ),
-        (
-            {"metric": "response", "stds": [0.1, 0.1, 0.1 + 1e-17], "steps": [1, 2, 2]},
-            ema.ArgumentError,
-            "`target_step` must not exceed",
-        ),
     ],
 )
 def test_a_wrong_argument_is_refused_with_name_rule_and_value(wrong, error, message):

@@ -217,9 +217,10 @@ def test_a_schedule_is_asked_once_for_all_profiles_of_a_run():
     for step in range(1000, 10_001, 1000):
         run.at(step).tail_at(np.arange(0.5, step))
     assert sum(asked) < 11_000
+    assert run._table is run._table
 
 
-def test_ten_million_steps_of_a_formula_cost_what_ten_cost():
+def test_a_schedule_with_a_formula_needs_no_table_of_its_steps():
     run = Run(ema.PowerFunction.from_std(0.1), 10**15)
     times = np.array([0.25, 0.5, 0.75]) * 10**15
     expected = PowerProfile.from_std(0.1, 10**15).tail_at(times)
