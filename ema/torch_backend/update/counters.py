@@ -32,7 +32,7 @@ class Counters:
         return self._told(len(self.pending))
 
     def arrived(self) -> Counters:
-        """With what the device has told by now; it is not waited for."""
+        """The counters that include every answer of the device so far, without waiting for it."""
         return self._told(len(list(takewhile(DeviceFlag.has_arrived, self.pending))))
 
     def _told(self, number: int) -> Counters:

@@ -50,7 +50,7 @@ class Guard:
         self._looks: dict[torch.device, list[Callable[[], Tensor]]] = {}
 
     def prepare(self) -> None:
-        """Make ready for looks on accelerators, and compile what they launch."""
+        """Prepare the checks on accelerators, and compile their kernels."""
         if not self._looks:
             for device, names in self._on_accelerators.items():
                 tensors = [self._tensors[name] for name in names]
@@ -86,7 +86,7 @@ class Guard:
         return bad
 
     def _flags(self) -> dict[torch.device, Tensor]:
-        """Whether there is none on an accelerator, for each of them."""
+        """Whether all values are finite, one flag for each accelerator."""
         self.prepare()
         flags = {device: [look() for look in looks] for device, looks in self._looks.items()}
         return {device: torch.stack(several).all() for device, several in flags.items()}
@@ -177,7 +177,7 @@ def _readable(tensor: Tensor) -> Tensor:
 class DeviceFlag:
     """A bool on a device, on its way to the host since it was made.
 
-    Asking for it waits until then, and not for what the device was given to do later.
+    Asking for it waits for the check alone, and not for work that was queued after it.
     """
 
     def __init__(self, value: Tensor) -> None:

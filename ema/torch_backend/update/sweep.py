@@ -53,7 +53,7 @@ class Sweep:
     Large tensors whose average has the same dtype are read where they are, all in one call. The
     others pass through one buffer of :data:`~ema.torch_backend.tensors.memory.CHUNK` elements: small
     tensors whose averages lie side by side are gathered in it, and what has another dtype, device
-    or memory order is converted in it, a chunk at a time. What needs more than one operation is
+    or memory order is converted in it, a chunk at a time. A copy that needs more than one operation is
     done a chunk at a time too, so that it stays in cache. The buffers are reused, and a signal
     (Ctrl-C) finds an update done or not begun. Several averages of one tensor read it once.
 
@@ -129,7 +129,7 @@ class Sweep:
         """
         steps = [*self._steps(weights, count), then]
         if not any(self._kernels):
-            # live tensors are among what is read: each that autograd does not look at saves 40 ns
+            # live tensors are read too: without autograd each of them takes 40 ns less
             with torch.inference_mode():
                 run(steps)
             return
@@ -140,7 +140,7 @@ class Sweep:
             run(steps)
 
     def _steps(self, weights: Sequence[float], count: int) -> Iterator[Call]:
-        """All that is not done by kernels."""
+        """The steps that no kernel does."""
         single = [float(np.float32(weight)) for weight in weights]  # rounded once
         for each in self._passes:
             wide = each.params[0].dtype == torch.float64
