@@ -189,7 +189,7 @@ def test_inside_galore_it_is_refused_at_the_first_update(start):
 
 def test_inside_flatten_it_is_no_average_of_these_leaves(start):
     tx = optax.flatten(inner())
-    with pytest.raises(ModelError, match="`params` are not those of the average"):
+    with pytest.raises(ModelError, match="`params` do not match the average"):
         get_params_ema(tx.init(start), start)
 
 
