@@ -87,19 +87,22 @@ EXTRA = {
     "inside opaque sam": ("grad_fn",),
 }
 REFUSED_WHEN_READ = {
-    "lookahead": (lambda: optax.lookahead(inner(), 3, 0.5), "inside lookahead misses its synchron"),
+    "lookahead": (lambda: optax.lookahead(inner(), 3, 0.5), "inside lookahead misses the synchron"),
     "mechanize": (lambda: contrib.mechanize(inner()), "inside mechanize averages parameters that"),
-    "schedule_free": (lambda: contrib.schedule_free(inner(), 0.1), "inside schedule_free averages"),
+    "schedule_free": (
+        lambda: contrib.schedule_free(inner(), 0.1),
+        "inside schedule_free does not average",
+    ),
     "behind sam": (
         lambda: optax.chain(contrib.sam(sgd(), AROUND, sync_period=2), average()),
-        "behind sam averages the points",
+        "after sam averages the perturbed",
     ),
     "deep behind sam": (
         lambda: optax.chain(
             optax.chain(contrib.sam(sgd(), AROUND), optax.identity()),
             optax.masked(average(), {"w": True, "v": True}),
         ),
-        "behind sam averages the points",
+        "after sam averages the perturbed",
     ),
     "in the steps around": (
         lambda: contrib.sam(sgd(), optax.chain(AROUND, average())),

@@ -174,7 +174,7 @@ def test_an_nnx_optimizer():
 def test_what_cannot_be_adapted(after, params):
     state = after(optax.chain(ADAM, params_ema(0.5, name="a")), 1)
     renamed = optax.chain(ADAM, params_ema(0.5, name="b"))
-    with pytest.raises(ema.ArgumentError, match=r"\('b'\) or differ .* got 'a'"):
+    with pytest.raises(ema.ArgumentError, match=r"\('b'\), or differ .* got 'a'"):
         adapt_opt_state(state, renamed, params)
     twice = optax.chain(ADAM, params_ema(0.5), params_ema(0.5))
     with pytest.raises(ema.ArgumentError, match=r"\(\(unnamed\), \(unnamed\)\).* got \(unnamed\)"):
