@@ -103,7 +103,9 @@ def test_a_schedule_of_another_class_is_a_description_and_nothing_is_made_of_it(
 @pytest.mark.parametrize("text", ["[1]", "3", '"HalfLife"', '{"steps":1}', '{"schedule":[]}'])
 def test_a_schedule_that_is_neither_null_nor_a_description_is_damage(copied, edit, text):
     edit(copied, lambda header: header["__metadata__"].update(schedule=text))
-    with pytest.raises(CheckpointError, match="`schedule` does not describe a schedule: a schedule needs"):
+    with pytest.raises(
+        CheckpointError, match="`schedule` does not describe a schedule: a schedule needs"
+    ):
         read_state(copied)
 
 
