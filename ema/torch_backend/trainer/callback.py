@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from ema.torch_backend.model import EMAModel
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.trainer import advice
 from ema.torch_backend.trainer.attachment import Attachment
-from ema.torch_backend.trainer.checkpoints import Checkpoints, wait_for_everyone
 from ema.torch_backend.trainer.claims import claim
-from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate, live_weights
+from ema.torch_backend.trainer.course import Course
+from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate
 from ema.torch_backend.trainer.export import processing_class_of, save_pretrained
-from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, applied
-from ema.torch_backend.trainer.resuming import Resuming
+from ema.torch_backend.trainer.optimizer_modes import Loan, applied
 from ema.torch_backend.trainer.run_average import RunAverage
 from ema.torch_backend.trainer.run_folder import file_name, model_folder
 
@@ -131,16 +130,12 @@ class EMACallback(TrainerCallback):
             overlap=overlap,
         )
         self._run = RunAverage(settings)
-        self._checkpoints = Checkpoints(self._run, name)
-        self._resuming = Resuming(
-            self._run, self._checkpoints, name, missing_is_error=on_missing_average == "error"
-        )
         self._evaluation = EvaluationSwap()
-        self._optimizer = RunOptimizer()
+        self._course = Course(
+            self._run, self._evaluation, name, missing_is_error=on_missing_average == "error"
+        )
         self._applied = ExitStack()  # from apply_ema to restore_original
-        self._attachment: Attachment | None = None
         self._processing_class: Any = None  # of the Trainer, or the tokenizer of its data collator
-        self._batch_size: int | None = None  # of the training that has begun and not ended
 
     @property
     def has_average(self) -> bool:
@@ -173,7 +168,7 @@ class EMACallback(TrainerCallback):
         average = self._run.fit(model)
         average.apply_ema(model, assign=assign)
         self._applied.close()
-        self._applied.enter_context(applied(average, model, self._optimizers(), assign=assign))
+        self._applied.enter_context(applied(average, model, self._course.optimizers, assign=assign))
 
     def restore_original(self, model: nn.Module | None = None) -> None:
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
@@ -189,14 +184,14 @@ class EMACallback(TrainerCallback):
         self, model: nn.Module | None = None, *, assign: bool = False
     ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, see :meth:`EMAModel.use_ema`."""
-        loan = Loan(self._run.fit(model), model, self._optimizers(), assign=assign)
+        loan = Loan(self._run.fit(model), model, self._course.optimizers, assign=assign)
         with self._evaluation.suspended(), loan.block() as averaged:
             yield averaged
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """Averaged weights inside the block, and live ones in the checkpoints written there."""
-        loan = Loan(self._run.fit(model), model, self._optimizers())
+        loan = Loan(self._run.fit(model), model, self._course.optimizers)
         with self._evaluation.suspended(), loan.block(), known_to_evaluate(loan):
             yield
 
@@ -274,10 +269,10 @@ class EMACallback(TrainerCallback):
         Raises:
             StateError: it is attached already.
         """
-        if self._attachment is not None:
+        if self._course.attachment is not None:
             raise StateError("the callback is attached to a Trainer already: detach it first")
         self._evaluation.end()
-        self._attachment = Attachment(self, trainer, self._checkpoints)
+        self._course.attachment = Attachment(self, trainer, self._course.checkpoints)
         return self
 
     def detach(self) -> None:
@@ -286,24 +281,17 @@ class EMACallback(TrainerCallback):
         Raises:
             StateError: it is not attached, or another callback was attached after it.
         """
-        if self._attachment is None:
+        if self._course.attachment is None:
             raise StateError("the callback is attached to no Trainer")
-        self._attachment.undo()
-        self._attachment = None
+        self._course.attachment.undo()
+        self._course.attachment = None
 
     def log_values(self) -> dict[str, float]:
         """Decay of the last update, updates so far and relative distance to the live weights.
 
         While averages are swapped in, the distance is left out.
         """
-        if not self._run.exists:
-            return {}
-        average = self.ema_model
-        prefix = "ema" if self.name is None else f"ema_{self.name}"
-        values = {f"{prefix}_decay": average.decay, f"{prefix}_updates": average.count}
-        with suppress(StateError):
-            values[f"{prefix}_distance"] = average.relative_distance()
-        return values
+        return self._run.log_values("ema" if self.name is None else f"ema_{self.name}")
 
     def on_train_begin(
         self,
@@ -318,23 +306,8 @@ class EMACallback(TrainerCallback):
         if model is None:
             return
         claim(state, file_name(self.name), evaluates=self.eval_with_ema)
-        self._evaluation.end()
-        self._optimizer.set(optimizer)
-        self._checkpoints.notes = {}
         self._processing_class = processing_class_of(**kwargs)
-        smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
-        self._batch_size = state.train_batch_size
-        with live_weights(model):
-            go_on = self._run.begin(
-                model,
-                again=args.auto_find_batch_size and smaller,
-                may_begin_again=args.auto_find_batch_size,
-            )
-            if state.global_step > 0 and not go_on:
-                told = None if self._attachment is None else self._attachment.resumed_from
-                self._resuming.resume(args, state, told)
-        self._checkpoints.begin(args, state)
-        advice.on_slow_decay(self._run.settings, state.max_steps)
+        self._course.begin(args, state, model, optimizer)
         if args.eval_on_start:
             self._begin_evaluation()
 
@@ -342,9 +315,7 @@ class EMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Train with the live weights."""
-        self._evaluation.end()
-        self._complete(args, state, control)
-        advice.on_step_beyond_the_last(state)
+        self._course.begin_step(args, state, control)
 
     def on_pre_optimizer_step(
         self,
@@ -355,8 +326,7 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the scale of the gradients, if there is one."""
-        self._complete(args, state, control)
-        self._checkpoints.before_step(optimizer)
+        self._course.before_step(args, state, control, optimizer)
 
     def on_step_end(
         self,
@@ -367,18 +337,15 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Update after an optimizer step, unless the gradient scaler skipped it."""
-        self._complete(args, state, control)  # of the step before
-        self._checkpoints.follow(state.global_step, optimizer)
-        self._complete(args, state, control)
-        self._expect(args, state, control)
+        self._course.follow(args, state, control, optimizer)
+        self._begin_evaluation()  # a callback that comes later may ask for one
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prepare for an evaluation or a save at the end of the epoch."""
-        self._evaluation.end()
-        self._complete(args, state, control)
-        self._expect(args, state, control)
+        self._course.end_epoch(args, state, control)
+        self._begin_evaluation()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -394,14 +361,13 @@ class EMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the average into the checkpoint, as its last file."""
-        self._evaluation.end()
-        self._checkpoints.announced(args, state)
+        self._course.save(args, state)
 
     def _told(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look whether a checkpoint was saved without an event."""
-        self._complete(args, state, control)
+        self._course.complete(args, state, control)
 
     on_epoch_begin = on_substep_end = on_optimizer_step = on_log = _told
 
@@ -414,43 +380,12 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the best average where the best model is kept, and write the averaged model."""
-        self._evaluation.end()
-        self._batch_size = None
-        self._complete(args, state, control)
-        average = self.ema_model
-        advice.on_no_update(average, self._run.settings)
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and self.eval_with_ema and best is not None:
-            wait_for_everyone()  # the main process may still be writing the average of this step
-            self._resuming.load_from(Path(best), "the last average is kept")
-        writes = args.should_save or average.sharded
+        self._course.end(args, state, control, best_is_averaged=self.eval_with_ema)
+        writes = args.should_save or self.ema_model.sharded
         if self.save_ema_model and writes and model is not None:
             self.save_pretrained(model, model_folder(args, state, self.name))
 
-    def _complete(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Complete checkpoints, unless the wrapped methods of an attached Trainer do it."""
-        if not self._serves_attached():
-            self._checkpoints.complete(args, state, control)
-
-    def _expect(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Prepare for the save or the evaluation that may follow."""
-        self._checkpoints.expect(args, state, control)
-        self._begin_evaluation()  # a callback that comes later may ask for one
-
     def _begin_evaluation(self) -> None:
-        """Prepare for an evaluation, unless the wrapped methods of an attached Trainer do it."""
-        if self.eval_with_ema and not self._serves_attached():
-            self._evaluation.arm(self.ema_model, self._optimizer)
-
-    def _serves_attached(self) -> bool:
-        """Whether the Trainer that trains now is the attached one."""
-        return self._attachment is not None and self._attachment.trains
-
-    def _optimizers(self) -> list[Any]:
-        """The optimizers that may rewrite the live weights while averages are in the model."""
-        attached = None if self._attachment is None else self._attachment.optimizer
-        return [self._optimizer.get(), attached]
+        """Prepare for an evaluation, if it is to see the averages."""
+        if self.eval_with_ema:
+            self._course.arm_evaluation()

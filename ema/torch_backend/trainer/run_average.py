@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,20 @@ class RunAverage:
         if self._ema_model is None and self._loaded is not None:
             return dict(self._loaded)
         return self.ema_model.state_dict()
+
+    def log_values(self, prefix: str) -> dict[str, float]:
+        """The numbers that the logs show, or an empty mapping before there is an average.
+
+        Args:
+            prefix: begins each name in the logs.
+        """
+        if not self.exists:
+            return {}
+        average = self.ema_model
+        values = {f"{prefix}_decay": average.decay, f"{prefix}_updates": average.count}
+        with suppress(StateError):  # averages are swapped in
+            values[f"{prefix}_distance"] = average.relative_distance()
+        return values
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state`` when training begins, or keep it until there is a model."""
