@@ -47,7 +47,7 @@ class Course:
         self._evaluation = evaluation
         self._resuming = Resuming(run, self.checkpoints, name, missing_is_error=missing_is_error)
         self._optimizer = RunOptimizer()
-        self._batch_size: int | None = None  # of the training that has begun and not ended
+        self._batch_size: int | None = None  # while a run trains
 
     @property
     def optimizers(self) -> list[Any]:
@@ -58,7 +58,7 @@ class Course:
     def begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any
     ) -> None:
-        """Start the average, or go on with the one that was saved or loaded."""
+        """Start the average, or continue the one that was saved or loaded."""
         self._evaluation.end()
         self._optimizer.set(optimizer)
         self.checkpoints.notes = {}
@@ -79,7 +79,7 @@ class Course:
     def begin_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
-        """Train with the live weights."""
+        """Make sure that training uses the live weights."""
         self._evaluation.end()
         self.complete(args, state, control)
         advice.on_step_beyond_the_last(state)
@@ -87,7 +87,7 @@ class Course:
     def before_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any
     ) -> None:
-        """Look at the scale of the gradients, if there is one."""
+        """Remember the scale of the gradients before the step, if there is one."""
         self.complete(args, state, control)
         self.checkpoints.before_step(optimizer)
 
@@ -95,7 +95,7 @@ class Course:
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any
     ) -> None:
         """Update after an optimizer step, unless the gradient scaler skipped it."""
-        self.complete(args, state, control)  # of the step before
+        self.complete(args, state, control)  # checkpoints of the step before
         self.checkpoints.follow(state.global_step, optimizer)
         self.complete(args, state, control)
         self.checkpoints.expect(args, state, control)
@@ -109,7 +109,7 @@ class Course:
         self.checkpoints.expect(args, state, control)
 
     def save(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Put the average into the checkpoint that the Trainer has just saved, as its last file."""
+        """Write the average into the checkpoint that was just saved, as its last file."""
         self._evaluation.end()
         self.checkpoints.announced(args, state)
 
@@ -136,10 +136,10 @@ class Course:
         """Complete the last checkpoint, and keep the best average where the best model is kept.
 
         Args:
-            args: of the Trainer.
-            state: likewise.
-            control: likewise.
-            best_is_averaged: whether the metric that chose the best model is that of the average.
+            args: the Trainer's arguments.
+            state: the Trainer's state.
+            control: the Trainer's control.
+            best_is_averaged: whether the average was evaluated to choose the best model.
         """
         self._evaluation.end()
         self._batch_size = None
