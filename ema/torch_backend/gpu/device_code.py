@@ -46,7 +46,7 @@ def widen(x):
 
 @triton.jit
 def to_nearest(bits):
-    """What to add to the bits of a float32 before the low 16 are cut off, to round ties to even."""
+    """The summand for the bits of a float32 before the low 16 are cut off, to round ties to even."""
     return 0x7FFF + ((bits >> 16) & 1)
 
 
