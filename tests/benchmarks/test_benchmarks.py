@@ -13,11 +13,10 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import pictures
 from benchmarks import timing as measuring
 from benchmarks.cases import REPORTED, TIMED, run, times
 from benchmarks.cases.peaks import makers, of_process, peaks_of
-from benchmarks.page import DOCS, markdown, write_page
+from benchmarks.page import DOCS, markdown, scaling, write_page
 from benchmarks.peers import PEERS, timm_utils
 from benchmarks.report import Report, Results, Row, of_times, short
 from benchmarks.setting import Setting, machine
@@ -213,6 +212,6 @@ def test_the_command_measures_in_new_processes(tmp_path):
 
 
 def test_the_picture_of_scaling_is_drawn_from_the_plan(tmp_path):
-    pictures.scaling(tmp_path / "scaling.svg")
+    scaling(tmp_path / "scaling.svg")
     texts = {x.text for x in ET.parse(tmp_path / "scaling.svg").iter()}
     assert texts
