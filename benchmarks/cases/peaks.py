@@ -11,21 +11,24 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks.models import count, gpt2, size
-from benchmarks.peers import PEERS, SWAPS, ours
+from benchmarks.peers import SWAPS, UPDATES, kind
 from benchmarks.report import Report, Row
 from benchmarks.setting import Setting, in_fresh_process
 
 FLOAT32 = 4
 STATUS = Path("/proc/self/status")
 COLUMNS = ["made and used once: bytes a parameter", "held", "peak in use", "peak in use, MiB"]
-
-Make = Callable[[nn.Module], Callable[[], object]]
+MAKERS: dict[str, dict[str, Callable[[nn.Module], Callable[[], object]]]] = {
+    "an update": UPDATES,
+    "a swap in and out": SWAPS,
+}
+"""Who can do a work, by name."""
 
 
 def of_updates(setting: Setting) -> Report:
@@ -40,20 +43,11 @@ def of_swaps(setting: Setting) -> Report:
 
 def _report(work: str, note: str, setting: Setting) -> Report:
     rows = []
-    for name in makers(work):
+    for name in MAKERS[work]:
         title, parameters, peaks = in_fresh_process(peaks_of, work, name, setting)
         cells = [f"{peak / parameters:.2f}" for peak in peaks] + [f"{peaks[-1] / 2**20:.0f}"]
-        kind = "ours" if name in ("ema", "ema assign") else "peer"
-        rows.append(Row(name=name, kind=kind, cells=cells))
+        rows.append(Row(name=name, kind=kind(name), cells=cells))
     return Report(title=title, columns=COLUMNS, rows=rows, note=note)
-
-
-def makers(work: str) -> dict[str, Make]:
-    """Who can do the work, by name."""
-    if work != "an update":
-        return dict(SWAPS)
-    peers = {name: lambda model, make=make: make(model, None) for name, make in PEERS.items()}
-    return {"ema": lambda model: ours(model).call, **peers}
 
 
 def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int]]:
@@ -64,13 +58,13 @@ def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int
         peak while the average is made and used for the first time, what it holds after that, and the
         peak while it is used again.
     """
-    make = makers(work)[name]
+    make = MAKERS[work][name]
     tiny = make(gpt2(dataclasses.replace(setting, size="tiny")))
     for _ in range(3):  # code and threads that come with the first use
         tiny()
     del tiny
     model = gpt2(setting, copies=4)
-    memory = of_process() if setting.on_cpu else _of_cuda()
+    memory = of_process() if setting.on_cpu else of_cuda()
     memory.reset()
     start = memory.now() + FLOAT32 * count(model)
     call = make(model)
@@ -86,8 +80,7 @@ def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int
     return title, count(model), [made, held, used]
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Three questions to an allocator, in bytes."""
 
     now: Callable[[], int]
@@ -95,12 +88,10 @@ class Memory:
     reset: Callable[[], Any]
 
 
-def _of_cuda() -> Memory:
-    return Memory(
-        torch.cuda.memory_allocated,
-        torch.cuda.max_memory_allocated,
-        torch.cuda.reset_peak_memory_stats,
-    )
+def of_cuda() -> Memory:
+    """The memory that PyTorch has given to tensors on the accelerator."""
+    cuda = torch.cuda
+    return Memory(cuda.memory_allocated, cuda.max_memory_allocated, cuda.reset_peak_memory_stats)
 
 
 def of_process() -> Memory:
