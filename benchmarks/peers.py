@@ -1,6 +1,6 @@
 """Ours and the peers on PyTorch, each with a constant decay, as the contenders of a case.
 
-A new peer is one function ``(model, dtype) -> update`` here and its line in ``UPDATES``. ``dtype`` is
+A new peer is one function ``(model, dtype) -> Average`` here and its line in ``AVERAGES``. ``dtype`` is
 that of the average, None where the package decides: the peers take that of the parameters.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ema_pytorch
 import torch
@@ -28,24 +28,25 @@ from benchmarks.setting import DECAY
 from benchmarks.timing import Contender
 from ema.torch_backend import EMAModel
 
-__all__ = ["FOREACH", "ONE_BY_ONE", "SWAPS", "UPDATES", "kind", "ours", "swaps", "timm"]
-__all__ += ["timm_utils", "updates"]
+__all__ = ["AVERAGES", "FOREACH", "ONE_BY_ONE", "SWAPS", "UPDATES", "kind", "ours", "swap_of"]
+__all__ += ["swaps", "timm_average", "timm_utils", "update_of", "updates"]
 
 Call = Callable[[], object]
 STUBS = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
 
 
-def ours(
-    model: nn.Module, name: str = "ema", *, traffic: int | None = None, **options: Any
-) -> Contender:
-    """One update by ``EMAModel`` with options."""
-    update = EMAModel(model, DECAY, **options).update
-    return Contender(name, update, kind="ours", traffic=traffic)
+class Average(NamedTuple):
+    """An update of an average, and a swap of it into the model and back, if the package has one."""
+
+    update: Call
+    swap: Any = None
 
 
-def ema_swap(model: nn.Module, *, assign: bool) -> Call:
-    average = EMAModel(model, DECAY)
-    return lambda: enter_and_exit(average.use_ema(assign=assign))
+def ema_average(
+    model: nn.Module, dtype: torch.dtype | None = None, *, assign: bool = False
+) -> Average:
+    average = EMAModel(model, DECAY, dtype=dtype)
+    return Average(average.update, lambda: enter_and_exit(average.use_ema(assign=assign)))
 
 
 def enter_and_exit(block: AbstractContextManager[object]) -> None:
@@ -53,18 +54,18 @@ def enter_and_exit(block: AbstractContextManager[object]) -> None:
         pass
 
 
-def averaged_model(model: nn.Module, dtype: torch.dtype | None = None) -> Call:
+def averaged_model(model: nn.Module, dtype: torch.dtype | None = None) -> Average:
     """Its grouped function refuses two dtypes, the other one promotes."""
     if dtype is None:
         peer = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     else:
         peer = AveragedModel(model, avg_fn=get_ema_avg_fn(DECAY)).to(dtype)
-    return lambda: peer.update_parameters(model)
+    return Average(lambda: peer.update_parameters(model))
 
 
-def ema_pytorch_update(
+def ema_pytorch_average(
     model: nn.Module, dtype: torch.dtype | None = None, *, foreach: bool
-) -> Call:
+) -> Average:
     peer = ema_pytorch.EMA(
         model,
         ema_model=None if dtype is None else copy.deepcopy(model).to(dtype),
@@ -75,46 +76,31 @@ def ema_pytorch_update(
         use_foreach=foreach,
         coerce_dtype=dtype is not None,
     )
-    return peer.update
+    return Average(peer.update)
 
 
-def torch_ema_of(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+def torch_ema_average(model: nn.Module, dtype: torch.dtype | None = None) -> Average:
     peer = torch_ema.ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
     peer.to(dtype=dtype)
-    return peer
+    return Average(
+        lambda: peer.update(model.parameters()),
+        lambda: enter_and_exit(peer.average_parameters(model.parameters())),
+    )
 
 
-def torch_ema_update(model: nn.Module, dtype: torch.dtype | None = None) -> Call:
-    peer = torch_ema_of(model, dtype)
-    return lambda: peer.update(model.parameters())
-
-
-def torch_ema_swap(model: nn.Module) -> Call:
-    peer = torch_ema_of(model)
-    return lambda: enter_and_exit(peer.average_parameters(model.parameters()))
-
-
-def diffusers_of(model: nn.Module, dtype: torch.dtype | None = None, *, foreach: bool) -> Any:
+def diffusers_average(
+    model: nn.Module, dtype: torch.dtype | None = None, *, foreach: bool
+) -> Average:
     params = model.parameters()
     peer = training_utils.EMAModel(params, decay=DECAY, min_decay=DECAY, foreach=foreach)
     peer.to(dtype=dtype)
-    return peer
-
-
-def diffusers_update(model: nn.Module, dtype: torch.dtype | None = None, *, foreach: bool) -> Call:
-    peer = diffusers_of(model, dtype, foreach=foreach)
-    return lambda: peer.step(model.parameters())
-
-
-def diffusers_swap(model: nn.Module, *, foreach: bool) -> Call:
-    peer = diffusers_of(model, foreach=foreach)
 
     def swap() -> None:
         peer.store(model.parameters())
         peer.copy_to(model.parameters())
         peer.restore(model.parameters())
 
-    return swap
+    return Average(lambda: peer.step(model.parameters()), swap)
 
 
 @functools.cache
@@ -146,50 +132,62 @@ def timm_utils() -> ModuleType:
             del sys.modules[name]
 
 
-def timm(model: nn.Module, dtype: torch.dtype | None = None, *, by_chance: bool = True) -> Call:
+def timm_average(
+    model: nn.Module, dtype: torch.dtype | None = None, *, by_chance: bool = True
+) -> Average:
     """``ModelEmaV3``, which rounds at random where the average is bfloat16."""
     utils = timm_utils()
     peer = utils.ModelEmaV3(model, decay=DECAY, dtype=dtype, stochastic_rounding=by_chance)
-    return lambda: peer.update(model)
+    return Average(lambda: peer.update(model))
 
 
-UPDATES: dict[str, Callable[..., Call]] = {
-    "ema": lambda model, dtype=None: ours(model, dtype=dtype).call,
+AVERAGES: dict[str, Callable[..., Average]] = {
+    "ema": ema_average,
+    "ema assign": partial(ema_average, assign=True),
     "AveragedModel": averaged_model,
-    "ema-pytorch": partial(ema_pytorch_update, foreach=False),
-    "ema-pytorch foreach": partial(ema_pytorch_update, foreach=True),
-    "torch-ema": torch_ema_update,
-    "diffusers": partial(diffusers_update, foreach=False),
-    "diffusers foreach": partial(diffusers_update, foreach=True),
-    "timm": timm,
+    "ema-pytorch": partial(ema_pytorch_average, foreach=False),
+    "ema-pytorch foreach": partial(ema_pytorch_average, foreach=True),
+    "torch-ema": torch_ema_average,
+    "diffusers": partial(diffusers_average, foreach=False),
+    "diffusers foreach": partial(diffusers_average, foreach=True),
+    "timm": timm_average,
 }
-SWAPS: dict[str, Callable[[nn.Module], Call]] = {
-    "ema": partial(ema_swap, assign=False),
-    "ema assign": partial(ema_swap, assign=True),
-    "torch-ema": torch_ema_swap,
-    "diffusers": partial(diffusers_swap, foreach=False),
-    "diffusers foreach": partial(diffusers_swap, foreach=True),
-}
+SWAPS = ["ema", "ema assign", "torch-ema", "diffusers", "diffusers foreach"]
+UPDATES = [name for name in AVERAGES if name != "ema assign"]
 FOREACH = {name for name in UPDATES if name.endswith("foreach")}
 ONE_BY_ONE = {name.removesuffix(" foreach") for name in FOREACH}
+
+
+def update_of(name: str, model: nn.Module) -> Call:
+    return AVERAGES[name](model).update
+
+
+def swap_of(name: str, model: nn.Module) -> Call:
+    swap: Call = AVERAGES[name](model).swap
+    return swap
+
+
+def kind(name: str) -> str:
+    """Whether an average of this name is ours."""
+    return "ours" if name in {"ema", "ema assign"} else "peer"
 
 
 def updates(
     model: nn.Module, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
 ) -> list[Contender]:
     """One update of the average of ``model`` by ours and by the peers."""
-    return [
-        Contender(name, make(model, dtype), kind=kind(name))
-        for name, make in UPDATES.items()
-        if name not in without
-    ]
+    names = [name for name in UPDATES if name not in without]
+    return [Contender(name, AVERAGES[name](model, dtype).update, kind=kind(name)) for name in names]
 
 
 def swaps(model: nn.Module) -> list[Contender]:
     """The average into ``model`` and the live weights back."""
-    return [Contender(name, make(model), kind=kind(name)) for name, make in SWAPS.items()]
+    return [Contender(name, swap_of(name, model), kind=kind(name)) for name in SWAPS]
 
 
-def kind(name: str) -> str:
-    """Whether an update or a swap of this name is ours."""
-    return "ours" if name in {"ema", "ema assign"} else "peer"
+def ours(
+    model: nn.Module, name: str = "ema", *, traffic: int | None = None, **options: Any
+) -> Contender:
+    """One update by ``EMAModel`` with options."""
+    update = EMAModel(model, DECAY, **options).update
+    return Contender(name, update, kind="ours", traffic=traffic)

@@ -94,6 +94,6 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     server = can_fork and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        context.set_forkserver_preload(["benchmarks.preloaded"])
+        context.set_forkserver_preload(["benchmarks.peers"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
         return executor.submit(function, *args, **kwargs).result()

@@ -26,7 +26,7 @@ class Contender:
 
     Attributes:
         name: unique in its case.
-        call: the work.
+        call: the work that is timed.
         kind: ``"ours"``, ``"peer"`` or ``"limit"``.
         finish: waits for what ``call`` has left running (asynchronous dispatch); timed once a
             sample. None: wait for the device of the setting.

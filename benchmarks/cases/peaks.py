@@ -17,49 +17,46 @@ import torch
 from torch import nn
 
 from benchmarks.models import count, gpt2, size
-from benchmarks.peers import SWAPS, UPDATES, kind
+from benchmarks.peers import SWAPS, UPDATES, kind, swap_of, update_of
 from benchmarks.report import Report, Row
 from benchmarks.setting import Setting, in_fresh_process
 
 FLOAT32 = 4
 STATUS = Path("/proc/self/status")
 COLUMNS = ["made and used once: bytes a parameter", "held", "peak in use", "peak in use, MiB"]
-MAKERS: dict[str, dict[str, Callable[[nn.Module], Callable[[], object]]]] = {
-    "an update": UPDATES,
-    "a swap in and out": SWAPS,
-}
-"""Who can do a work, by name."""
+
+Make = Callable[[str, nn.Module], Callable[[], object]]
 
 
 def of_updates(setting: Setting) -> Report:
     """The memory of an update."""
-    return _report("an update", "Bar: 0 for ema.", setting)
+    return _report("an update", UPDATES, update_of, "Bar: 0 for ema.", setting)
 
 
 def of_swaps(setting: Setting) -> Report:
     """The memory of a swap."""
-    return _report("a swap in and out", "Bar: ema at most 16 MiB.", setting)
+    return _report("a swap in and out", SWAPS, swap_of, "Bar: ema at most 16 MiB.", setting)
 
 
-def _report(work: str, note: str, setting: Setting) -> Report:
+def _report(work: str, names: list[str], make: Make, note: str, setting: Setting) -> Report:
     rows = []
-    for name in MAKERS[work]:
-        title, parameters, peaks = in_fresh_process(peaks_of, work, name, setting)
+    for name in names:
+        model, parameters, peaks = in_fresh_process(peaks_of, make, name, setting)
         cells = [f"{peak / parameters:.2f}" for peak in peaks] + [f"{peaks[-1] / 2**20:.0f}"]
         rows.append(Row(name=name, kind=kind(name), cells=cells))
+    title = f"memory of {work} beyond the model and a float32 average: GPT-2, {model}"
     return Report(title=title, columns=COLUMNS, rows=rows, note=note)
 
 
-def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int]]:
+def peaks_of(make: Make, name: str, setting: Setting) -> tuple[str, int, list[int]]:
     """Measure this process, in which nothing else has run.
 
     Returns:
-        The title, the parameters of the model, and the bytes beyond the model and a float32 average: the
-        peak while the average is made and used for the first time, what it holds after that, and the
-        peak while it is used again.
+        The size of the model, its parameters, and the bytes beyond it and a float32 average: the peak
+        while the average is made and used for the first time, what it holds after that, and the peak
+        while it is used again.
     """
-    make = MAKERS[work][name]
-    tiny = make(gpt2(dataclasses.replace(setting, size="tiny")))
+    tiny = make(name, gpt2(dataclasses.replace(setting, size="tiny")))
     for _ in range(3):  # code and threads that come with the first use
         tiny()
     del tiny
@@ -67,7 +64,7 @@ def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int
     memory = of_process() if setting.on_cpu else of_cuda()
     memory.reset()
     start = memory.now() + FLOAT32 * count(model)
-    call = make(model)
+    call = make(name, model)
     call()
     call()  # the first update of some is a copy
     made = memory.peak() - start
@@ -76,8 +73,7 @@ def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int
     for _ in range(3):
         call()
     used = memory.peak() - start
-    title = f"memory of {work} beyond the model and a float32 average: GPT-2, {size(model)}"
-    return title, count(model), [made, held, used]
+    return size(model), count(model), [made, held, used]
 
 
 class Memory(NamedTuple):

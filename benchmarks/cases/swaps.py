@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.models import Buffers, count, gpt2, size
-from benchmarks.peers import SWAPS, kind, swaps
+from benchmarks.peers import SWAPS, kind, swap_of, swaps
 from benchmarks.report import Report, Row, short
 from benchmarks.setting import Setting, in_fresh_process
 from benchmarks.timing import Case, Contender, Effort, measure
@@ -64,5 +64,5 @@ def first(setting: Setting) -> Report:
 
 def first_swaps(name: str, setting: Setting) -> list[float]:
     """Seconds of the first two swaps in and out of this process."""
-    contender = Contender(name, SWAPS[name](gpt2(setting)))
+    contender = Contender(name, swap_of(name, gpt2(setting)))
     return measure([contender], Effort(rounds=2), setting.finish)[name]

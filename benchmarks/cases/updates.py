@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.models import WEIGHT, Buffers, bare_foreach, count, gpt2, size, vectors
-from benchmarks.peers import FOREACH, ONE_BY_ONE, ours, timm, updates
+from benchmarks.peers import FOREACH, ONE_BY_ONE, ours, timm_average, updates
 from benchmarks.setting import Setting
 from benchmarks.timing import Case, Contender
 
@@ -108,12 +108,13 @@ def bfloat16(setting: Setting) -> Case:
     """A bfloat16 average, rounded stochastically."""
     model = vectors(setting.elements(ELEMENTS // 2, copies=12), setting, dtype=torch.bfloat16)
     flat, small = Buffers(model, setting), Buffers(model, setting, torch.bfloat16)
+    nearest = timm_average(model, by_chance=False).update
     return Case(
         title=f"one update of a bfloat16 average: {size(model)}",
         contenders=[
             ours(model, "ema, stochastic rounding", dtype=torch.bfloat16),
-            Contender("timm, stochastic rounding", timm(model)),
-            Contender("timm, to nearest: never moves", timm(model, by_chance=False)),
+            Contender("timm, stochastic rounding", timm_average(model).update),
+            Contender("timm, to nearest: never moves", nearest),
             small.lerp("flat lerp of bfloat16"),
             flat.lerp("flat lerp of float32"),
             small.copy(),

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import timing as measuring
 from benchmarks.cases import REPORTED, TIMED, run, times
-from benchmarks.cases.peaks import MAKERS, of_process, peaks_of
+from benchmarks.cases.peaks import of_process, peaks_of
 from benchmarks.page import DOCS, markdown, scaling, write_page
-from benchmarks.peers import UPDATES, timm_utils
+from benchmarks.peers import SWAPS, UPDATES, swap_of, timm_utils, update_of
 from benchmarks.report import Report, Results, Row, of_times, short
 from benchmarks.setting import Setting, machine
 from benchmarks.timing import Case, Contender, Effort, measure
@@ -37,11 +37,11 @@ def test_a_case_runs(name, tmp_path, monkeypatch):
         assert len(row.seconds) == 1
 
 
-@pytest.mark.parametrize("work", ["an update", "a swap in and out"])
-def test_every_contender_can_be_asked_for_its_memory(work):
-    assert "ema" in MAKERS[work]
-    for name in MAKERS[work]:
-        _, parameters, peaks = peaks_of(work, name, TINY)
+@pytest.mark.parametrize(("make", "names"), [(update_of, UPDATES), (swap_of, SWAPS)])
+def test_every_contender_can_be_asked_for_its_memory(make, names):
+    assert "ema" in names
+    for name in names:
+        _, parameters, peaks = peaks_of(make, name, TINY)
         assert parameters < 10_000
         assert len(peaks) == 3
 
