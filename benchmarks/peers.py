@@ -108,9 +108,8 @@ def timm_utils() -> ModuleType:
     """The real ``timm.utils``, also on a machine without torchvision.
 
     timm requires torchvision, whose wheels require a torch of their own, so the Makefile installs
-    timm without its requirements. ``timm/__init__.py``, which loads the models and their
-    transforms, does not run here. ``timm.utils`` asks torchvision for one class, to recognize layers
-    that no model here has; an empty class stands for it.
+    timm without its requirements, and ``timm/__init__.py`` does not run here. ``timm.utils`` needs
+    one class of torchvision, to recognize layers that no model here has: an empty class.
 
     Raises:
         ModuleNotFoundError: timm is not installed.

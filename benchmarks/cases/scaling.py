@@ -1,13 +1,9 @@
 """The model behind ``ema plan`` against the figures of 1, 2 and 4 processes.
 
-Each rank is a process with one thread. It holds its part of the same params as plain tensors and averages
-it. In every round all ranks do each of these at the same time, after a barrier: copy a buffer of the size
-of the params into another; scale such a buffer in place; update. The bandwidths of a round (bytes read and
-written) go into the model, and its time is compared with the update of the same round and rank. The table
-shows medians and quartiles over rounds and ranks.
-
-A copy reads the lines that it writes, if the CPU allocates them in its cache, and these reads are not
-counted. Scaling in place has no such hidden third: the two bandwidths differ by it.
+Each rank is a process with one thread, and averages its part of the params. In every round all ranks copy a
+buffer of the size of their params, scale one in place, and update, each after a barrier. The two bandwidths
+of a round go into the model, and its time is compared with the update of the same round and rank. See
+``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -24,8 +20,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing
 
+from benchmarks.models import vectors
 from benchmarks.report import Report, Row
 from benchmarks.setting import DECAY, Setting
 from ema import EMAModel, plan_ema
@@ -101,9 +98,8 @@ def rank_main(rank: int, ranks: int, size: int, rounds: int, out: str) -> None:
 
 def _of_dtype(dtype: str, rounds: int, source: Tensor, target: Tensor) -> dict[str, Any]:
     """The part of one rank; the buffers have as many elements as its params."""
-    size = source.numel() // TENSORS
-    parts = (torch.randn(size).to(getattr(torch, dtype)) for _ in range(TENSORS))
-    model = nn.ParameterList(parts)
+    options = {"tensors": TENSORS, "dtype": getattr(torch, dtype)}
+    model = vectors(source.numel(), Setting(), **options)
     gc.collect()
     before = psutil.Process().memory_info().rss
     average = EMAModel(model, DECAY)
