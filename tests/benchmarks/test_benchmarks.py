@@ -118,16 +118,18 @@ def test_rounds_fit_into_the_time_but_are_seven(lasting):
 
 def test_without_a_length_each_sample_is_one_call(lasting):
     """The first call is the first sample."""
-    assert measure([lasting("a", 5.0, 3.0)], Effort(rounds=2)) == {"a": [5.0, 3.0]}
+    assert measure([lasting("a", 5.0, 3.0, 2.0)], Effort(rounds=2)) == {"a": [5.0, 3.0]}
 
 
 def test_calls_that_are_short_are_repeated(lasting):
     """A sample has as many calls as fill its length, and shows the mean of them."""
-    calls = []
-    contender = lasting("a", 0.001, finish=lambda: calls.append("finished"))
+    finished = []
+    contender = lasting("a", 0.001, finish=lambda: finished.append(True))
     (seconds,) = measure([contender], Effort(rounds=3, seconds=1000, sample=0.01)).values()
     assert seconds == pytest.approx(3 * [0.001])
-    assert len(calls) == 5 + 3 * 2
+    warm_up, a_round = [1, 1, 1, 1, 1], [1, 10]
+    assert len(finished) == len(warm_up) + 3 * len(a_round)
+    assert measuring.time.perf_counter() == pytest.approx(0.001 * sum(warm_up + 3 * a_round))
 
 
 @pytest.mark.parametrize(
