@@ -84,9 +84,7 @@ class Averages:
         self._model = model
         self._settings = settings
         self._bound: _Bound | None = None
-        self._copied: list[dict[str, Tensor]] | None = (
-            None  # the averages of a copy that is not bound yet
-        )
+        self._copied: list[dict[str, Tensor]] | None = None  # in a copy that is not bound yet
         self._first_look = FirstLook()
         self._unfit: list[str] = []  # newcomers that hold NaN or Inf, as the last look found
         self._warned_of_meta = self._warned_of_streams = False

@@ -233,8 +233,8 @@ def box_at(tensor: Tensor, coordinate: Sequence[int]) -> Box:
 def _order(dim: int, placements: Sequence[Any], sizes: Sequence[int]) -> list[int]:
     """The mesh dimensions that cut dimension ``dim``, the one that cut first at the front.
 
-    A plain ``Shard`` cuts before all to the right of it. A strided one cuts after as many of
-    these as have ``split_factor`` shards together.
+    A plain ``Shard`` cuts before all placements to its right. A strided one cuts after as many of
+    them as have ``split_factor`` shards together.
     """
     order: list[int] = []
     for axis, placement in reversed(list(enumerate(placements))):
