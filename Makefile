@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast coverage machine mutants newest lint format bench clean
+.PHONY: help demo test fast machine mutants newest lint format bench clean
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -11,17 +11,14 @@ help: ## what there is
 demo: .venv/.demo ## train on real data with both backends (installs once, then a minute)
 	$(BIN)/ema demo
 
-test: .venv/.dev ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
-
-fast: .venv/.dev ## one case of each test that takes a moment: under 90 seconds
-	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
-
-coverage: .venv/.dev ## branches of ema that the tests reach, processes that they start included
+test: .venv/.dev ## the whole test suite, and which branches of ema it reaches
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+fast: .venv/.dev ## one case of each test that takes a moment: under 90 seconds
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 machine: .venv/.dev ## long random sequences of calls, new ones each time (up to an hour)
 	EMA_MACHINE_EXAMPLES=$${EMA_MACHINE_EXAMPLES:-2000} EMA_MACHINE_STEPS=$${EMA_MACHINE_STEPS:-30} \

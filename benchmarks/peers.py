@@ -1,7 +1,7 @@
 """Ours and the peers on PyTorch, each with a constant decay, as the contenders of a case.
 
-A new peer is one function ``(model, dtype) -> update`` here and its line in ``PEERS``. ``dtype`` is
-that of the average, None where the peer decides: all of them take that of the parameters.
+A new peer is one function ``(model, dtype) -> Average`` here and its line in ``AVERAGES``. ``dtype`` is
+that of the average, None where the package decides: the peers take that of the parameters.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ema_pytorch
 import torch
@@ -27,31 +28,44 @@ from benchmarks.setting import DECAY
 from benchmarks.timing import Contender
 from ema.torch_backend import EMAModel
 
-__all__ = ["FOREACH", "ONE_BY_ONE", "PEERS", "SWAPS", "ours", "swaps", "timm", "timm_utils"]
-__all__ += ["updates"]
+__all__ = ["AVERAGES", "FOREACH", "ONE_BY_ONE", "SWAPS", "UPDATES", "kind", "ours", "swap_of"]
+__all__ += ["swaps", "timm_average", "timm_utils", "update_of", "updates"]
 
-Update = Callable[[], object]
-MODULES = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
-
-
-def ours(
-    model: nn.Module, name: str = "ema", *, traffic: int | None = None, **options: Any
-) -> Contender:
-    """``EMAModel`` with options."""
-    average = EMAModel(model, DECAY, **options)
-    return Contender(name=name, call=average.update, kind="ours", traffic=traffic)
+Call = Callable[[], object]
+STUBS = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
 
 
-def averaged_model(model: nn.Module, dtype: torch.dtype | None) -> Update:
+class Average(NamedTuple):
+    """An update of an average, and a swap of it into the model and back, if the package has one."""
+
+    update: Call
+    swap: Any = None
+
+
+def ema_average(
+    model: nn.Module, dtype: torch.dtype | None = None, *, assign: bool = False
+) -> Average:
+    average = EMAModel(model, DECAY, dtype=dtype)
+    return Average(average.update, lambda: enter_and_exit(average.use_ema(assign=assign)))
+
+
+def enter_and_exit(block: AbstractContextManager[object]) -> None:
+    with block:
+        pass
+
+
+def averaged_model(model: nn.Module, dtype: torch.dtype | None = None) -> Average:
     """Its grouped function refuses two dtypes, the other one promotes."""
     if dtype is None:
         peer = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     else:
         peer = AveragedModel(model, avg_fn=get_ema_avg_fn(DECAY)).to(dtype)
-    return lambda: peer.update_parameters(model)
+    return Average(lambda: peer.update_parameters(model))
 
 
-def ema_pytorch_update(model: nn.Module, dtype: torch.dtype | None, *, use_foreach: bool) -> Update:
+def ema_pytorch_average(
+    model: nn.Module, dtype: torch.dtype | None = None, *, foreach: bool
+) -> Average:
     peer = ema_pytorch.EMA(
         model,
         ema_model=None if dtype is None else copy.deepcopy(model).to(dtype),
@@ -59,40 +73,34 @@ def ema_pytorch_update(model: nn.Module, dtype: torch.dtype | None, *, use_forea
         min_value=DECAY,
         update_after_step=0,
         update_every=1,
-        use_foreach=use_foreach,
+        use_foreach=foreach,
         coerce_dtype=dtype is not None,
     )
-    return peer.update
+    return Average(peer.update)
 
 
-def torch_ema_of(
-    model: nn.Module, dtype: torch.dtype | None = None
-) -> torch_ema.ExponentialMovingAverage:
-    peer = torch_ema.ExponentialMovingAverage(
-        model.parameters(), decay=DECAY, use_num_updates=False
-    )
+def torch_ema_average(model: nn.Module, dtype: torch.dtype | None = None) -> Average:
+    peer = torch_ema.ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
     peer.to(dtype=dtype)
-    return peer
+    return Average(
+        lambda: peer.update(model.parameters()),
+        lambda: enter_and_exit(peer.average_parameters(model.parameters())),
+    )
 
 
-def torch_ema_update(model: nn.Module, dtype: torch.dtype | None) -> Update:
-    peer = torch_ema_of(model, dtype)
-    return lambda: peer.update(model.parameters())
-
-
-def diffusers_of(
+def diffusers_average(
     model: nn.Module, dtype: torch.dtype | None = None, *, foreach: bool
-) -> training_utils.EMAModel:
-    peer = training_utils.EMAModel(
-        model.parameters(), decay=DECAY, min_decay=DECAY, foreach=foreach
-    )
+) -> Average:
+    params = model.parameters()
+    peer = training_utils.EMAModel(params, decay=DECAY, min_decay=DECAY, foreach=foreach)
     peer.to(dtype=dtype)
-    return peer
 
+    def swap() -> None:
+        peer.store(model.parameters())
+        peer.copy_to(model.parameters())
+        peer.restore(model.parameters())
 
-def diffusers_update(model: nn.Module, dtype: torch.dtype | None, *, foreach: bool) -> Update:
-    peer = diffusers_of(model, dtype, foreach=foreach)
-    return lambda: peer.step(model.parameters())
+    return Average(lambda: peer.step(model.parameters()), swap)
 
 
 @functools.cache
@@ -100,9 +108,8 @@ def timm_utils() -> ModuleType:
     """The real ``timm.utils``, also on a machine without torchvision.
 
     timm requires torchvision, whose wheels require a torch of their own, so the Makefile installs
-    timm without its requirements. ``timm/__init__.py``, which loads the models and their
-    transforms, does not run here. ``timm.utils`` asks torchvision for one class, to recognize layers
-    that no model here has; an empty class stands for it.
+    timm without its requirements, and ``timm/__init__.py`` does not run here. ``timm.utils`` needs
+    one class of torchvision, to recognize layers that no model here has: an empty class.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
@@ -113,97 +120,73 @@ def timm_utils() -> ModuleType:
     if find_spec("torchvision") is not None:
         return import_module("timm.utils")
     sys.modules.setdefault("timm", module_from_spec(spec))
-    stubs = {name: ModuleType(name) for name in MODULES}
+    stubs = {name: ModuleType(name) for name in STUBS}
     frozen = type("FrozenBatchNorm2d", (nn.Module,), {})
     stubs["torchvision.ops.misc"].FrozenBatchNorm2d = frozen
     sys.modules.update(stubs)
     try:
         return import_module("timm.utils")
     finally:  # others ask whether torchvision is there, and would believe these
-        for name in MODULES:
+        for name in STUBS:
             del sys.modules[name]
 
 
-def timm(
-    model: nn.Module, dtype: torch.dtype | None, *, stochastic_rounding: bool = True
-) -> Update:
+def timm_average(
+    model: nn.Module, dtype: torch.dtype | None = None, *, by_chance: bool = True
+) -> Average:
     """``ModelEmaV3``, which rounds at random where the average is bfloat16."""
-    peer = timm_utils().ModelEmaV3(
-        model, decay=DECAY, dtype=dtype, stochastic_rounding=stochastic_rounding
-    )
-    return lambda: peer.update(model)
+    utils = timm_utils()
+    peer = utils.ModelEmaV3(model, decay=DECAY, dtype=dtype, stochastic_rounding=by_chance)
+    return Average(lambda: peer.update(model))
 
 
-PEERS: Mapping[str, Callable[[nn.Module, torch.dtype | None], Update]] = {
+AVERAGES: dict[str, Callable[..., Average]] = {
+    "ema": ema_average,
+    "ema assign": partial(ema_average, assign=True),
     "AveragedModel": averaged_model,
-    "ema-pytorch": partial(ema_pytorch_update, use_foreach=False),
-    "ema-pytorch foreach": partial(ema_pytorch_update, use_foreach=True),
-    "torch-ema": torch_ema_update,
-    "diffusers": partial(diffusers_update, foreach=False),
-    "diffusers foreach": partial(diffusers_update, foreach=True),
-    "timm": timm,
+    "ema-pytorch": partial(ema_pytorch_average, foreach=False),
+    "ema-pytorch foreach": partial(ema_pytorch_average, foreach=True),
+    "torch-ema": torch_ema_average,
+    "diffusers": partial(diffusers_average, foreach=False),
+    "diffusers foreach": partial(diffusers_average, foreach=True),
+    "timm": timm_average,
 }
-FOREACH = {name for name in PEERS if name.endswith("foreach")}
+SWAPS = ["ema", "ema assign", "torch-ema", "diffusers", "diffusers foreach"]
+UPDATES = [name for name in AVERAGES if name != "ema assign"]
+FOREACH = {name for name in UPDATES if name.endswith("foreach")}
 ONE_BY_ONE = {name.removesuffix(" foreach") for name in FOREACH}
+
+
+def update_of(name: str, model: nn.Module) -> Call:
+    return AVERAGES[name](model).update
+
+
+def swap_of(name: str, model: nn.Module) -> Call:
+    swap: Call = AVERAGES[name](model).swap
+    return swap
+
+
+def kind(name: str) -> str:
+    """Whether an average of this name is ours."""
+    return "ours" if name in {"ema", "ema assign"} else "peer"
 
 
 def updates(
     model: nn.Module, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
 ) -> list[Contender]:
-    """One update of the average of ``model``; ours first, in float32 whatever ``dtype`` is."""
-    return [
-        ours(model),
-        *(
-            Contender(name=name, call=make(model, dtype))
-            for name, make in PEERS.items()
-            if name not in without
-        ),
-    ]
-
-
-def swap_ours(model: nn.Module, *, assign: bool) -> Update:
-    average = EMAModel(model, DECAY)
-
-    def swap() -> None:
-        with average.use_ema(assign=assign):
-            pass
-
-    return swap
-
-
-def swap_torch_ema(model: nn.Module) -> Update:
-    average = torch_ema_of(model)
-
-    def swap() -> None:
-        with average.average_parameters(model.parameters()):
-            pass
-
-    return swap
-
-
-def swap_diffusers(model: nn.Module, *, foreach: bool) -> Update:
-    average = diffusers_of(model, foreach=foreach)
-
-    def swap() -> None:
-        average.store(model.parameters())
-        average.copy_to(model.parameters())
-        average.restore(model.parameters())
-
-    return swap
-
-
-SWAPS: Mapping[str, Callable[[nn.Module], Update]] = {
-    "ema": partial(swap_ours, assign=False),
-    "ema assign": partial(swap_ours, assign=True),
-    "torch-ema": swap_torch_ema,
-    "diffusers": partial(swap_diffusers, foreach=False),
-    "diffusers foreach": partial(swap_diffusers, foreach=True),
-}
+    """One update of the average of ``model`` by ours and by the peers."""
+    names = [name for name in UPDATES if name not in without]
+    return [Contender(name, AVERAGES[name](model, dtype).update, kind=kind(name)) for name in names]
 
 
 def swaps(model: nn.Module) -> list[Contender]:
     """The average into ``model`` and the live weights back."""
-    return [
-        Contender(name=name, call=make(model), kind="ours" if name.startswith("ema") else "peer")
-        for name, make in SWAPS.items()
-    ]
+    return [Contender(name, swap_of(name, model), kind=kind(name)) for name in SWAPS]
+
+
+def ours(
+    model: nn.Module, name: str = "ema", *, traffic: int | None = None, **options: Any
+) -> Contender:
+    """One update by ``EMAModel`` with options."""
+    update = EMAModel(model, DECAY, **options).update
+    return Contender(name, update, kind="ours", traffic=traffic)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks.timing import Case, Measurement
+from benchmarks.timing import Case
 
 __all__ = ["Report", "Results", "Row", "of_times", "short", "table"]
 
@@ -31,7 +33,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """A case.
+    """The table of a case.
 
     Attributes:
         title: what was done, on what.
@@ -57,63 +59,56 @@ class Report:
         rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
         return f"Load average {self.load}{rounds}. {self.note}".strip()
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Report:
-        """Undo ``dataclasses.asdict``."""
-        return cls(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
 
-
-def of_times(case: Case, measurements: Sequence[Measurement]) -> Report:
+def of_times(case: Case, seconds: Mapping[str, list[float]]) -> Report:
     """Times, ratios, added times and bandwidths, as far as the case has them."""
-    copy = next((m for m in measurements if m.name == "flat copy"), None)
-    unit = next((m.added for m in measurements if m.name == case.unit), None)
+    limit, first = case.references[0], case.contenders[0].name
+    rates = {
+        c.name: (c.traffic or case.traffic) / statistics.median(seconds[c.name])
+        for c in case.contenders
+        if case.traffic
+    }
+    copy = rates.get("flat copy")
+
+    def over(combine: Callable[[float, float], float], name: str, other: str) -> float:
+        """The median over the rounds of a ratio or a difference."""
+        pairs = zip(seconds[name], seconds[other], strict=True)
+        return statistics.median(combine(one, two) for one, two in pairs)
+
     columns = ["ms", "quartiles", *(f"÷ {reference}" for reference in case.references)]
-    if case.baseline is not None:
-        columns += ["added ms", f"÷ added by {case.unit}"]
-    if case.traffic is not None:
-        columns += ["GB/s"] + ["of copy"] * (copy is not None)
+    columns += ["added ms", f"÷ added by {first}"] * case.added
+    columns += ["GB/s"] * bool(rates) + ["of copy"] * (copy is not None)
     rows = []
-    for m in measurements:
-        cells = _cells(case, m, unit or 0.0)
-        if case.traffic is not None:
-            cells += _bandwidth(m, copy)
-        samples = [float(f"{second:.4g}") for second in m.seconds]
-        ratio = m.ratios[case.references[0]]
-        rows.append(Row(name=m.name, kind=m.kind, cells=cells, ratio=ratio, seconds=samples))
+    for c in case.contenders:
+        ratios = [over(operator.truediv, c.name, reference) for reference in case.references]
+        cells = [*_times(seconds[c.name]), *(f"{ratio:.2f}" for ratio in ratios)]
+        if case.added and c.name == limit:
+            cells += ["", ""]
+        elif case.added:
+            added, unit = (over(operator.sub, name, limit) for name in (c.name, first))
+            cells += [short(added * 1e3), f"{added / unit:.2f}" if unit > 0 else "?"]
+        if rates:
+            cells.append(short(rates[c.name] / 1e9))
+        if copy is not None:
+            cells.append(f"{rates[c.name] / copy:.0%}")
+        samples = [float(f"{second:.4g}") for second in seconds[c.name]]
+        rows.append(Row(name=c.name, kind=c.kind, cells=cells, ratio=ratios[0], seconds=samples))
+    rounds = len(seconds[first])
     return Report(
-        title=case.title,
-        columns=columns,
-        rows=rows,
-        limit=case.references[0],
-        note=case.note,
-        rounds=len(measurements[0].seconds),
+        title=case.title, columns=columns, rows=rows, limit=limit, note=case.note, rounds=rounds
     )
+
+
+def _times(seconds: list[float]) -> list[str]:
+    """The median and the quartiles, in milliseconds."""
+    samples = seconds if len(seconds) > 1 else 2 * seconds
+    low, _, high = statistics.quantiles(samples, n=4)
+    return [short(1e3 * statistics.median(seconds)), f"{short(1e3 * low)}–{short(1e3 * high)}"]
 
 
 def short(number: float) -> str:
     """Three digits, without an exponent."""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:#.3g}".rstrip(".")
-
-
-def _cells(case: Case, m: Measurement, unit: float) -> list[str]:
-    """Times, ratios and added times."""
-    cells = [short(m.median * 1e3), "–".join(short(1e3 * q) for q in m.quartiles)]
-    cells += [f"{m.ratios[reference]:.2f}" for reference in case.references]
-    if case.baseline is not None:
-        cells += ["", ""] if m.name == case.baseline else _added(m.added or 0.0, unit)
-    return cells
-
-
-def _added(added: float, unit: float) -> list[str]:
-    return [short(added * 1e3), f"{added / unit:.2f}" if unit > 0 else "?"]
-
-
-def _bandwidth(m: Measurement, copy: Measurement | None) -> list[str]:
-    rate = (m.traffic or 0) / m.median
-    cells = [short(rate / 1e9)]
-    if copy is not None and copy.traffic:
-        cells.append(f"{rate * copy.median / copy.traffic:.0%}")
-    return cells
 
 
 def table(report: Report) -> Table:
@@ -148,8 +143,10 @@ class Results:
         fields = json.loads(file.read_text(encoding="utf-8"))
         if machine not in (None, fields["machine"]):
             return cls(machine or {})
-        cases = {name: Report.from_dict(case) for name, case in fields["cases"].items()}
-        return cls(fields["machine"], cases)
+        reports = {}
+        for name, case in fields["cases"].items():
+            reports[name] = Report(**case | {"rows": [Row(**row) for row in case["rows"]]})
+        return cls(fields["machine"], reports)
 
     def write(self, file: Path, *, order: Sequence[str]) -> None:
         """Write everything as JSON, with a line for each contender."""
@@ -162,5 +159,5 @@ class Results:
         file.write_text(text, encoding="utf-8")
 
 
-def _json(value: object) -> str:
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +25,6 @@ PACKAGES = (
     *("ema", "torch", "jax", "optax", "flax", "diffusers", "ema-pytorch", "torch-ema", "timm"),
     "transformers",
 )
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -81,19 +80,18 @@ def _processor() -> str:
     return platform.processor()
 
 
-def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
     """Call a function of a module in a process in which nothing else has run.
 
-    Memory that an earlier case has freed stays with the allocator. Then the copies that some peers
-    make in every call cost as little as half of what they cost in a new process. If possible, the
-    process is forked from one in which only the peers are imported, because their import takes
-    longer than most cases. With a GPU it is spawned, because a process that has used the GPU, as
-    some imports do, must not be forked. Arguments and result are pickled.
+    Memory that an earlier case has freed stays with the allocator, and can halve the cost of the
+    copies that some peers make in every call. If possible, the process is forked from one that has
+    imported the peers, because their import takes longer than most cases. With a GPU it is spawned:
+    some imports use the GPU, and must not be forked. Arguments and result are pickled.
     """
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     server = can_fork and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        context.set_forkserver_preload(["benchmarks.preloaded"])
+        context.set_forkserver_preload(["benchmarks.peers"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
-        return executor.submit(function, *args, **kwargs).result()
+        return executor.submit(function, *args).result()

@@ -68,8 +68,9 @@ def warn(message: str) -> None:
 
 
 def _is_ours(module: str) -> bool:
-    # contextlib stands between `with ema_model.use_ema():` and our generator
-    return module.partition(".")[0] in ("ema", "contextlib")
+    # contextlib stands between `with ema_model.use_ema():` and our generator, flax between
+    # `nnx.EMA(...)` and its `__init__`
+    return module.partition(".")[0] in ("ema", "contextlib", "flax")
 
 
 def shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The random bits of stochastic rounding: a function of what is rounded, not of when or where.
+"""The random bits of stochastic rounding: a function of the element, not of time or place.
 
 A bfloat16 average rounds ``x`` to one of its two neighbors, up with the probability of the fraction
 that is cut off, so that the expected value is ``x`` and steps far below the resolution add up. The

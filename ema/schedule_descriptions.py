@@ -29,7 +29,7 @@ def describe_schedule(schedule: object) -> dict[str, Any] | None:
         schedule: a schedule of any class, or a description of one.
 
     Returns:
-        What :meth:`ema.Schedule.to_dict` gives. None where that raises, holds values that are not
+        The result of :meth:`ema.Schedule.to_dict`. None where that raises, holds values that are not
         plain, or takes more than 65,536 characters of JSON.
     """
     try:

@@ -1,4 +1,4 @@
-"""Ask any schedule for its weights on the host, and check what it answers.
+"""Ask any schedule for its weights on the host, and check them.
 
 The schedules of this library answer with a float in [0, 1] to whatever they are asked. A schedule
 of the user's own may take Python floats only, ignore ``xp`` and ``span``, and answer with anything.

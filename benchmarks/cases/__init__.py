@@ -9,7 +9,6 @@ process that measures it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +18,7 @@ from benchmarks.timing import Effort, measure
 
 __all__ = ["NAMES", "REPORTED", "SHOWN", "TIMED", "run", "times"]
 
-TIMED: Mapping[str, str] = {
+TIMED = {
     "many-small": "updates.many_small_vectors",
     "many-small-modules": "updates.many_small_modules",
     "gpt2": "updates.gpt2_model",
@@ -42,7 +41,7 @@ TIMED: Mapping[str, str] = {
 }
 """Cases whose contenders are timed in turn."""
 
-REPORTED: Mapping[str, str] = {
+REPORTED = {
     "memory-update": "peaks.of_updates",
     "memory-swap": "peaks.of_swaps",
     "many-in-a-file": "files.many_in_a_file",
@@ -57,9 +56,9 @@ SHOWN = [name for name in NAMES if name not in {"trainer", "first-swap", "scalin
 """The cases whose tables are in ``docs/benchmarks.md``."""
 
 EFFORTS = {
-    "full": Effort(rounds=40, seconds=12),
-    "quick": Effort(rounds=10, seconds=3),
-    "tiny": Effort(rounds=1, seconds=0, sample=0),
+    "full": Effort(rounds=40, seconds=12, sample=0.01),
+    "quick": Effort(rounds=10, seconds=3, sample=0.01),
+    "tiny": Effort(rounds=1),
 }
 ON_ACCELERATOR = 5.0
 """Seconds for all rounds of a case there, because nothing else disturbs them."""
@@ -78,7 +77,7 @@ def times(name: str, setting: Setting) -> Report:
     case, effort = _function(TIMED[name])(setting), EFFORTS[setting.size]
     if not setting.on_cpu:
         effort = dataclasses.replace(effort, seconds=min(effort.seconds, ON_ACCELERATOR))
-    return of_times(case, measure(case, effort))
+    return of_times(case, measure(case.contenders, effort, setting.finish))
 
 
 def _function(path: str) -> Any:

@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
 from benchmarks.cases.peaks import of_process
-from benchmarks.models import gpt2, size, split
+from benchmarks.models import gpt2, size, vectors
 from benchmarks.report import Report, Row
 from benchmarks.setting import Setting, in_fresh_process
 from benchmarks.timing import Case, Contender, Effort, measure
@@ -23,39 +24,37 @@ from ema.torch_backend import EMAModel
 
 TENSORS = {"full": 200_000, "quick": 50_000, "tiny": 64}
 ELEMENTS = 64
-ROUNDS = 3
+ROUNDS = {"full": 3, "quick": 3, "tiny": 1}
+PEERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "torch.save": (torch.save, torch.load),
+    "safetensors": (save_file, load_file),
+}
 
 
 def save(setting: Setting) -> Case:
     """The limit is to write the same bytes at once and wait for the disk."""
     model = gpt2(setting)
     average, folder = EMAModel(model), _folder()
-    content = memoryview(average.save(folder / "first").read_bytes())
+    content = average.save(folder / "first").read_bytes()
 
     def pickled() -> None:
-        with (folder / "state.pt").open("wb") as stream:
-            torch.save(average.state_dict(), stream)
-            stream.flush()
-            os.fsync(stream.fileno())  # else it would be written while another is timed
+        torch.save(average.state_dict(), folder / "state.pt")
+        _flush(folder / "state.pt")
 
     def write() -> None:
         # beside the old file, as a save must: its pages of the cache cannot be used again
-        with (folder / "new").open("wb", buffering=0) as stream:
-            rest = content
-            while rest:
-                rest = rest[stream.write(rest) :]
-            os.fsync(stream.fileno())
+        (folder / "new").write_bytes(content)
+        _flush(folder / "new")
         (folder / "new").replace(folder / "raw")
 
     return Case(
         title=f"save: GPT-2, {size(model)}",
         contenders=[
-            Contender(name="ema", call=lambda: average.save(folder / "ours"), kind="ours"),
-            Contender(name="torch.save and fsync", call=pickled),
-            Contender(name="write and fsync", call=write, kind="limit"),
+            Contender("ema", lambda: average.save(folder / "ours"), kind="ours"),
+            Contender("torch.save and fsync", pickled),
+            Contender("write and fsync", write, kind="limit"),
         ],
         references=["write and fsync"],
-        finish=setting.finish,
         note="Bar: ema at most 1.5 of the disk.",
     )
 
@@ -64,11 +63,8 @@ def load(setting: Setting) -> Case:
     """The limit is to read the same bytes at once and digest them."""
     model = gpt2(setting)
     average, folder = EMAModel(model), _folder()
-    file = average.save(folder)
-    torch.save(average.state_dict(), folder / "state.pt")
-
-    def unpickle() -> None:
-        average.load_state_dict(torch.load(folder / "state.pt"))
+    file, pickled = average.save(folder), folder / "state.pt"
+    torch.save(average.state_dict(), pickled)
 
     def read() -> None:
         xxhash.xxh3_128_hexdigest(file.read_bytes())
@@ -76,12 +72,14 @@ def load(setting: Setting) -> Case:
     return Case(
         title=f"load: GPT-2, {size(model)}",
         contenders=[
-            Contender(name="ema", call=lambda: average.load(folder), kind="ours"),
-            Contender(name="torch.load, no digest", call=unpickle),
-            Contender(name="read and digest", call=read, kind="limit"),
+            Contender("ema", lambda: average.load(folder), kind="ours"),
+            Contender(
+                "torch.load, no digest",
+                lambda: average.load_state_dict(torch.load(pickled)),
+            ),
+            Contender("read and digest", read, kind="limit"),
         ],
         references=["read and digest"],
-        finish=setting.finish,
         note="Bar: ema at most 1.5 of the disk and the digest.",
     )
 
@@ -92,10 +90,11 @@ def many_in_a_file(setting: Setting) -> Report:
     A mixture of experts has 200,000 tensors. The time of one tensor should not grow with their number.
     """
     number = TENSORS[setting.size]
-    cases = [("ema", number // 4), ("ema", number // 2), ("ema", number)]
-    cases += [("torch.save", number), ("safetensors", number)]
     rows = []
-    for name, tensors in cases:
+    for name, tensors in [
+        *(("ema", number // part) for part in (4, 2, 1)),
+        *((peer, number) for peer in PEERS),
+    ]:
         saved, loaded, peak = in_fresh_process(figures, name, tensors, setting)
         cells = [f"{tensors:,}"]
         for seconds in (saved, loaded):
@@ -108,57 +107,49 @@ def many_in_a_file(setting: Setting) -> Report:
         columns=["tensors", "save, s", each, "load, s", each, "peak, MiB", "÷ tensors"],
         rows=rows,
         note="Bar: the microseconds of a tensor stay, whatever their number.",
-        rounds=ROUNDS if setting.size != "tiny" else 1,
+        rounds=ROUNDS[setting.size],
     )
 
 
 def figures(name: str, tensors: int, setting: Setting) -> tuple[float, float, int]:
     """Seconds of a save and a load, and the peak of bytes beyond the average, in this process."""
-    for call in _calls(name, 16, setting):  # code that is loaded by the first use
-        call()
-    save, load = _calls(name, tensors, setting)
+    for contender in _contenders(name, 16, setting):  # code that is loaded by the first use
+        contender.call()
+    contenders = _contenders(name, tensors, setting)
     memory = of_process()
     memory.reset()
     before = memory.now()
-    save()  # before the first load
-    case = Case(
-        title="",
-        contenders=[Contender(name="save", call=save), Contender(name="load", call=load)],
-        references=["save"],
-    )
-    rounds = ROUNDS if setting.size != "tiny" else 1
-    found = measure(case, Effort(rounds=rounds, seconds=0, sample=0), warm=False)
-    saved, loaded = (statistics.median(each.seconds[:rounds]) for each in found)
+    contenders[0].call()  # a save before the first load
+    seconds = measure(contenders, Effort(rounds=ROUNDS[setting.size]))
+    saved, loaded = (statistics.median(seconds[c.name]) for c in contenders)
     return saved, loaded, memory.peak() - before
 
 
-def _calls(name: str, tensors: int, setting: Setting) -> tuple[Callable[[], None], ...]:
+def _contenders(name: str, tensors: int, setting: Setting) -> list[Contender]:
     """How ``name`` saves, flushed to the disk, and loads into what is there."""
-    model = split(tensors * ELEMENTS, tensors, setting)
+    model = vectors(tensors * ELEMENTS, setting, tensors=tensors)
     average, folder = EMAModel(model), _folder()
-    file = folder / "state"
+    if name == "ema":
+        save, load = (lambda: average.save(folder)), (lambda: average.load(folder))
+    else:
+        file, (write, read) = folder / "state", PEERS[name]
 
-    def save() -> None:
-        if name == "ema":
-            average.save(folder)
-            return
-        state = average.averaged_state_dict()
-        if name == "safetensors":
-            save_file(state, file)
-        else:
-            torch.save(state, file)
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        def save() -> None:
+            write(average.averaged_state_dict(), file)
+            _flush(file)
 
-    def load() -> None:
-        if name == "ema":
-            average.load(folder)
-            return
-        state = load_file(file) if name == "safetensors" else torch.load(file)
-        for key, tensor in average.averaged_parameters().items():
-            tensor.copy_(state[key])
+        def load() -> None:
+            state = read(file)
+            for key, tensor in average.averaged_parameters().items():
+                tensor.copy_(state[key])
 
-    return save, load
+    return [Contender("save", save), Contender("load", load)]
+
+
+def _flush(file: Path) -> None:
+    """Wait for the disk; else the file would be written while another contender is timed."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _folder() -> Path:

@@ -19,8 +19,8 @@ SHAPES = {"full": (2048, 2048), "quick": (512, 1024), "tiny": (16, 16)}
 LENGTHS = {"full": 1_000, "quick": 100, "tiny": 20}
 
 Arrays = list[jax.Array]
-Step = Callable[[Any, Any], Any]
-Make = Callable[[Arrays], tuple[Any, Step]]
+Steps = tuple[Any, Callable[[Any], Any]]
+"""A first state, and a step from one state to the next."""
 
 
 def adamw(setting: Setting) -> Case:
@@ -37,19 +37,18 @@ def _step(
     title: str, optimizer: optax.GradientTransformation, setting: Setting, *, bar: float
 ) -> Case:
     grads = _grads(SHAPES[setting.size], setting)
-    makers: list[tuple[str, str, Make]] = [
-        ("ema in the chain", "ours", _chained(optimizer, params_ema(DECAY))),
-        ("incremental_update", "peer", _with_incremental_update(optimizer, donate=False)),
-        ("incremental_update, donated", "peer", _with_incremental_update(optimizer, donate=True)),
-        ("nnx.EMA", "peer", _with_nnx(optimizer)),
-        ("no average", "limit", _chained(optimizer, optax.identity())),
-    ]
+    separate, donated = (_incremental(grads, optimizer, donate=donate) for donate in (False, True))
     return Case(
         title=f"{title} step in JAX, donated: {_size(grads)}",
-        contenders=[_contender(name, make, grads, kind) for name, kind, make in makers],
+        contenders=[
+            _contender("ema in the chain", "ours", _chained(grads, optimizer, params_ema(DECAY))),
+            _contender("incremental_update", "peer", separate),
+            _contender("incremental_update, donated", "peer", donated),
+            _contender("nnx.EMA", "peer", _nnx(grads, optimizer)),
+            _contender("no average", "limit", _chained(grads, optimizer)),
+        ],
         references=["no average"],
-        baseline="no average",
-        unit="ema in the chain",
+        added=True,
         note=f"Bar: ema adds at most {bar} of what incremental_update and nnx.EMA add; they stand at"
         f" {1 / bar:.2f} or more in the last column.",
     )
@@ -68,25 +67,19 @@ def small_scan(setting: Setting) -> Case:
 def _scan(shape: tuple[int, int], setting: Setting) -> Case:
     grads = _grads((16, 16) if setting.size == "tiny" else shape, setting)
     length = LENGTHS[setting.size]
-    links = {
-        "update_every=1": params_ema(DECAY),
-        "update_every=10": params_ema(DECAY, update_every=10),
-        "no average": optax.identity(),
-    }
+
+    def contender(name: str, kind: str, *links: optax.GradientTransformation) -> Contender:
+        return _contender(name, kind, _chained(grads, optax.sgd(1e-3), *links, length=length))
+
     return Case(
         title=f"{length} steps of sgd in one lax.scan: {_size(grads)}",
         contenders=[
-            _contender(
-                name,
-                _chained(optax.sgd(1e-3), link, length=length),
-                grads,
-                "limit" if name == "no average" else "ours",
-            )
-            for name, link in links.items()
+            contender("update_every=1", "ours", params_ema(DECAY)),
+            contender("update_every=10", "ours", params_ema(DECAY, update_every=10)),
+            contender("no average", "limit"),
         ],
         references=["no average"],
-        baseline="no average",
-        unit="update_every=1",
+        added=True,
         note="Bar: update_every=10 adds at most 0.3 of what update_every=1 adds.",
     )
 
@@ -100,25 +93,22 @@ def _size(leaves: Arrays) -> str:
     return f"{sum(leaf.size for leaf in leaves) / 1e6:.3g} M float32 in {len(leaves)} leaves"
 
 
-def _contender(name: str, make: Make, grads: Arrays, kind: str) -> Contender:
-    """Run ``state = step(state, grads)``; every array is donated and lives in the state."""
-    state, step = make([jnp.copy(leaf) for leaf in grads])
+def _contender(name: str, kind: str, steps: Steps) -> Contender:
+    """One step after another; every array is donated and lives in the state."""
+    state, step = steps
 
     def call() -> None:
         nonlocal state
-        state = step(state, grads)
+        state = step(state)
 
-    return Contender(name=name, call=call, finish=lambda: jax.block_until_ready(state), kind=kind)
+    return Contender(name, call, finish=lambda: jax.block_until_ready(state), kind=kind)
 
 
 def _chained(
-    optimizer: optax.GradientTransformation,
-    link: optax.GradientTransformation,
-    *,
-    length: int | None = None,
-) -> Make:
-    """The optimizer with one more link, for one step or for a scan of ``length`` steps."""
-    tx = optax.chain(optimizer, link)
+    grads: Arrays, *links: optax.GradientTransformation, length: int | None = None
+) -> Steps:
+    """The links in a chain, one step or a scan of ``length`` steps at a time."""
+    tx, params = optax.chain(*links), _params(grads)
 
     def step(state: Any, grads: Arrays) -> Any:
         params, opt_state = state
@@ -129,30 +119,26 @@ def _chained(
         return jax.lax.scan(lambda s, _: (step(s, grads), None), state, length=length)[0]
 
     jitted = jax.jit(step if length is None else steps, donate_argnums=0)
-    return lambda params: ((params, tx.init(params)), jitted)
+    return (params, tx.init(params)), lambda state: jitted(state, grads)
 
 
-def _with_incremental_update(optimizer: optax.GradientTransformation, *, donate: bool) -> Make:
+def _incremental(grads: Arrays, optimizer: optax.GradientTransformation, *, donate: bool) -> Steps:
     """The step, then the average in a second jitted call."""
+    first, step = _chained(grads, optimizer)
     update = jax.jit(
         lambda average, params: optax.incremental_update(params, average, 1 - DECAY),
         donate_argnums=(0,) if donate else (),
     )
 
-    def make(params: Arrays) -> tuple[Any, Step]:
-        state, step = _chained(optimizer, optax.identity())(params)
+    def both(state: Any) -> Any:
+        inner, average = state
+        inner = step(inner)
+        return inner, update(average, inner[0])
 
-        def both(state: Any, grads: Arrays) -> Any:
-            inner, average = state
-            inner = step(inner, grads)
-            return inner, update(average, inner[0])
-
-        return (state, [jnp.copy(leaf) for leaf in params]), both
-
-    return make
+    return (first, _params(grads)), both
 
 
-def _with_nnx(optax_optimizer: optax.GradientTransformation) -> Make:
+def _nnx(grads: Arrays, optax_optimizer: optax.GradientTransformation) -> Steps:
     """An ``nnx.Optimizer`` step and ``nnx.EMA`` in one ``nnx.jit``, as its documentation has it."""
 
     @nnx.jit(donate_argnums=(0, 1, 2))
@@ -160,16 +146,18 @@ def _with_nnx(optax_optimizer: optax.GradientTransformation) -> Make:
         optimizer.update(model, grads)
         average.update(model)
 
-    def make(params: Arrays) -> tuple[Any, Step]:
-        model = nnx.List([nnx.Param(leaf) for leaf in params])
-        optimizer = nnx.Optimizer(model, optax_optimizer, wrt=nnx.Param)
-        average = nnx.EMA(model, decay=DECAY)
-        structure = jax.tree.structure(nnx.state(model, nnx.Param))
+    model = nnx.List([nnx.Param(leaf) for leaf in _params(grads)])
+    optimizer = nnx.Optimizer(model, optax_optimizer, wrt=nnx.Param)
+    average = nnx.EMA(model, decay=DECAY)
+    structure = jax.tree.structure(nnx.state(model, nnx.Param))
 
-        def step(state: Any, grads: Arrays) -> Any:
-            train(*state, structure.unflatten(grads))  # type: ignore[call-arg]
-            return state
+    def step(state: Any) -> Any:
+        train(*state, structure.unflatten(grads))  # type: ignore[call-arg]
+        return state
 
-        return (model, optimizer, average), step
+    return (model, optimizer, average), step
 
-    return make
+
+def _params(grads: Arrays) -> Arrays:
+    """Arrays of their own, which can be donated."""
+    return [jnp.copy(leaf) for leaf in grads]

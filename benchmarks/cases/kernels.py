@@ -46,7 +46,7 @@ def kernels_of_sizes(setting: Setting) -> Report:
 
 
 def bandwidth(call: Callable[[], object], traffic: int) -> str:
-    """GB/s of a call that moves so many bytes; the median."""
+    """The median GB/s of a call that moves so many bytes."""
     from triton.testing import do_bench
 
     milliseconds = do_bench(call, warmup=20, rep=100, return_mode="median")

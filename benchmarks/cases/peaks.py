@@ -11,13 +11,13 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks.models import count, gpt2, size
-from benchmarks.peers import PEERS, SWAPS, ours
+from benchmarks.peers import SWAPS, UPDATES, kind, swap_of, update_of
 from benchmarks.report import Report, Row
 from benchmarks.setting import Setting, in_fresh_process
 
@@ -25,55 +25,46 @@ FLOAT32 = 4
 STATUS = Path("/proc/self/status")
 COLUMNS = ["made and used once: bytes a parameter", "held", "peak in use", "peak in use, MiB"]
 
-Make = Callable[[nn.Module], Callable[[], object]]
+Make = Callable[[str, nn.Module], Callable[[], object]]
 
 
 def of_updates(setting: Setting) -> Report:
     """The memory of an update."""
-    return _report("an update", "Bar: 0 for ema.", setting)
+    return _report("an update", UPDATES, update_of, "Bar: 0 for ema.", setting)
 
 
 def of_swaps(setting: Setting) -> Report:
     """The memory of a swap."""
-    return _report("a swap in and out", "Bar: ema at most 16 MiB.", setting)
+    return _report("a swap in and out", SWAPS, swap_of, "Bar: ema at most 16 MiB.", setting)
 
 
-def _report(work: str, note: str, setting: Setting) -> Report:
+def _report(work: str, names: list[str], make: Make, note: str, setting: Setting) -> Report:
     rows = []
-    for name in makers(work):
-        title, parameters, peaks = in_fresh_process(peaks_of, work, name, setting)
+    for name in names:
+        model, parameters, peaks = in_fresh_process(peaks_of, make, name, setting)
         cells = [f"{peak / parameters:.2f}" for peak in peaks] + [f"{peaks[-1] / 2**20:.0f}"]
-        kind = "ours" if name in ("ema", "ema assign") else "peer"
-        rows.append(Row(name=name, kind=kind, cells=cells))
+        rows.append(Row(name=name, kind=kind(name), cells=cells))
+    title = f"memory of {work} beyond the model and a float32 average: GPT-2, {model}"
     return Report(title=title, columns=COLUMNS, rows=rows, note=note)
 
 
-def makers(work: str) -> dict[str, Make]:
-    """Who can do the work, by name."""
-    if work != "an update":
-        return dict(SWAPS)
-    peers = {name: lambda model, make=make: make(model, None) for name, make in PEERS.items()}
-    return {"ema": lambda model: ours(model).call, **peers}
-
-
-def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int]]:
+def peaks_of(make: Make, name: str, setting: Setting) -> tuple[str, int, list[int]]:
     """Measure this process, in which nothing else has run.
 
     Returns:
-        The title, the parameters of the model, and the bytes beyond the model and a float32 average: the
-        peak while the average is made and used for the first time, what it holds after that, and the
-        peak while it is used again.
+        The size of the model, its parameters, and the bytes beyond it and a float32 average: the peak
+        while the average is made and used for the first time, what it holds after that, and the peak
+        while it is used again.
     """
-    make = makers(work)[name]
-    tiny = make(gpt2(dataclasses.replace(setting, size="tiny")))
+    tiny = make(name, gpt2(dataclasses.replace(setting, size="tiny")))
     for _ in range(3):  # code and threads that come with the first use
         tiny()
     del tiny
     model = gpt2(setting, copies=4)
-    memory = of_process() if setting.on_cpu else _of_cuda()
+    memory = of_process() if setting.on_cpu else of_cuda()
     memory.reset()
     start = memory.now() + FLOAT32 * count(model)
-    call = make(model)
+    call = make(name, model)
     call()
     call()  # the first update of some is a copy
     made = memory.peak() - start
@@ -82,12 +73,10 @@ def peaks_of(work: str, name: str, setting: Setting) -> tuple[str, int, list[int
     for _ in range(3):
         call()
     used = memory.peak() - start
-    title = f"memory of {work} beyond the model and a float32 average: GPT-2, {size(model)}"
-    return title, count(model), [made, held, used]
+    return size(model), count(model), [made, held, used]
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Three questions to an allocator, in bytes."""
 
     now: Callable[[], int]
@@ -95,12 +84,10 @@ class Memory:
     reset: Callable[[], Any]
 
 
-def _of_cuda() -> Memory:
-    return Memory(
-        torch.cuda.memory_allocated,
-        torch.cuda.max_memory_allocated,
-        torch.cuda.reset_peak_memory_stats,
-    )
+def of_cuda() -> Memory:
+    """The memory that PyTorch has given to tensors on the accelerator."""
+    cuda = torch.cuda
+    return Memory(cuda.memory_allocated, cuda.max_memory_allocated, cuda.reset_peak_memory_stats)
 
 
 def of_process() -> Memory:

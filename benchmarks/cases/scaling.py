@@ -1,22 +1,16 @@
 """The model behind ``ema plan`` against the figures of 1, 2 and 4 processes.
 
-Each rank is a process with one thread. It holds its part of the same params as plain tensors and averages
-it. In every round all ranks do each of these at the same time, after a barrier: copy a buffer of the size
-of the params into another; scale such a buffer in place; update. The bandwidths of a round (bytes read and
-written) go into the model, and its time is compared with the update of the same round and rank. The table
-shows medians and quartiles over rounds and ranks.
-
-A copy reads the lines that it writes, if the CPU allocates them in its cache, and these reads are not
-counted. Scaling in place has no such hidden third: the two bandwidths differ by it.
+Each rank is a process with one thread, and averages its part of the params. In every round all ranks copy a
+buffer of the size of their params, scale one in place, and update, each after a barrier. The two bandwidths
+of a round go into the model, and its time is compared with the update of the same round and rank. See
+``docs/scaling.md``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -26,8 +20,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing
 
+from benchmarks.models import vectors
 from benchmarks.report import Report, Row
 from benchmarks.setting import DECAY, Setting
 from ema import EMAModel, plan_ema
@@ -48,88 +43,63 @@ def scaling(setting: Setting) -> Report:
     params, rounds = PARAMS[setting.size], ROUNDS[setting.size]
     found = {ranks: _measured(ranks, params, rounds) for ranks in RANKS[setting.size]}
     rows = [
-        Row(
-            name=dtype,
-            kind="ours",
-            cells=_cells(dtype, ranks, params, [each[dtype] for each in of]),
-        )
+        Row(name=dtype, kind="ours", cells=_cells(dtype, params, [each[dtype] for each in of]))
         for dtype in DTYPES
-        for ranks, of in found.items()
+        for of in found.values()
     ]
     title = f"{params / 1e6:.3g} M parameters, measured / predicted"
     return Report(title=title, columns=COLUMNS, rows=rows, rounds=rounds)
 
 
-def _cells(dtype: str, ranks: int, params: int, found: list[dict[str, Any]]) -> list[str]:
-    size = params // ranks
+def _cells(dtype: str, params: int, found: list[dict[str, Any]]) -> list[str]:
+    ranks = len(found)
+    plan = plan_ema(params, ranks, param_dtype=dtype, memory_bandwidth=1.0)  # a byte a second
+    assert max(rank["bytes"] for rank in found) == plan.average_bytes
     samples = [sample for rank in found for sample in rank["samples"]]
-    plan = plan_ema(params, ranks, param_dtype=dtype, memory_bandwidth=1.0)
-    predicted = plan.average_bytes
-    assert max(rank["bytes"] for rank in found) == predicted
-
-    def bandwidth(sample: dict[str, float], kind: str) -> float:
-        """Bytes a second of one rank: a float32 read and a float32 written for each element."""
-        return 8 * size / sample[kind]
-
-    def ratios(kind: str) -> str:
-        """Measured / predicted from that bandwidth: median and quartiles."""
-        seconds = plan.update_seconds  # at one byte a second
-        each = [sample["update"] / (seconds / bandwidth(sample, kind)) for sample in samples]
+    rates, ratios = [], []
+    for kind in ("copy", "scale"):
+        # bytes a second of one rank: a float32 read and a float32 written for each element
+        bandwidths = [8 * (params // ranks) / sample[kind] for sample in samples]
+        rates.append(f"{statistics.median(bandwidths) / 1e9:.1f}")
+        predicted = [plan.update_seconds / bandwidth for bandwidth in bandwidths]
+        pairs = zip(samples, predicted, strict=True)
+        each = [sample["update"] / seconds for sample, seconds in pairs]
         low, middle, high = statistics.quantiles(each, n=4)
-        return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-
-    rates = [statistics.median(bandwidth(s, kind) for s in samples) for kind in ("copy", "scale")]
+        ratios.append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
     return [
         f"{ranks}",
-        f"{predicted / 1e6:.1f} MB",
-        f"{max(rank['resident'] for rank in found) / predicted:.3f}",
-        *(f"{rate / 1e9:.1f}" for rate in rates),
+        f"{plan.average_bytes / 1e6:.1f} MB",
+        f"{max(rank['resident'] for rank in found) / plan.average_bytes:.3f}",
+        *rates,
         f"{statistics.median(sample['update'] for sample in samples) * 1e3:.1f} ms",
-        ratios("copy"),
-        ratios("scale"),
+        *ratios,
     ]
 
 
 def _measured(ranks: int, params: int, rounds: int) -> list[dict[str, Any]]:
     """The figures of each rank, by dtype."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ["OMP_NUM_THREADS"] = "1"  # the ranks inherit it
     with tempfile.TemporaryDirectory() as out:
-        job = Job(ranks=ranks, port=port, size=params // ranks, rounds=rounds, out=out)
-        multiprocessing.spawn(rank_main, (job,), nprocs=ranks)
+        multiprocessing.spawn(rank_main, (ranks, params // ranks, rounds, out), nprocs=ranks)
         return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What all ranks do: the elements of each, rounds, and the folder for their figures."""
-
-    ranks: int
-    port: int
-    size: int
-    rounds: int
-    out: str
-
-
-def rank_main(rank: int, job: Job) -> None:
-    """The program of each process."""
+def rank_main(rank: int, ranks: int, size: int, rounds: int, out: str) -> None:
+    """The program of each process, which averages ``size`` elements of every dtype."""
     torch.set_num_threads(1)
-    method = f"tcp://127.0.0.1:{job.port}"
-    distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=job.ranks)
-    source, target = torch.ones(job.size), torch.ones(job.size)
-    found = {dtype: _of_dtype(dtype, job.rounds, source, target) for dtype in DTYPES}
-    Path(job.out, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    meeting = Path(out, "meeting").as_uri()
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    source, target = torch.ones(size), torch.ones(size)
+    found = {dtype: _of_dtype(dtype, rounds, source, target) for dtype in DTYPES}
+    Path(out, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 def _of_dtype(dtype: str, rounds: int, source: Tensor, target: Tensor) -> dict[str, Any]:
     """The part of one rank; the buffers have as many elements as its params."""
-    size = source.numel() // TENSORS
-    vectors = (torch.randn(size).to(getattr(torch, dtype)) for _ in range(TENSORS))
-    model = nn.ParameterList(vectors)
+    options = {"tensors": TENSORS, "dtype": getattr(torch, dtype)}
+    model = vectors(source.numel(), Setting(), **options)
     gc.collect()
     before = psutil.Process().memory_info().rss
     average = EMAModel(model, DECAY)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 from benchmarks.models import Buffers, count, gpt2, size
-from benchmarks.peers import SWAPS, swaps
+from benchmarks.peers import SWAPS, kind, swap_of, swaps
 from benchmarks.report import Report, Row, short
 from benchmarks.setting import Setting, in_fresh_process
-from benchmarks.timing import Case
+from benchmarks.timing import Case, Contender, Effort, measure
 
 
 def repeated(setting: Setting) -> Case:
@@ -20,11 +19,16 @@ def repeated(setting: Setting) -> Case:
     so four of them are the limit.
     """
     model = gpt2(setting)
+    copy = Buffers(model, setting).copy().call
+
+    def copies() -> None:
+        for _ in range(4):
+            copy()
+
     return Case(
         title=f"swap in and out: GPT-2, {size(model)}",
-        contenders=[*swaps(model), Buffers(count(model), setting).copy(times=4)],
+        contenders=[*swaps(model), Contender("4 flat copies", copies, kind="limit")],
         references=["4 flat copies", "ema"],
-        finish=setting.finish,
         traffic=32 * count(model),
         note="Bar: diffusers at 2 times ema. Assigned, parameters refer to the averages and nothing is"
         " moved.",
@@ -37,34 +41,28 @@ def first(setting: Setting) -> Report:
     A repeated swap of a peer finds the memory that its last one has given back. In training other code
     takes that memory, so a first swap asks the system for the memory of every copy.
     """
+    rounds = 1 if setting.size == "tiny" else 7
     found: dict[str, list[list[float]]] = {name: [] for name in SWAPS}
-    for _ in range(1 if setting.size == "tiny" else 7):
+    for _ in range(rounds):
         for name, samples in found.items():
             samples.append(in_fresh_process(first_swaps, name, setting))
     rows = []
     for name, samples in found.items():
         cells = []
-        for each, ours in zip(
-            zip(*samples, strict=True), zip(*found["ema"], strict=True), strict=True
-        ):
-            ratio = statistics.median(theirs / our for theirs, our in zip(each, ours, strict=True))
-            cells += [short(statistics.median(each) * 1e3), f"{ratio:.2f}"]
-        kind = "ours" if name.startswith("ema") else "peer"
-        rows.append(Row(name=name, kind=kind, cells=cells))
+        for swap in range(2):
+            seconds, ours = ([each[swap] for each in of] for of in (samples, found["ema"]))
+            ratios = [one / two for one, two in zip(seconds, ours, strict=True)]
+            cells += [short(statistics.median(seconds) * 1e3), f"{statistics.median(ratios):.2f}"]
+        rows.append(Row(name=name, kind=kind(name), cells=cells))
     return Report(
         title="the first two swaps of a process: GPT-2",
         columns=["first, ms", "÷ ema", "second, ms", "÷ ema"],
         rows=rows,
-        rounds=len(found["ema"]),
+        rounds=rounds,
     )
 
 
 def first_swaps(name: str, setting: Setting) -> list[float]:
     """Seconds of the first two swaps in and out of this process."""
-    swap = SWAPS[name](gpt2(setting))
-    seconds = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        swap()
-        seconds.append(time.perf_counter() - begun)
-    return seconds
+    contender = Contender(name, swap_of(name, gpt2(setting)))
+    return measure([contender], Effort(rounds=2), setting.finish)[name]

@@ -43,16 +43,15 @@ def _step(setting: Setting, *, sequences: int) -> Case:
         layers, width, length, dtype = 2, 256, 8, torch.float32
     if setting.size == "tiny":
         layers, width, length, sequences = 1, 16, 2, 1
-    kind: dict[str, Any] = {"device": setting.device, "dtype": dtype}
-    heads = max(1, width // 128)
-    options = {"dropout": 0.0, "batch_first": True, **kind}
+    place: dict[str, Any] = {"device": setting.device, "dtype": dtype}
+    layer = {"nhead": max(1, width // 128), "dim_feedforward": 4 * width, "dropout": 0.0, **place}
     model = nn.Sequential(
-        *(nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(layers))
+        *(nn.TransformerEncoderLayer(width, batch_first=True, **layer) for _ in range(layers))
     )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    batch = torch.randn(sequences, length, width, **kind)
+    batch = torch.randn(sequences, length, width, **place)
 
-    def contender(name: str, update: Callable[[], object], kind: str) -> Contender:
+    def contender(name: str, update: Callable[[], object], kind: str = "ours") -> Contender:
         def call() -> None:
             for _ in range(STEPS):
                 model(batch).square().mean().backward()
@@ -60,48 +59,29 @@ def _step(setting: Setting, *, sequences: int) -> Case:
                 optimizer.zero_grad()
                 update()
 
-        return Contender(name=name, call=call, kind=kind)
+        return Contender(name, call, kind=kind)
 
+    averages = {name: EMAModel(model, DECAY, **options) for name, options in BESIDE.items()}
     return Case(
         title=f"{STEPS} training steps of {sequences * length} tokens: {count(model) / 1e6:.3g} M"
         f" {str(dtype).removeprefix('torch.')}, AdamW",
         contenders=[
-            *(
-                contender(name, EMAModel(model, DECAY, **options).update, "ours")
-                for name, options in BESIDE.items()
-            ),
+            *(contender(name, average.update) for name, average in averages.items()),
             contender("no average", int, "limit"),
         ],
         references=["no average"],
-        baseline="no average",
-        unit="ema",
-        finish=setting.finish,
+        added=True,
         note="Bar: overlap adds at most 2 % to a step." * (not setting.on_cpu),
     )
 
 
 def trainer(setting: Setting) -> Case:
     """A run of the Hugging Face ``Trainer`` with and without the callback, whose decay suits it."""
-    model = gpt2(setting)
-    plain, averaging = _trainer(model, []), _trainer(model, [EMACallback(0.5)])
-    return Case(
-        title=f"{STEPS} steps of the Trainer: GPT-2, {size(model)}, sgd",
-        contenders=[
-            Contender(name="EMACallback", call=averaging.train, kind="ours"),
-            Contender(name="no average", call=plain.train, kind="limit"),
-        ],
-        references=["no average"],
-        baseline="no average",
-        unit="EMACallback",
-        finish=setting.finish,
-        note="Each run starts a new average, which copies the weights.",
-    )
-
-
-def _trainer(model: Any, callbacks: list[Any]) -> Any:
     from transformers import Trainer, TrainingArguments
 
+    model: Any = gpt2(setting)
     rows = torch.randint(0, model.config.vocab_size, (STEPS, 16))
+    data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(
         tempfile.gettempdir(),
         max_steps=STEPS,
@@ -109,9 +89,21 @@ def _trainer(model: Any, callbacks: list[Any]) -> Any:
         optim="sgd",
         save_strategy="no",
         report_to=[],
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=setting.on_cpu,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    return Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+    plain, averaging = (
+        Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+        for callbacks in ([], [EMACallback(0.5)])
+    )
+    return Case(
+        title=f"{STEPS} steps of the Trainer: GPT-2, {size(model)}, sgd",
+        contenders=[
+            Contender("EMACallback", averaging.train, kind="ours"),
+            Contender("no average", plain.train, kind="limit"),
+        ],
+        references=["no average"],
+        added=True,
+        note="Each run starts a new average, which copies the weights.",
+    )

@@ -7,43 +7,36 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.models import (
-    WEIGHT,
-    Buffers,
-    bare_foreach,
-    count,
-    gpt2,
-    many_small,
-    one_tensor,
-    size,
-    split,
-)
-from benchmarks.peers import FOREACH, ONE_BY_ONE, ours, timm, updates
+from benchmarks.models import WEIGHT, Buffers, bare_foreach, count, gpt2, size, vectors
+from benchmarks.peers import FOREACH, ONE_BY_ONE, ours, timm_average, updates
 from benchmarks.setting import Setting
 from benchmarks.timing import Case, Contender
 
 ELEMENTS = 2**26
+SMALL = 256
 
 
 def many_small_vectors(setting: Setting) -> Case:
-    """The cost of a call, not of memory."""
-    model = many_small(setting)
-    return _many_small(f"one update: {size(model)}, one ParameterList", model, setting)
+    """The cost of a call, not of memory: 1 000 small vectors in one list."""
+    tensors = 1_000 if setting.size != "tiny" else 16
+    model = vectors(tensors * SMALL, setting, tensors=tensors)
+    return _many_small(model, "one ParameterList", setting)
 
 
 def many_small_modules(setting: Setting) -> Case:
-    """The same in 500 modules."""
-    model = many_small(setting, in_modules=True)
-    title = f"one update: {size(model)}, {len(list(model.children()))} LayerNorms"
-    return _many_small(title, model, setting)
+    """The same, two in each of 500 modules."""
+    modules = 500 if setting.size != "tiny" else 8
+    model = nn.Sequential(*(nn.LayerNorm(SMALL, device=setting.device) for _ in range(modules)))
+    for p in model.parameters():
+        nn.init.normal_(p)
+    return _many_small(model, f"{modules} LayerNorms", setting)
 
 
-def _many_small(title: str, model: nn.Module, setting: Setting) -> Case:
+def _many_small(model: nn.Module, modules: str, setting: Setting) -> Case:
     return Case(
-        title=title,
-        contenders=[*updates(model), bare_foreach(model), Buffers(count(model), setting).lerp()],
+        title=f"one update: {size(model)}, {modules}",
+        contenders=[*updates(model), bare_foreach(model), Buffers(model, setting).lerp()],
         references=["bare foreach", "ema"],
-        finish=setting.finish,
         note="Bar: ema at most 0.7 of bare foreach, and the best peer at 6 times ema.",
     )
 
@@ -51,18 +44,12 @@ def _many_small(title: str, model: nn.Module, setting: Setting) -> Case:
 def gpt2_model(setting: Setting) -> Case:
     """A model of ordinary size: the cost of memory."""
     model = gpt2(setting)
-    flat = Buffers(count(model), setting)
-    without = () if setting.on_cpu else ONE_BY_ONE
+    flat = Buffers(model, setting)
+    peers = updates(model, without=() if setting.on_cpu else ONE_BY_ONE)
     return Case(
         title=f"one update: GPT-2, {size(model)}",
-        contenders=[
-            *updates(model, without=without),
-            bare_foreach(model),
-            flat.lerp(),
-            flat.copy(),
-        ],
+        contenders=[*peers, bare_foreach(model), flat.lerp(), flat.copy()],
         references=["flat lerp", "bare foreach"],
-        finish=setting.finish,
         traffic=12 * count(model),
         note="Bar: ema at most 1.05 of flat lerp.",
     )
@@ -74,30 +61,28 @@ def nonfinite(setting: Setting) -> Case:
     skipping = ours(model, 'ema, on_nonfinite="skip"', on_nonfinite="skip")
     return Case(
         title=f"one update that looks for NaN and Inf: GPT-2, {size(model)}",
-        contenders=[ours(model), skipping, Buffers(count(model), setting).lerp()],
+        contenders=[ours(model), skipping, Buffers(model, setting).lerp()],
         references=["flat lerp", "ema"],
-        finish=setting.finish,
         traffic=12 * count(model),
     )
 
 
 def one_vector(setting: Setting) -> Case:
     """One large tensor in float32."""
-    model = one_tensor(setting.elements(ELEMENTS, copies=12), setting)
-    flat = Buffers(count(model), setting)
+    model = vectors(setting.elements(ELEMENTS, copies=12), setting)
+    flat = Buffers(model, setting)
     return Case(
         title=f"one update: {size(model)}",
         contenders=[*updates(model, without=FOREACH), flat.lerp(), flat.copy()],
         references=["flat lerp"],
-        finish=setting.finish,
         traffic=12 * count(model),
     )
 
 
 def mixed(setting: Setting) -> Case:
     """A float32 average of bfloat16 params, also by the two lines that people write by hand."""
-    model = one_tensor(setting.elements(ELEMENTS, copies=12), setting, torch.bfloat16)
-    flat = Buffers(count(model), setting)
+    model = vectors(setting.elements(ELEMENTS, copies=12), setting, dtype=torch.bfloat16)
+    flat = Buffers(model, setting)
     (params,) = (p.detach() for p in model.parameters())
     average = params.float()
     by_hand = {
@@ -108,12 +93,11 @@ def mixed(setting: Setting) -> Case:
         title=f"one update of a float32 average: {size(model)}",
         contenders=[
             *updates(model, torch.float32, without=FOREACH),
-            *(Contender(name=name, call=call) for name, call in by_hand.items()),
+            *(Contender(name, call) for name, call in by_hand.items()),
             flat.lerp(),
             flat.copy(),
         ],
         references=["flat lerp", "ema"],
-        finish=setting.finish,
         traffic=10 * count(model),
         note="Flat lerp is float32 in both. Bar: ema at most 1.3 of it, and the best peer at 4"
         " times ema.",
@@ -122,21 +106,20 @@ def mixed(setting: Setting) -> Case:
 
 def bfloat16(setting: Setting) -> Case:
     """A bfloat16 average, rounded stochastically."""
-    model = one_tensor(setting.elements(ELEMENTS // 2, copies=12), setting, torch.bfloat16)
-    flat, small = (Buffers(count(model), setting, d) for d in (torch.float32, torch.bfloat16))
-    plain = timm(model, None, stochastic_rounding=False)
+    model = vectors(setting.elements(ELEMENTS // 2, copies=12), setting, dtype=torch.bfloat16)
+    flat, small = Buffers(model, setting), Buffers(model, setting, torch.bfloat16)
+    nearest = timm_average(model, by_chance=False).update
     return Case(
         title=f"one update of a bfloat16 average: {size(model)}",
         contenders=[
             ours(model, "ema, stochastic rounding", dtype=torch.bfloat16),
-            Contender(name="timm, stochastic rounding", call=timm(model, None)),
-            Contender(name="timm, to nearest: never moves", call=plain),
+            Contender("timm, stochastic rounding", timm_average(model).update),
+            Contender("timm, to nearest: never moves", nearest),
             small.lerp("flat lerp of bfloat16"),
             flat.lerp("flat lerp of float32"),
             small.copy(),
         ],
         references=["flat lerp of float32", "ema, stochastic rounding"],
-        finish=setting.finish,
         traffic=6 * count(model),
         note="Bar: timm with stochastic rounding at 8 times ema.",
     )
@@ -144,14 +127,13 @@ def bfloat16(setting: Setting) -> Case:
 
 def compensated(setting: Setting) -> Case:
     """An average with a remainder."""
-    model = one_tensor(setting.elements(ELEMENTS, copies=8), setting)
-    flat = Buffers(count(model), setting)
+    model = vectors(setting.elements(ELEMENTS, copies=8), setting)
+    flat = Buffers(model, setting)
     exact = ours(model, "ema, compensated", compensated=True, traffic=20 * count(model))
     return Case(
         title=f"one update with a remainder: {size(model)}",
         contenders=[ours(model), exact, flat.lerp(), flat.copy()],
         references=["flat lerp"],
-        finish=setting.finish,
         traffic=12 * count(model),
         note="The remainder is read and written too: 20 bytes in place of 12, 1.67 of flat lerp.",
     )
@@ -160,17 +142,15 @@ def compensated(setting: Setting) -> Case:
 def many_tensors(setting: Setting) -> Case:
     """10 000 tensors against one of their size, also as a CUDA graph."""
     tensors = 10_000 if setting.size != "tiny" else 16
-    many = split(setting.elements(ELEMENTS, copies=8), tensors, setting)
-    one = one_tensor(count(many), setting)
-    flat = Buffers(count(many), setting)
+    many = vectors(setting.elements(ELEMENTS, copies=8), setting, tensors=tensors)
+    one, flat = vectors(count(many), setting), Buffers(many, setting)
     contenders = [ours(many), ours(one, "ema, one tensor"), flat.lerp(), flat.copy()]
     if not setting.on_cpu:
-        contenders.insert(1, Contender(name="ema, captured", call=_captured(ours(many).call)))
+        contenders.insert(1, Contender("ema, captured", _captured(ours(many).call)))
     return Case(
         title=f"one update: {size(many)}",
         contenders=contenders,
         references=["flat lerp", "ema, one tensor"],
-        finish=setting.finish,
         traffic=12 * count(many),
         note="" if setting.on_cpu else "Bar: captured at most 1.3 of one tensor.",
     )

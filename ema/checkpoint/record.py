@@ -1,6 +1,6 @@
 """The facts about an average, and the metadata of a file that hold them.
 
-Everything is a string, since the container holds nothing else; what is more than a word or a number
+Everything is a string, since the container holds only strings; a value beyond a word or a number
 is JSON. Keys that this version does not know are kept as they are.
 """
 
@@ -166,7 +166,7 @@ def record_from(metadata: Mapping[str, str]) -> Record:
     """The inverse of :func:`record_to`.
 
     Raises:
-        CheckpointError: the file is none of ours, of a newer version, or its metadata is damaged.
+        CheckpointError: another program wrote the file, or it is of a newer version or damaged.
     """
     if metadata.get("format") != FORMAT or "format_version" not in metadata:
         raise CheckpointError(

@@ -114,7 +114,7 @@ def convert(
         update_every: likewise.
 
     Returns:
-        What was recognized and written.
+        A description of the source and the file.
 
     Raises:
         ArgumentError: the source has no names, and ``names`` is missing or has the wrong length.

@@ -28,7 +28,7 @@ def prefixed(
     """Find groups such as ``model_ema.…`` beside ``model.…``, or ``ema.…`` beside all other names.
 
     Yields:
-        What ``key`` would take, and where the average lies. Groups that may be averages, but are not
+        The values that ``key`` would take, and where the average lies. Groups that may be averages, but are not
         certain, go to ``proposed``.
     """
     shapes = _shapes(tree, is_tensor)

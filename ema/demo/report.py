@@ -79,7 +79,7 @@ def print_comparison(console: Console, comparison: Comparison, run: Run) -> None
 
 
 def print_end(console: Console, picture: Path | None, left_out: Sequence[str]) -> None:
-    """Where the picture is, and what was left out for want of a package, one line each."""
+    """Print the path of the picture, and each part left out because a package is missing."""
     if picture is not None:
         console.print(Text(f"Held-out loss over steps: {picture}"), soft_wrap=True)
     for line in left_out:

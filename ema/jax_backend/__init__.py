@@ -1,4 +1,4 @@
-"""The JAX half: an average of the parameters as one link of an optax chain.
+"""The JAX backend: an average of the parameters as one link of an optax chain.
 
 >>> import jax.numpy as jnp
 >>> import optax
@@ -19,7 +19,7 @@ from ema.extras import require
 require("jax", "jax")
 require("optax", "jax")
 
-# Below the two lines above, so that a missing package is reported by the extra that brings it.
+# After the two lines above, so that the error for a missing package names the extra to install.
 from ema.jax_backend.access import get_params_ema
 from ema.jax_backend.saving.files import load_params_ema, save_params_ema
 from ema.jax_backend.saving.restore import adapt_opt_state

@@ -32,26 +32,28 @@ def get_params_ema(
 
     Args:
         opt_state: the optimizer's state, or anything that contains it.
-        params: the live parameters; for nnx, ``nnx.state(model, nnx.Param)``. With them the average
-            gets their dtypes, and leaves that are not averaged (integers, masked ones) their
-            values; the averages of several groups (one name, disjoint masks) become one.
-        name: which average, where there are several; the ``name`` given to ``params_ema``, or the
+        params: the live parameters; for nnx, ``nnx.state(model, nnx.Param)``. If they are given,
+            the result has their dtypes, and leaves that are not averaged (integers, masked leaves)
+            have their live values. The averages of several groups (one name, disjoint masks) are
+            joined.
+        name: which average, if there are several: the ``name`` given to ``params_ema``, or the
             key in its ``decay``.
 
     Returns:
-        Plain arrays in the structure of the params; for nnx, what ``nnx.update(model, …)`` takes.
-        Without ``params`` in the accumulator's dtype. Where dtypes agree nothing is copied: the
-        arrays are those of ``opt_state`` and go when it is donated.
+        Plain arrays in the structure of the params; for nnx, pass them to
+        ``nnx.update(model, …)``. Without ``params`` they have the accumulator's dtype. If the
+        dtypes agree, nothing is copied: the result shares its arrays with ``opt_state``, and
+        donating ``opt_state`` deletes them.
 
     Raises:
         ArgumentError: there is no such average, there are several, or leaves are masked and
             ``params`` were not given.
-        ModelError: ``params`` are not those of the average.
-        StateError: the average is inside ``schedule_free``, ``mechanize`` or ``lookahead``, or behind
-            ``sam``, and so does not average the parameters.
+        ModelError: ``params`` do not match the average.
+        StateError: the average is inside ``schedule_free``, ``mechanize`` or ``lookahead``, or
+            after ``sam``, and so does not average the parameters.
 
     Warns:
-        EMAWarning: an optimizer follows the average in its chain.
+        EMAWarning: an optimizer follows ``params_ema`` in the chain.
 
     Example:
         >>> import jax.numpy as jnp
@@ -72,13 +74,13 @@ def get_params_ema(
         return jax.tree.unflatten(jax.tree.structure(live), jax.tree.leaves(filled))
     if len(averages) > 1:
         raise ArgumentError(
-            f"`params` must be given to put {len(averages)} averages of one name together; to tell"
-            " them apart give each its own: params_ema(..., name=...)"
+            f"`params` must be given to join {len(averages)} averages with the same name; to keep"
+            " them apart, give each its own name: params_ema(..., name=...)"
         )
     masked = [name for name, leaf in Flat.of(averages[0]).items() if _is_masked(leaf)]
     if masked:
         raise ArgumentError(
-            f"`params` must be given to fill what is not averaged: {listing(masked)}"
+            f"`params` must be given to fill the leaves that are not averaged: {listing(masked)}"
         )
     return averages[0]
 
@@ -86,10 +88,10 @@ def get_params_ema(
 def choose_states(
     opt_state: optax.OptState, name: str | None
 ) -> tuple[list[ParamsEMAState], str | None]:
-    """The states that hold the average of that name, and its name, which may be None.
+    """The states that hold the average called ``name``, and its name, which may be None.
 
-    Without a name it is the only one there is. Several states hold one average where optax
-    has split the params into groups.
+    Without ``name`` the state must hold only one average. If optax has split the params into
+    groups, several states hold one average.
 
     Raises:
         ArgumentError: there is no such average, or there are several.
@@ -114,8 +116,8 @@ def choose_states(
         return states, names[0]
     if name is None and None in names:
         raise ArgumentError(
-            f"`name` must choose one of {len(names)} averages, of which one has no name: give each"
-            " a name in params_ema"
+            f"`name` must choose one of {len(names)} averages, but one of them has no name: give"
+            " each a name in params_ema"
         )
     if name not in names:
         raise unknown_name(name, [each for each in names if each is not None])
@@ -127,12 +129,12 @@ def _is_masked(node: Any) -> bool:
 
 
 class _Averaged(NamedTuple):
-    """The groups of one average, put together; a key is the path of a leaf.
+    """The groups of one average, joined; a key is the path of a leaf.
 
     Attributes:
         leaves: the averages.
-        masked: for each group, where it has a mask, which may stand for a whole subtree.
-        absent: where a program had filtered out leaves that it does not train.
+        masked: for each group, the paths of its masks; a mask may stand for a whole subtree.
+        absent: the paths of leaves that a program filtered out because it does not train them.
     """
 
     leaves: dict[Key, Any]
@@ -140,7 +142,7 @@ class _Averaged(NamedTuple):
     absent: set[Key]
 
     def lacks(self, key: Key, live: Any) -> bool:
-        """Whether there should be an average of this live leaf, and is none."""
+        """Whether this live leaf should have an average but does not."""
         if key in self.leaves:
             return False
         if key in self.absent and not (is_inexact(live) and is_array(live)):
@@ -159,7 +161,7 @@ def _fill(averages: list[Any], params: Any) -> Any:
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     live = {_key(path): leaf for path, leaf in flat}
     if text := _separates(averaged, live):
-        raise ModelError(f"`params` are not those of the average: {text}")
+        raise ModelError(f"`params` do not match the average: {text}")
     return structure.unflatten(
         [
             jnp.asarray(averaged.leaves[key]).astype(jnp.result_type(leaf))
@@ -171,10 +173,10 @@ def _fill(averages: list[Any], params: Any) -> Any:
 
 
 def _put_together(averages: list[Any]) -> _Averaged:
-    """One average of all its groups.
+    """Join the groups of one average.
 
     Raises:
-        ArgumentError: two groups have an average of one leaf.
+        ArgumentError: two groups have an average of the same leaf.
     """
     together = _Averaged({}, [], set())
     for average in averages:
@@ -182,8 +184,8 @@ def _put_together(averages: list[Any]) -> _Averaged:
         leaves = {_key(path): leaf for path, leaf in flat if not is_hole(leaf)}
         if twice := [".".join(key) for key in leaves if key in together.leaves]:
             raise ArgumentError(
-                f"`name` must choose one average, {len(averages)} of one name hold"
-                f" {listing(twice)}: give each its own in params_ema"
+                f"`name` must choose one average, but {len(averages)} averages with the same name"
+                f" hold {listing(twice)}: give each its own name in params_ema"
             )
         together.leaves.update(leaves)
         together.masked.append({_key(path) for path, leaf in flat if _is_masked(leaf)})

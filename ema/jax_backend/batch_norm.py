@@ -41,37 +41,37 @@ def recalibrate_batch_norm(
 
         mean = Σ x / N,    var = Σ (x − mean)² / N
 
-    Dropout and all else is in evaluation mode on the way, as when the model is used. An nnx
-    model is changed in place, in its statistics and in nothing else; if anything is raised
-    it is what it was. For a linen model the new collection is returned.
+    During the pass Dropout and all other layers are in evaluation mode, as when the model is used.
+    For an nnx model the statistics are changed in place and nothing else; after an error the model
+    is unchanged. For a linen model the new collection is returned.
 
-    A layer that the model keeps in evaluation mode (a frozen backbone) keeps its statistics. In
-    nnx it is one that the model calls with ``use_running_average=True``, one whose flag is True
-    while another layer's is False, or one that ``model.train()`` leaves so, where the class
-    overrides ``train``. In linen it is one that runs with ``use_running_average=True`` while
-    another one does not: let ``forward`` call the model as in training then,
-    ``lambda apply, x: apply(x, train=True)``.
+    A layer that the model keeps in evaluation mode (a frozen backbone) keeps its statistics. In nnx
+    this is a layer that the model calls with ``use_running_average=True``, or whose flag is True
+    while the flag of another layer is False. If the class overrides ``train``, it is also a layer
+    whose flag is True after ``model.train()``. In linen this is a layer that runs with
+    ``use_running_average=True`` while another layer does not; for such a model, let ``forward``
+    call it as in training: ``lambda apply, x: apply(x, train=True)``.
 
     Args:
         model: an ``nnx.Module``, inside ``use_ema`` or made by ``EMA.apply_to``, or a linen module.
-        batches: what to call it with: an array, a tuple or list (its first element, as in
-            ``(inputs, labels)``), or a mapping (as keyword arguments).
+        batches: inputs of the model. A batch is an array, a tuple or list (the model gets its first
+            element, as in ``(inputs, labels)``), or a mapping (of keyword arguments).
         variables: for linen, ``params`` and ``batch_stats``, for instance
             ``EMATrainState.ema_variables``.
-        forward: calls the model in place of that. For nnx ``forward(model, batch)``, which may be
-            jitted; batches count by the length of their first array. For linen
-            ``forward(apply, batch)`` with ``apply(*args, **kwargs)``, that of the model with its
-            variables filled in, run without ``jit``. With ``train=False`` the layers gather their
-            statistics nevertheless, and with ``train=True`` Dropout does nothing all the same.
+        forward: a function that calls the model on a batch. For nnx it is
+            ``forward(model, batch)``, which may be jitted; a batch counts by the length of its
+            first array. For linen it is ``forward(apply, batch)``, where ``apply(*args, **kwargs)``
+            applies the model with its variables, without ``jit``. Even with ``train=False`` the
+            layers gather their statistics, and even with ``train=True`` Dropout does nothing.
 
     Returns:
         ``None`` for nnx; the new ``batch_stats`` for linen.
 
     Raises:
-        ArgumentError: there are no batches, or ``variables`` is missing or too much.
-        ArgumentTypeError: a batch is something else and ``forward`` is not given.
+        ArgumentError: ``variables`` is missing for linen, or is given for nnx.
+        ArgumentTypeError: a batch has another type and ``forward`` is not given.
         ModelError: the model has no BatchNorm layer, or keeps all of them in evaluation mode.
-        StateError: ``forward`` made no layer gather statistics.
+        StateError: there are no batches, or ``forward`` made no layer gather statistics.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,10 +91,10 @@ def recalibrate_batch_norm(
 
 
 class _Pool:
-    """Count, mean and squared deviations of all that a layer saw; in float64.
+    """Count, mean and squared deviations of all values that a layer saw, in float64.
 
-    Two sets are put together as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the
-    Sample Variance", equation 2.1.
+    Two sets are combined as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample
+    Variance", equation 2.1.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ def _recalibrate_nnx(model: Any, batches: Iterable[Any], forward: Forward) -> No
         for batch in batches:
             ran = _run(model, batch, forward, gathering, starts)
             quiet = {p: own[p] for p in gathering.keys() - ran if starts[p] is _IMPOSSIBLE}
-            if quiet:  # not called, or called to normalize by what they have
+            if quiet:  # not called, or called to normalize by the statistics that they have
                 starts |= quiet
                 ran = _run(model, batch, forward, gathering, starts)
             for path in ran:
@@ -134,10 +134,10 @@ def _recalibrate_nnx(model: Any, batches: Iterable[Any], forward: Forward) -> No
 
 
 def _layers_of(model: Any) -> tuple[dict[Path, Any], dict[Path, Any]]:
-    """All BatchNorm layers, and those whose statistics are recomputed.
+    """All BatchNorm layers, and the layers whose statistics are recomputed.
 
     Raises:
-        ModelError: there are none.
+        ModelError: the model has no such layer.
     """
     layers = {
         path: module
@@ -157,7 +157,7 @@ def _layers_of(model: Any) -> tuple[dict[Path, Any], dict[Path, Any]]:
 
 
 def _kept_in_evaluation(model: Any, layers: Mapping[Path, Any]) -> set[Path]:
-    """The layers that stay in evaluation mode while the model trains; all is put back."""
+    """The layers that stay in evaluation mode while the model trains; flags are restored."""
 
     def evaluating() -> set[Path]:
         return {path for path, layer in layers.items() if layer.use_running_average}
@@ -178,9 +178,9 @@ _IMPOSSIBLE: tuple[Any, Any] = (0.0, -1.0)
 
 
 def _finite(layer: Any) -> tuple[Any, Any]:
-    """The statistics of a layer; where they are not finite, others that are.
+    """The statistics of a layer, or the initial ones if these are not finite.
 
-    A layer that gathers multiplies what it has by 0, which makes NaN of Inf.
+    A layer that gathers multiplies its old statistics by 0, and 0 · Inf is NaN.
     """
     mean, var = layer.mean[...], layer.var[...]
     return (mean, var) if bool(jnp.isfinite(mean + var).all()) else (0.0, 1.0)
@@ -193,7 +193,7 @@ def _run(
     layers: Mapping[Path, Any],
     starts: Mapping[Path, tuple[Any, Any]],
 ) -> set[Path]:
-    """Run one batch from these statistics: the layers that now hold those of the batch."""
+    """Run one batch from the statistics ``starts``; return the layers whose statistics changed."""
     for path, layer in layers.items():
         _set(layer, *starts[path])
     forward(model, batch)
@@ -215,7 +215,10 @@ def _set(layer: Any, mean: Any, var: Any) -> None:
 
 @contextmanager
 def _gathering(model: Any, layers: Iterable[Any], gathering: Iterable[Any]) -> Iterator[None]:
-    """Some layers show the statistics of each batch, all else evaluates, and all is put back."""
+    """Let the layers ``gathering`` take the statistics of each batch, and all others evaluate.
+
+    At the end everything is restored.
+    """
     with _put_back(model):
         model.set_attributes(deterministic=True, raise_if_not_found=False)
         for layer in layers:
@@ -228,7 +231,7 @@ def _gathering(model: Any, layers: Iterable[Any], gathering: Iterable[Any]) -> I
 
 @contextmanager
 def _put_back(model: Any) -> Iterator[None]:
-    """The variables of a model, and the flags of its modules, are afterwards what they were."""
+    """Restore the variables of a model and the flags of its modules at the end."""
     before = nnx.as_pure(nnx.state(model))
     flags = [
         (module, name, getattr(module, name))
@@ -254,7 +257,7 @@ def _recalibrate_linen(
     if not jax.tree.leaves(stats):
         raise ModelError("`variables` must hold the batch_stats of a BatchNorm layer, got none")
     pools: dict[Path, _Pool] = {}
-    modes: dict[Path, bool] = {}  # whether a layer evaluates, each time that it was called
+    modes: dict[Path, bool] = {}  # whether a layer evaluates in every call
     kept: set[Path] = set()
 
     def gather(
@@ -270,7 +273,7 @@ def _recalibrate_linen(
         if place in kept:
             return run(*args, **kwargs)
         x, mask = args[0], kwargs.get("mask")
-        # frozen to its users; either flag may be set, and both together are an error
+        # linen modules are frozen; either flag may be set, and setting both is an error
         own = {"use_running_average": layer.use_running_average, "momentum": layer.momentum}
         try:
             object.__setattr__(layer, "use_running_average", False)
@@ -289,13 +292,13 @@ def _recalibrate_linen(
         with linen.intercept_methods(gather):
             return model.apply(variables, *args, **{"mutable": ["batch_stats"], **kwargs})
 
-    # A trace made earlier knows nothing of the interceptor, and one made here would outlive it.
+    # An earlier trace does not contain the interceptor, and a trace made here would outlive it.
     with jax.disable_jit():
         for number, batch in enumerate(batches):
             _call(apply, batch) if forward is None else forward(apply, batch)
             if not number and len({*modes.values()}) > 1:
                 kept |= {place for place, evaluates in modes.items() if evaluates}
-                pools.clear()  # which saw what the kept layers made of the batch
+                pools.clear()  # the kept layers normalized this batch by its own statistics
                 _call(apply, batch) if forward is None else forward(apply, batch)
     results = _results(pools)
 
@@ -312,7 +315,7 @@ def _recalibrate_linen(
 
 
 def _evaluates(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a layer of linen was called to use its running statistics."""
+    """Whether a linen layer was called to use its running statistics."""
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     return bool(layer.use_running_average if given is None else given)
 

@@ -1,4 +1,4 @@
-"""``EMATrainState``: linen's ``TrainState`` with the average at hand."""
+"""``EMATrainState``: linen's ``TrainState`` with properties that read the average."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["EMATrainState"]
 class EMATrainState(TrainState):
     """A ``TrainState`` whose chain ends with ``params_ema``.
 
-    The statistics of BatchNorm layers may ride along as ``batch_stats``. In ``ema_variables`` they
-    are the live ones, as they are, unless ``batch_stats_tx`` averages them too.
+    ``batch_stats`` may hold the statistics of BatchNorm layers. ``ema_variables`` contains the live
+    statistics unless ``batch_stats_tx`` averages them too.
 
     Attributes:
-        batch_stats: the collection of that name; ``None`` where the model has none.
-        batch_stats_ema: state of their average; ``None`` where they are not averaged.
-        batch_stats_tx: ``params_ema(...)`` to average them with. It sees every call of
-            ``apply_gradients``, also where ``optax.MultiSteps`` makes one step of several.
-        ema_name: which average, where the chain has several; likewise of the statistics.
+        batch_stats: the collection of that name; ``None`` if the model has none.
+        batch_stats_ema: state of the statistics' average; ``None`` if they are not averaged.
+        batch_stats_tx: ``params_ema(...)`` that averages the statistics. It counts every call of
+            ``apply_gradients``, even if ``optax.MultiSteps`` makes one step of several calls.
+        ema_name: which average, if the chain has several; likewise for the statistics.
 
     Example:
         >>> import flax.linen as nn
@@ -92,7 +92,7 @@ class EMATrainState(TrainState):
         return state
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> EMATrainState:
-        """One step of the optimizer; ``batch_stats=`` hands in the statistics of the same step."""
+        """Make one optimizer step; ``batch_stats=`` takes the statistics of the same step."""
         state: EMATrainState = super().apply_gradients(  # type: ignore[no-untyped-call]
             grads=grads, **kwargs
         )
@@ -117,7 +117,7 @@ class EMATrainState(TrainState):
 
     @property
     def ema_batch_stats(self) -> Any:
-        """The averaged statistics where there is an average of them, otherwise the live ones."""
+        """The averaged statistics if they are averaged, otherwise the live ones."""
         if self.batch_stats_ema is None:
             return self.batch_stats
         name = self.ema_name if len(self.batch_stats_ema.averages()) > 1 else None
@@ -125,7 +125,7 @@ class EMATrainState(TrainState):
 
     @property
     def ema_variables(self) -> dict[str, Any]:
-        """The variables with which ``apply_fn`` runs with the averages."""
+        """The variables to pass to ``apply_fn`` to run the model with the averages."""
         if self.batch_stats is None:
             return {"params": self.ema_params}
         return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}

@@ -1,7 +1,7 @@
 """Averages of ``flax.nnx`` modules: an object beside the model, and a swap.
 
-Two ways to the same numbers: ``EMA`` for a loop that calls ``update`` itself, or ``params_ema`` in
-the chain of an ``nnx.Optimizer``, which :func:`use_ema` brings into the model.
+Two ways lead to the same numbers: ``EMA``, if the loop calls ``update`` itself, or ``params_ema``
+in the chain of an ``nnx.Optimizer``. :func:`use_ema` puts the average of either into the model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NUMBERS = (float, complex)
 
 
 class EMAVariable(nnx.Variable[Any]):
-    """A value of an average besides the weights that a model can use: a counter or a finer value."""
+    """A value of an average that no model uses: a counter, a remainder or an unrounded average."""
 
 
 @final
@@ -47,45 +47,45 @@ class EMA(nnx.Pytree):
     """Exponential moving average of the Variables of a model, in place of ``nnx.EMA``.
 
     Every :meth:`update` moves the average towards the model by the weight ``w`` of the schedule
-    (``1 − decay``), in float32 or wider whatever the Variables are::
+    (``1 − decay``). The arithmetic is always float32 or wider::
 
         average + w · (params − average)                 w < 0.5
         params  − (params − average) · (1 − w)           otherwise
 
-    Only Variables of floating point are averaged, so integers, PRNG keys and Dropout may be
-    in the model whatever ``only`` says. It is a pytree: it goes through ``nnx.jit`` (donated too),
-    ``nnx.scan`` and checkpoints as a module does.
+    Only floating-point Variables are averaged, so the model may have integers, PRNG keys and
+    Dropout, whatever ``only`` selects. An ``EMA`` is a pytree: ``nnx.jit`` (also donated),
+    ``nnx.scan`` and checkpoints take it as they take a module.
 
     Args:
-        model: any module, or its ``nnx.State``; it is copied from and not kept.
-        decay: of one update, in [0, 1], or a schedule.
+        model: any module, or its ``nnx.State``; its values are copied, and it is not kept.
+        decay: the decay of one update in [0, 1], or a schedule.
         only: filter of the Variables to average; ``(nnx.Param, nnx.BatchStat)`` averages the
             statistics of BatchNorm layers too.
         update_after_step: through this step the average equals the model; updates count from there.
         update_every: steps from one update to the next.
-        accumulator_dtype: float32, float64 or bfloat16; by default that of the Variable, at least
-            float32.
-        compensated: keep what each update rounds away in a remainder beside the average.
-        stochastic_rounding: round a bfloat16 average up or down by chance.
-        seed: of that chance.
-        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"`` (eagerly alone), where a Variable
-            holds NaN or Inf; all of these as in :func:`~ema.jax_backend.params_ema`.
+        accumulator_dtype: float32, float64 or bfloat16; by default the dtype of the Variable, at
+            least float32.
+        compensated: keep the rounding error of each update in a remainder beside the average.
+        stochastic_rounding: round a bfloat16 average up or down at random.
+        seed: seed of the stochastic rounding.
+        on_nonfinite: if a Variable holds NaN or Inf: ``"propagate"``, ``"skip"`` or ``"raise"``
+            (in eager calls only). See :func:`~ema.jax_backend.params_ema` for details.
         graph: graph mode or tree mode, as everywhere in nnx.
 
     Attributes:
-        params: ``nnx.State`` of the averages as Variables of the types, dtypes and metadata of the
-            model's; those of :meth:`apply_to` are the same objects. A Variable narrower than its
-            average is the rounded copy of it, two bytes an element more.
+        params: ``nnx.State`` of the averages. Its Variables have the types, dtypes and metadata of
+            the model's, and :meth:`apply_to` puts these same objects into a model. If a Variable is
+            narrower than its average, it holds a rounded copy, two more bytes an element.
         step: calls of :meth:`update` so far.
-        count: updates made by them.
-        skipped: with ``on_nonfinite="skip"``, updates that were due and not made; else None.
+        count: updates made so far.
+        skipped: with ``on_nonfinite="skip"``, updates that were due but skipped; else None.
 
     Raises:
         ArgumentError: an argument is out of range.
         ArgumentTypeError: an argument has the wrong type.
         ModelError: nothing in the model can be averaged, or a Variable holds no array.
 
-    Sources: the interface is that of ``flax.nnx.EMA``; the average is Polyak and Juditsky 1992.
+    Sources: the interface follows ``flax.nnx.EMA``; the average is from Polyak and Juditsky 1992.
 
     Example:
         >>> import jax.numpy as jnp
@@ -188,10 +188,10 @@ class EMA(nnx.Pytree):
         """Count a step and, if one is due, make an update: call it after ``optimizer.update``.
 
         Args:
-            model: the model, or the ``nnx.State`` of it; not changed.
+            model: the model, or its ``nnx.State``; not changed.
 
         Raises:
-            ModelError: its Variables are not those of the average; nothing has changed.
+            ModelError: its Variables do not match the average; nothing has changed.
         """
         live = nnx.as_pure(self._select(model))
         unchanged = jax.tree.map(lambda _: None, live)
@@ -199,10 +199,10 @@ class EMA(nnx.Pytree):
         self._take(after)
 
     def state(self) -> ParamsEMAState:
-        """The state that ``params_ema`` would hold in its place.
+        """The average as a state of ``params_ema``.
 
         :func:`~ema.jax_backend.save_params_ema` and :func:`~ema.jax_backend.load_params_ema` take
-        it. Its arrays are those of the average, without a copy.
+        it. It shares its arrays with the average, without a copy.
         """
         state = ParamsEMAState(self.step[...], self.count[...], self.averaged_parameters())
         if self.precision.compensated:
@@ -212,11 +212,11 @@ class EMA(nnx.Pytree):
         return state
 
     def set_state(self, state: ParamsEMAState) -> None:
-        """Go on from a state, such as ``load_params_ema(path, average.state())``.
+        """Continue from a state, such as ``load_params_ema(path, average.state())``.
 
         Raises:
-            ArgumentError: it is of other options; nothing has changed.
-            ModelError: it is of other Variables; nothing has changed.
+            ArgumentError: the state was made with other options; nothing has changed.
+            ModelError: the state belongs to other Variables; nothing has changed.
         """
         averages, _ = flats_of(state, self._settings.schedules, self.precision)
         ours = Flat.of(self.averaged_parameters())
@@ -239,14 +239,14 @@ class EMA(nnx.Pytree):
             _put(remainder[path], lost)
 
     def apply_to(self, model: M) -> M:
-        """A model like this one with the averages in place of its Variables.
+        """A model like ``model`` with the averages in place of its Variables.
 
-        They are the Variables of ``params`` themselves, so the result follows every later update.
-        Whatever is not averaged is shared with ``model``; BatchNorm statistics, for one, which
-        a call of either in training mode changes.
+        The result holds the Variables of ``params`` themselves, so it follows every later update.
+        It shares with ``model`` all Variables that are not averaged. For example, a call of either
+        model in training mode changes the BatchNorm statistics of both.
 
         Raises:
-            ModelError: the Variables of ``model`` are not those of the average.
+            ModelError: the Variables of ``model`` do not match the average.
         """
         theirs = dict(nnx.to_flat_state(self._select(model)))
         ours = dict(nnx.to_flat_state(self.params))
@@ -260,7 +260,7 @@ class EMA(nnx.Pytree):
                 and (shape := jnp.shape(_value(theirs[path]))) != _value(ours[path]).shape
             ],
         ):
-            raise ModelError(f"`model` is not that of the average: {text}")
+            raise ModelError(f"`model` does not match the average: {text}")
         graphdef, state = nnx.split(model, graph=self.graph)
         result: M = nnx.merge(graphdef, nnx.merge_state(state, self.params))
         return result
@@ -285,8 +285,8 @@ class EMA(nnx.Pytree):
             leaf = _value(value)
             if not (is_hole(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, _NUMBERS)):
                 raise ModelError(
-                    f"`{_name(path)}` holds a {type(leaf).__name__}, EMA averages arrays: leave it"
-                    " out by `only`, or take params_ema in the chain of an nnx.Optimizer"
+                    f"`{_name(path)}` holds a {type(leaf).__name__}, but EMA averages arrays: leave"
+                    " it out by `only`, or use params_ema in the chain of an nnx.Optimizer"
                 )
             return is_inexact(leaf)
 
@@ -295,25 +295,25 @@ class EMA(nnx.Pytree):
 
 @contextmanager
 def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None) -> Iterator[M]:
-    """Averaged weights in ``model`` inside the block, the live ones after it, whatever is raised.
+    """Put averaged weights into ``model`` for the block; afterwards, always put back the live ones.
 
-    Nothing is copied where dtypes agree: until the block ends the arrays of the average are
-    in the model, so do not donate it to a function there. What the block writes to these weights is
-    lost with it.
+    If dtypes agree, nothing is copied: until the block ends, the model holds the arrays of the
+    average. So do not donate the model to a function inside the block. Changes that the block makes
+    to these weights are lost.
 
     Args:
-        model: the model of the optimizer.
+        model: the model whose weights are averaged.
         source: an ``nnx.Optimizer`` with ``params_ema`` in its chain, or an :class:`EMA`.
-        name: which average, where the chain has several.
+        name: which average, if the chain has several.
 
     Yields:
         The model.
 
     Raises:
         ArgumentError: there is no such average, or there are several.
-        ArgumentTypeError: ``source`` is neither.
-        ModelError: the average is not one of this model; nothing has changed.
-        StateError: on leaving, when the block has donated the average.
+        ArgumentTypeError: ``source`` is of another type.
+        ModelError: the average does not match this model; nothing has changed.
+        StateError: at the end of the block, if the block has donated the average.
 
     Example:
         >>> import jax.numpy as jnp
@@ -329,10 +329,10 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
     if isinstance(source, EMA):
         if name is not None:
             raise ArgumentError(
-                f"`name` must be None for an EMA, which is one average, got {name!r}"
+                f"`name` must be None for an EMA, which holds only one average, got {name!r}"
             )
         source.apply_to(model)  # refuses another model
-        live = nnx.as_pure(source._select(model))  # noqa: SLF001  # of this very file
+        live = nnx.as_pure(source._select(model))  # noqa: SLF001  # the class is in this file
         average = _shown(source)
     else:
         if not isinstance(source, nnx.Optimizer):
@@ -347,19 +347,19 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
     finally:
         nnx.update(model, live)
     if any(map(_is_deleted, jax.tree.leaves(average))):
-        raise StateError("the average was donated while it was in the model: it is lost")
+        raise StateError("the average is lost: the block donated it while it was in the model")
 
 
 def _one(decay: object) -> object:
     if isinstance(decay, Mapping):
         raise ArgumentTypeError(
-            "`decay` must be a number or a schedule: for several averages make several EMA"
+            "`decay` must be a number or a schedule: for several averages make several EMA objects"
         )
     return decay
 
 
 def _value(variable: Any) -> Any:
-    """The value that a Variable holds; its ``get_value`` and hooks may show another one."""
+    """The value that a Variable stores; its ``get_value`` and hooks may show another one."""
     return nnx.as_pure(variable)
 
 
@@ -369,7 +369,7 @@ def _put(variable: Any, value: jax.Array) -> None:
 
 
 def _shown(average: EMA) -> Any:
-    """The averages as plain arrays in the dtypes of the model, as :meth:`EMA.apply_to` has them."""
+    """The averages as plain arrays in the dtypes of the model, as in :meth:`EMA.apply_to`."""
     shown = dict(nnx.to_flat_state(average.params))
     averages = nnx.to_flat_state(average.averaged_parameters())
     return nnx.from_flat_state(
@@ -378,7 +378,7 @@ def _shown(average: EMA) -> Any:
 
 
 def _beside(variable: Any, value: jax.Array) -> EMAVariable:
-    """A Variable for the average's own, with the metadata (such as the sharding) of the model's."""
+    """A Variable for the average's own use, with the metadata (such as sharding) of the model's."""
     metadata = {**variable.get_metadata(), "ref": False, "hijax": False}
     return cast("EMAVariable", EMAVariable.from_metadata(value, metadata))
 
@@ -390,7 +390,7 @@ def _is_param(variable: Any) -> bool:
 def _is_deleted(leaf: Any) -> bool:
     return (
         isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)  # of what is compiled nothing is known yet
+        and not isinstance(leaf, jax.core.Tracer)  # a traced value cannot tell
         and leaf.is_deleted()
     )
 

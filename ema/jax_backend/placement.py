@@ -1,7 +1,7 @@
 """Misplaced averages that can be recognized from an optimizer's state.
 
-``params_ema`` averages ``params + updates``, so it must see the updates that are applied. Only
-optax knows its place, but the state shows the order of a chain.
+``params_ema`` averages ``params + updates``, so it must see the updates that are applied. It cannot
+see its own place in a chain, but the state of the chain shows the order.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from ema.jax_backend.state import ParamsEMAState
 __all__ = ["check_placement"]
 
 HARMLESS = (optax.EmptyState, optax.SnapshotState, optax.MonitorState, ParamsEMAState)
-"""States of transforms that change no update, and the one that says nothing."""
+"""States of transforms that change no update, and ``EmptyState``, which says nothing about one."""
 
 _INSIDE: Mapping[type, tuple[str, str]] = {
     contrib.ScheduleFreeState: (
         "base_optimizer_state",
         (
-            "params_ema inside schedule_free averages another sequence than the parameters: schedule_free"
-            " has an average of its own (schedule_free_eval_params); to average its training parameters"
-            " chain params_ema after it"
+            "params_ema inside schedule_free does not average the parameters but another sequence:"
+            " schedule_free has an average of its own (schedule_free_eval_params); to average its"
+            " training parameters, chain params_ema after it"
         ),
     ),
     contrib.MechanicState: (
         "base_optimizer_state",
         (
-            "params_ema inside mechanize averages parameters that were never there: mechanize scales"
-            " the updates of what it wraps; chain params_ema after it"
+            "params_ema inside mechanize averages parameters that the model never has: mechanize"
+            " scales the updates of the optimizer in it; chain params_ema after it"
         ),
     ),
     optax.LookaheadState: (
         "fast_state",
         (
-            "params_ema inside lookahead misses its synchronizations, which set the fast parameters"
-            " back: chain params_ema after it, and it averages both the fast and the slow ones"
+            "params_ema inside lookahead misses the synchronizations, which set the fast parameters"
+            " back: chain params_ema after it to average both the fast and the slow parameters"
         ),
     ),
     contrib.SAMState: (
         "adv_state",
         (
-            "params_ema inside the adversarial optimizer of sam averages the points that it looks from:"
-            " put it inside the other one"
+            "params_ema inside the adversarial optimizer of sam averages the perturbed parameters:"
+            " put it inside the other optimizer of sam"
         ),
     ),
 }
-"""State of a wrapper to the field of the wrapped optimizer, and why an average is wrong in it."""
+"""By state of a wrapper: the field of the wrapped optimizer, and why an average is wrong there."""
 
 
 def check_placement(opt_state: Any) -> None:
-    """Report an average that cannot be one of the parameters.
+    """Report a ``params_ema`` whose place in the chain prevents it from averaging the parameters.
 
     Raises:
-        StateError: it is inside a wrapper that applies other updates than those of the optimizer in
-            it (``schedule_free``, ``mechanize``, ``lookahead``), or behind ``sam``, whose every
-            second step only looks around.
+        StateError: it is inside a wrapper that changes the updates of its optimizer
+            (``schedule_free``, ``mechanize``, ``lookahead``), or after ``sam``, which perturbs the
+            parameters for a gradient in every second step.
 
     Warns:
         EMAWarning: an optimizer follows it in the chain.
@@ -76,20 +76,20 @@ def check_placement(opt_state: Any) -> None:
             continue
         if any(map(_alternates, chain[: averages[-1]])):
             raise StateError(
-                "params_ema behind sam averages the points that it looks from as well: put it inside,"
+                "params_ema after sam averages the perturbed parameters too: put it inside,"
                 " sam(chain(optimizer, params_ema(…)), …), or set opaque_mode=True"
             )
         later = [node for state in chain[averages[-1] + 1 :] for node in _optimizer_states(state)]
         if later:
             names = ", ".join(sorted({type(node).__name__ for node in later}))
             warn(
-                f"params_ema stands before {names} in the chain and averages parameters that were"
-                " never there: it has to be the last link"
+                f"params_ema stands before {names} in the chain and averages parameters that the"
+                " model never has: make it the last link"
             )
 
 
 def _wrappers(node: Any) -> list[Any]:
-    """Every state of a wrapper that an average may have to do with, those inside others too."""
+    """Every state of a wrapper outside the averages, also inside other wrappers."""
     if isinstance(node, ParamsEMAState):
         return []
     level = jax.tree_util.default_registry.flatten_one_level(node)
@@ -98,7 +98,7 @@ def _wrappers(node: Any) -> list[Any]:
 
 
 def _alternates(state: Any) -> bool:
-    """Whether sam makes its adversarial steps on the params: it keeps the others beside them."""
+    """Whether sam perturbs the params themselves: then it caches the unperturbed params."""
     return any(
         isinstance(node, contrib.SAMState) and node.cache is not None for node in _wrappers(state)
     )
@@ -116,7 +116,7 @@ def _holds_average(node: Any) -> bool:
 
 
 def _chains(node: Any) -> list[tuple[Any, ...]]:
-    """Every plain tuple outside the averages: the states of ``optax.chain``."""
+    """Every plain tuple outside the averages: these are the states of ``optax.chain``."""
     if isinstance(node, ParamsEMAState):
         return []
     level = jax.tree_util.default_registry.flatten_one_level(node)
@@ -126,7 +126,7 @@ def _chains(node: Any) -> list[tuple[Any, ...]]:
 
 
 def _optimizer_states(node: Any) -> list[Any]:
-    """The states of optax's own transforms in one element of a chain, which may be a chain."""
+    """The states of optax's own transforms in an element of a chain, which may be another chain."""
     if _is_plain_tuple(node):
         return [state for child in node for state in _optimizer_states(child)]
     of_optax = type(node).__module__.startswith("optax.")

@@ -1,4 +1,4 @@
-"""Select the leaves of a tree of parameters that are averaged, and their dtypes.
+"""Select which leaves of a tree of parameters are averaged, and in which dtypes.
 
 Every inexact leaf (real or complex floating point) is averaged. In place of other leaves (integers,
 bools, PRNG keys) the average holds ``optax.MaskedNode()``, as ``optax.masked`` does. A
@@ -31,13 +31,13 @@ __all__ = [
 ]
 
 MANTISSA_BITS = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float32): 23}
-"""The dtypes with the 8 exponent bits of float32, whose subnormals XLA flushes anyway."""
+"""The dtypes with the 8 exponent bits of float32; XLA flushes their subnormals anyway."""
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether the leaf is averaged: real or complex floating point, a Python number too.
+    """Whether the leaf is averaged: real or complex floating point, also a Python number.
 
-    Whatever else a tree may hold (functions, strings) is left alone like integers.
+    Other objects in a tree (functions, strings) are left alone, like integers.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
@@ -46,24 +46,24 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether the leaf is an array, and no number of Python's or NumPy's."""
+    """Whether the leaf is an array and not a Python or NumPy number."""
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
-    """The dtype in which a leaf is averaged: the chosen one, or float32 and wider.
+    """The dtype in which a leaf is averaged: the chosen one, or else float32 or wider.
 
     Raises:
         ArgumentError: float64 was chosen while JAX is restricted to 32 bits.
     """
     dtype = jnp.result_type(leaf)
     if chosen is None:
-        # NumPy's promotion, for JAX's own raises under strict promotion.
+        # NumPy's promotion, because JAX's own raises under strict promotion.
         return np.promote_types(dtype, np.float32)
     if jax.dtypes.canonicalize_dtype(chosen) != chosen:
         raise ArgumentError(
-            f"`accumulator_dtype` must be a dtype that JAX keeps, got {chosen}:"
-            ' call jax.config.update("jax_enable_x64", True) first'
+            f"`accumulator_dtype` must have at most 32 bits while JAX is restricted to them, got"
+            f' {chosen}: call jax.config.update("jax_enable_x64", True) first'
         )
     if np.dtype(dtype).kind == "c":  # there is no complex dtype narrower than complex64
         return np.promote_types(chosen if chosen.itemsize > 4 else np.float32, np.complex64)
@@ -71,12 +71,12 @@ def accumulator_of(leaf: Any, chosen: np.dtype[Any] | None) -> np.dtype[Any]:
 
 
 def initial_average(params: Any, chosen: np.dtype[Any] | None) -> Any:
-    """Copies of the inexact leaves in the accumulator's dtype; never an alias of a parameter.
+    """Copies of the inexact leaves in the accumulator's dtype; they never alias a parameter.
 
     Abstract leaves (``jax.ShapeDtypeStruct``) give abstract averages.
 
     Raises:
-        ModelError: there are leaves, and none of them can be averaged.
+        ModelError: the tree has leaves, but none of them can be averaged.
     """
     flat = Flat.of(params)
     present = flat.pick()
@@ -98,27 +98,27 @@ def _initial_leaf(leaf: Any, chosen: np.dtype[Any] | None) -> Any:
         return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
             leaf.shape, dtype, sharding=leaf.sharding
         )
-    # copy=True: astype and asarray alias, and a step that donates both trees then fails.
+    # copy=True: astype and asarray may alias, and then a step that donates both trees fails.
     return jnp.array(leaf, dtype=dtype, copy=True)
 
 
 def initial_remainder(average: Any) -> Any:
-    """Zeros beside an average, also beside an abstract one."""
+    """Zeros of the shapes and dtypes of an average, which may be abstract."""
 
     def zeros(leaf: Any) -> Any:
         if is_hole(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        # through the leaf, so that a compiler that places what it likes places both alike
+        # computed from the leaf, so that a compiler that chooses placements places both alike
         return jnp.where(jnp.zeros_like(leaf, bool), leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(zeros, average, is_leaf=is_hole)
 
 
 def require_alike(average: Flat, remainder: Flat) -> None:
-    """Refuse a remainder that is not one of this average.
+    """Refuse a remainder that does not match this average.
 
     Raises:
-        ModelError: it has other leaves, or one of another shape or dtype.
+        ModelError: it has other leaves, or a leaf of another shape or dtype.
     """
     wrong = [
         f"`{name}` has a remainder of {_describe(c)}, its average is {_describe(a)}"
@@ -129,7 +129,7 @@ def require_alike(average: Flat, remainder: Flat) -> None:
         ours, theirs = set(average.names), set(remainder.names)
         missing, unexpected = ours - theirs, theirs - ours
         raise ModelError(
-            "the remainder is not that of the average: "
+            "the remainder does not match the average: "
             + (difference(sorted(missing), sorted(unexpected), wrong) or "other containers")
         )
 
@@ -139,7 +139,7 @@ def _describe(leaf: Any) -> str:
 
 
 def require_match(average: Flat, params: Flat, chosen: np.dtype[Any] | None) -> None:
-    """Refuse parameters that are not those that the average was made of.
+    """Refuse parameters that do not match the average.
 
     Raises:
         ModelError: lists every leaf that is missing, unexpected, or of another shape or dtype.
@@ -151,18 +151,18 @@ def require_match(average: Flat, params: Flat, chosen: np.dtype[Any] | None) -> 
             [name for name in ours if name not in set(theirs)],
         )
         raise ModelError(
-            "`params` are not those of the average: "
+            "`params` do not match the average: "
             + (separates or "the same leaves in another order")
         )
     if average.structure != params.structure:
         raise ModelError(
-            "`params` are not those of the average: the same leaves in other containers,"
+            "`params` do not match the average: the same leaves in other containers,"
             f" {params.structure} in place of {average.structure}"
         )
     pairs = zip(ours, average.leaves, params.leaves, strict=True)
     wrong = [text for pair in pairs if (text := _mismatch(*pair, chosen))]
     if wrong:
-        raise ModelError(f"`params` are not those of the average: {difference([], [], wrong)}")
+        raise ModelError(f"`params` do not match the average: {difference([], [], wrong)}")
 
 
 def _kind(leaf: Any) -> str:
@@ -175,7 +175,7 @@ def _mismatch(name: str, average: Any, leaf: Any, chosen: np.dtype[Any] | None) 
     """The difference between a parameter and its average in words; empty if they fit."""
     if is_hole(average) or not is_inexact(leaf):
         if is_hole(average) and not (is_inexact(leaf) and is_array(leaf)):
-            return ""  # a program filters out what it does not train, a number of Python's too
+            return ""  # programs filter out what they do not train, Python numbers too
         kinds = ["nothing" if is_hole(x) else _kind(x) for x in (leaf, average)]
         return f"`{name}` is {kinds[0]}, its average is {kinds[1]}"
     if jnp.shape(average) != jnp.shape(leaf):
@@ -187,10 +187,10 @@ def _mismatch(name: str, average: Any, leaf: Any, chosen: np.dtype[Any] | None) 
 
 
 def new_params(leaf: Any, update: Any) -> Any:
-    """The parameter after the step, in the very expression of ``optax.apply_updates``.
+    """The parameter after the step, by the same expression as in ``optax.apply_updates``.
 
-    XLA then computes it once for both. No update (``None``, masked, or the float0 that JAX gives as
-    the gradient of an integer) leaves the parameter as it is.
+    XLA then computes it once for both. A missing update (``None``, masked, or the float0 that JAX
+    gives as the gradient of an integer) leaves the parameter as it is.
     """
     if is_hole(update) or jnp.result_type(update) == jax.dtypes.float0:
         return leaf
@@ -200,10 +200,10 @@ def new_params(leaf: Any, update: Any) -> Any:
 def widen(leaf: Any, dtype: np.dtype[Any]) -> jax.Array:
     """The parameter in the accumulator's dtype, exactly as stored: rounded to its own dtype first.
 
-    XLA takes ``float32 → bfloat16 → float32`` for the identity and would average what the optimizer
-    had before rounding (an error of 3e-3); ``reduce_precision`` it has to obey. That flushes
-    subnormals, which are ordinary weights in float16 (below 6e-5) and float8; XLA on the CPU does
-    not elide their conversions, so they go without.
+    XLA treats ``float32 → bfloat16 → float32`` as the identity and would average the optimizer's
+    values before rounding (an error of 3e-3); XLA must obey ``reduce_precision``. But
+    ``reduce_precision`` flushes subnormals, and these are ordinary weights in float16 (below 6e-5)
+    and float8. XLA on the CPU does not skip the conversions of these two, so they do not need it.
     """
     stored = jnp.asarray(leaf).dtype
     wide = jnp.asarray(leaf).astype(dtype)

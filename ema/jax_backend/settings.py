@@ -17,7 +17,7 @@ from ema.schedules import FLOAT_MATH, Namespace, Scalar, Schedule, as_schedule
 __all__ = ["NARROW", "Settings"]
 
 NARROW: np.dtype[Any] = jnp.dtype(jnp.bfloat16)
-"""The one dtype of an average that is too coarse for plain arithmetic."""
+"""The only dtype of an average that is too coarse for plain arithmetic."""
 
 
 @final
@@ -39,12 +39,12 @@ class Settings:
     The arguments are those of :func:`~ema.jax_backend.params_ema`, which documents them.
 
     Attributes:
-        schedules: the schedule of each average by its name; an average without one has the name
+        schedules: the schedule of each average by its name; an average without a name has the key
             None.
-        update_after_step: as given; a traced int32 scalar where it was traced.
+        update_after_step: as given; if it was traced, a traced int32 scalar.
         update_every: likewise.
-        accumulator_dtype: of all averages; None leaves it to each parameter.
-        precision: how exactly the params are averaged.
+        accumulator_dtype: dtype of all averages; None: each parameter determines it.
+        precision: the precision options.
 
     Raises:
         ArgumentError: an option is out of its range.
@@ -96,7 +96,7 @@ class Settings:
             self.precision.check_narrow("accumulator_dtype", known)
 
     def with_decay(self, decay: object) -> Settings:
-        """The same options of one average without a name, with another decay."""
+        """The same options with another decay, for one average without a name."""
         return Settings(
             decay=decay,
             update_after_step=self.update_after_step,
@@ -130,8 +130,8 @@ def _schedule(decay: object, argument: str) -> Schedule:
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise ArgumentError(
             f"`{argument}` must be at least float32, got {dtype}, in which 0.9999 is"
-            f" {float(np.asarray(0.9999, dtype))}: optax.inject_hyperparams takes the dtype of the"
-            " params for it unless told hyperparam_dtype=jnp.float32"
+            f" {float(np.asarray(0.9999, dtype))}: optax.inject_hyperparams gives it the dtype of"
+            " the params; pass hyperparam_dtype=jnp.float32 there"
         )
     if isinstance(decay, jax.core.Tracer):
         return _TracedDecay(decay=decay)
@@ -161,7 +161,7 @@ def _dtype(dtype: Any) -> np.dtype[Any] | None:
     if isinstance(dtype, jax.Array):
         raise ArgumentTypeError(
             "`accumulator_dtype` must be a dtype, got an array: optax.inject_hyperparams calls"
-            ' jnp.float32 as if it were a schedule unless told static_args="accumulator_dtype"'
+            ' jnp.float32 as if it were a schedule; pass static_args="accumulator_dtype" there'
         )
     try:
         chosen: np.dtype[Any] = jnp.dtype(dtype)
@@ -182,6 +182,6 @@ def _seed(seed: Any, *, is_used: bool) -> Any:
     if not is_used:  # optax.inject_hyperparams traces defaults too
         return 0
     raise ArgumentTypeError(
-        "`seed` must be an integer, got a traced array: optax.inject_hyperparams traces it"
-        ' unless told static_args=("accumulator_dtype", "seed")'
+        "`seed` must be an integer, got a traced array: optax.inject_hyperparams traces it;"
+        ' pass static_args=("accumulator_dtype", "seed") there'
     )

@@ -1,4 +1,4 @@
-"""The state of ``params_ema``, and its check against the options of a transformation."""
+"""The state of ``params_ema``, and the check that it fits the options of a transformation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ class ParamsEMAState(NamedTuple):
     """State of :func:`~ema.jax_backend.params_ema`.
 
     Attributes:
-        step: calls so far; int32 scalar, which at its end takes its last ``update_every`` values in
-            turn.
-        count: updates of the average made so far; int32 scalar, stays at its largest value.
-        params_ema: the average, in the structure of the params; float32 or wider (or bfloat16), with
-            ``optax.MaskedNode()`` where a leaf is not averaged; a dict by name if there are several averages.
-        name: ``{"short": ()}`` for the name ``"short"``, ``()`` for none, more keys for several
-            averages: a tree without leaves, so that names are static under ``jit`` and survive
-            serialization.
-        remainder: what ``compensated`` averages have beyond ``params_ema``, in its structure and
-            dtypes; ``()`` without it.
-        skipped: with ``on_nonfinite="skip"``, updates that were due and not made; int32 scalar,
+        step: calls so far; an int32 scalar. At the end of int32 it repeats its last
+            ``update_every`` values.
+        count: updates of the average made so far; an int32 scalar, stays at its largest value.
+        params_ema: the average, in the structure of the params; float32 or wider (or bfloat16).
+            ``optax.MaskedNode()`` stands for a leaf that is not averaged. Several averages are a
+            dict by name.
+        name: ``{"short": ()}`` for the name ``"short"``, ``()`` without a name, more keys for
+            several averages. This tree has no leaves, so that names are static under ``jit`` and
+            survive serialization.
+        remainder: the rounding errors of ``compensated`` averages, in the structure and dtypes of
+            ``params_ema``; ``()`` for other averages.
+        skipped: with ``on_nonfinite="skip"``, updates that were due but skipped; an int32 scalar,
             stays at its largest value. ``()`` otherwise.
     """
 
@@ -45,13 +46,13 @@ class ParamsEMAState(NamedTuple):
     skipped: Any = ()
 
     def averages(self) -> dict[str | None, Any]:
-        """Each average by its name; ``None`` is the name of one without."""
+        """Each average by its name; an average without a name has the key ``None``."""
         if len(self.name) > 1:
             return dict(self.params_ema)
         return {next(iter(self.name), None): self.params_ema}
 
     def remainders(self) -> dict[str | None, Any]:
-        """The remainder of each average by its name; ``()`` where there is none."""
+        """The remainder of each average by its name; ``()`` if averages have no remainder."""
         if len(self.name) > 1 and isinstance(self.remainder, Mapping):
             return dict(self.remainder)
         return dict.fromkeys(self.name or (None,), self.remainder)
@@ -64,7 +65,7 @@ def flats_of(
 
     Raises:
         ArgumentError: the state has other averages or fields than these options keep.
-        ModelError: the remainders are not those of the averages.
+        ModelError: the remainders do not match the averages.
     """
     averages = {label: Flat.of(tree) for label, tree in state.averages().items()}
     if averages.keys() != schedules.keys():
@@ -79,9 +80,9 @@ def flats_of(
         # a tree without leaves has no remainder
         if asked != found and (field == "skipped" or any(map(Flat.pick, averages.values()))):
             raise ArgumentError(
-                f"`opt_state` must {'' if asked else 'not '}hold `{field}`, for `{option}` is"
-                f" {getattr(precision, option)!r}: adapt_opt_state(opt_state, tx, params) makes a"
-                " state for other options"
+                f"`opt_state` must {'' if asked else 'not '}hold `{field}`, because `{option}` is"
+                f" {getattr(precision, option)!r}: adapt_opt_state(opt_state, tx, params) converts"
+                " the state to these options"
             )
     if not precision.compensated:
         return averages, {}
@@ -96,7 +97,7 @@ def _is_empty(node: Any) -> bool:
 
 
 def as_field(trees: dict[str | None, Any]) -> Any:
-    """Trees by the name of their average, as the fields of a state hold them."""
+    """Convert trees by name to the form that a field of the state has."""
     return dict(trees) if len(trees) > 1 else next(iter(trees.values()))
 
 

@@ -1,4 +1,4 @@
-"""Validated options as a static attribute of an nnx object, whatever schedule they hold."""
+"""Validated options as a static attribute of an nnx object, with any schedule."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["StaticSettings"]
 class StaticSettings:
     """A holder that nnx can hash and compare, as it does with every static attribute.
 
-    nnx compiles a function anew for an object whose static attributes differ. Fields of a schedule
-    of the user's own may have no hash (a list) or no single answer to ``==`` (arrays); then the
+    nnx compiles a function again for an object whose static attributes differ. A field of a
+    user's schedule may have no hash (a list), or ``==`` may not give one bool (arrays); then the
     schedule equals only itself.
 
     Args:
@@ -48,5 +48,5 @@ def _fields(settings: Settings) -> list[Any]:
 def _are_equal(one: Any, other: Any) -> bool:
     try:
         return one is other or (type(one) is type(other) and bool(one == other))
-    except Exception:  # of arrays in a field
+    except Exception:  # arrays in a field raise
         return False

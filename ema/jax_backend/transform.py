@@ -57,49 +57,54 @@ def params_ema(
     Without updates, ``update(None, state, params)`` averages the params as they are.
 
     The transformation must see the final updates, so put it last in the chain. Put it inside
-    ``optax.MultiSteps`` and ``optax.apply_if_finite``, so that it counts the steps that are really made.
+    ``optax.MultiSteps`` and ``optax.apply_if_finite``, so that it counts only the steps that they
+    make.
 
     Args:
         decay: the decay of one update in [0, 1], or a schedule (``ema.HalfLife(steps=…)``). ``jit``
             traces a schedule of your own, so its ``weight`` must be an expression of ``xp``. Under
             ``optax.inject_hyperparams`` it is a traced scalar of at least float32. A mapping from
-            names to these keeps several averages, which read the parameters once; a mapping with one
-            name is the same as ``name``.
+            names to decays keeps several averages, which read the parameters once; a mapping with
+            one name is the same as ``name``.
         update_after_step: through this step the average equals the live parameters; updates count
-            from there. If it is 0, the first update of a plain decay mixes in the initial parameters.
+            from there. If it is 0, the first update of a plain decay mixes in the initial
+            parameters.
         update_every: steps from one update to the next; the steps between compute nothing.
-        accumulator_dtype: dtype of the average: float32, float64 or bfloat16. By default it is the dtype
-            of the parameter, at least float32. Complex parameters have complex averages of that
-            width, at least complex64.
-        name: of the average, if one optimizer state holds several, see
+        accumulator_dtype: dtype of the average: float32, float64 or bfloat16. By default it is the
+            dtype of the parameter, at least float32. Complex parameters have complex averages of
+            that width, at least complex64.
+        name: name of the average, if one optimizer state holds several averages, see
             :func:`~ema.jax_backend.get_params_ema`.
-        compensated: keep the rounding error of each update in a remainder beside the average, of its
-            dtype (:func:`ema.jax_backend.update.equation.lerp_compensated`). Then the average moves at any
-            decay.
-        stochastic_rounding: round a bfloat16 average up or down at random, so that small updates add
-            up (:func:`ema.jax_backend.update.equation.lerp_narrow`). The random bits of an element depend on
-            ``seed``, the number of the update, the name of the leaf and the place of the element in it,
-            not on the devices.
-        seed: of the stochastic rounding, in [0, 2**64).
+        compensated: keep the rounding error of each update in a remainder beside the average, in
+            the same dtype (:func:`ema.jax_backend.update.equation.lerp_compensated`). Then the
+            average moves at any decay.
+        stochastic_rounding: round a bfloat16 average up or down at random, so that small updates
+            add up (:func:`ema.jax_backend.update.equation.lerp_narrow`). The random bits of an
+            element depend on ``seed``, the number of the update, the name of the leaf and the
+            place of the element in it, not on the devices.
+        seed: seed of the stochastic rounding, in [0, 2**64).
         on_nonfinite: what an update does if it is due and an averaged parameter holds NaN or Inf.
-            ``"propagate"`` averages them. ``"skip"`` leaves the averages and ``count`` unchanged and adds
-            1 to ``skipped`` of the state; the device decides. ``"raise"`` raises an error, in loops that
-            call ``update`` eagerly; ``jit`` and ``lax.scan`` cannot raise, so they refuse it.
+            ``"propagate"`` averages them. ``"skip"`` leaves the averages and ``count`` unchanged
+            and adds 1 to ``skipped`` of the state; the device decides. ``"raise"`` raises an
+            error, in loops that call ``update`` eagerly; ``jit`` and ``lax.scan`` cannot raise, so
+            they refuse it.
 
     Returns:
-        A transformation with the state :class:`ParamsEMAState`. It holds one more array of the shape of
-        each floating-point parameter, or two if compensated. ``update`` needs the params.
+        A transformation with the state :class:`ParamsEMAState`. The state holds one more array of
+        the shape of each floating-point parameter, or two if compensated. ``update`` needs the
+        params.
 
     Raises:
-        ArgumentError: an argument is out of its range, ``decay`` is an array narrower than float32,
-            or ``update`` got no params, or another kind of state than it makes, or is traced and
-            would have to raise, or a schedule of your own that cannot be traced, or whose weight is
-            outside [0, 1] where that is known before the step runs.
+        ArgumentError: an argument is out of its range, or ``decay`` is an array narrower than
+            float32. From ``update``: it got no params; it got a state that was made with other
+            options; it is traced and ``on_nonfinite`` is ``"raise"``; or a schedule of your own
+            cannot be traced, or gives a weight that JAX knows before the step runs and that is
+            outside [0, 1].
         ArgumentTypeError: an argument has the wrong type.
         ModelError: from ``init``, when no leaf can be averaged; from ``update``, when the params
-            are not those of the state.
-        StateError: from ``update``, where a parameter holds NaN or Inf and ``on_nonfinite`` is
-            ``"raise"``, or a bfloat16 average is updated inside ``jax.shard_map``.
+            do not match the state.
+        StateError: from ``update``, if a parameter holds NaN or Inf and ``on_nonfinite`` is
+            ``"raise"``, or if a bfloat16 average is updated inside ``jax.shard_map``.
 
     Warns:
         EMAWarning: a bfloat16 average is rounded to nearest and will not move.
@@ -141,7 +146,7 @@ def params_ema(
 
 
 def transform_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
-    """:func:`params_ema` of options that have been validated already."""
+    """:func:`params_ema` with options that are already validated."""
     schedules, precision = settings.schedules, settings.precision
     after, every = settings.update_after_step, settings.update_every
     chosen: np.dtype[Any] | None = settings.accumulator_dtype
@@ -188,7 +193,7 @@ def transform_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
         if isinstance(every, int) and every == 1:
             kept, made = sweep(kept, news, weights, keys, anyway)
         else:
-            # The new params are operands, and not params and updates: no temporary for the sum.
+            # Pass the new params, not params and updates: then XLA needs no temporary for the sum.
             kept, made = lax.cond(
                 due | (elapsed <= 0), sweep, keep, kept, news, weights, keys, anyway
             )
@@ -208,7 +213,7 @@ def transform_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
 
 
 def _after_step(average: Flat, live: Flat, updates: optax.Updates) -> list[Any]:
-    """The params after the step of the optimizer, of those that are averaged."""
+    """The averaged params as they are after the optimizer's step."""
     params = average.pick(live.leaves)
     if updates is None:
         return [new_params(leaf, None) for leaf in params]
@@ -237,7 +242,7 @@ def _weights(
     after, every = settings.update_after_step, settings.update_every
 
     def weight(schedule: Schedule, dtype: str) -> jax.Array:
-        # Before the first update the count is 0, where schedules divide by it.
+        # Before the first update the count is 0, and schedules divide by it.
         scheduled = update_weight(schedule, jnp.maximum(number, 1), every, dtype)
         if isinstance(after, int) and after == 0:  # a plain decay stays a constant for XLA
             return scheduled
@@ -248,7 +253,7 @@ def _weights(
 
 
 def _next(step: jax.Array, every: int | jax.Array) -> jax.Array:
-    """One step more; at the end of int32 back by ``every``, so that updates are due as before."""
+    """The next step; at the end of int32 it goes back by ``every``, so updates stay on schedule."""
     last = np.iinfo(np.int32).max
     before = jnp.where(step == last, jnp.asarray(last - every, jnp.int32), step)
     after: jax.Array = before + jnp.int32(1)
@@ -256,7 +261,7 @@ def _next(step: jax.Array, every: int | jax.Array) -> jax.Array:
 
 
 def _keys(precision: Precision, average: Flat, number: jax.Array) -> list[jax.Array | None]:
-    """The keys of stochastic rounding, one for each averaged leaf; None where it is not rounded so."""
+    """The key of stochastic rounding for each averaged leaf; None for other rounding."""
     return [
         key_of(stream_of(name, precision.seed), number)
         if precision.stochastic_rounding and jnp.result_type(leaf) == NARROW

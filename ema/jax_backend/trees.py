@@ -1,4 +1,4 @@
-"""Trees of params: flattened once, with names for their leaves."""
+"""Flatten trees of params once, with names for their leaves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Flat:
     """A tree of params or averages, flattened; not a tree itself.
 
     Attributes:
-        names: of the leaves, with dots (``layers.0.kernel``). A leaf in a Variable or in a box has
-            the name of that.
+        names: names of the leaves, with dots (``layers.0.kernel``). A leaf in a Variable or in a
+            box has the name of the Variable or box.
         leaves: in the same order; ``None`` and ``optax.MaskedNode()`` are leaves too, called holes.
-        structure: of the tree, with a leaf for each hole.
+        structure: the structure of the tree, with a leaf for each hole.
     """
 
     names: list[str]
@@ -41,16 +41,16 @@ class Flat:
         return zip(self.names, self.leaves, strict=True)
 
     def pick(self, values: Iterable[Any] | None = None) -> list[Any]:
-        """The leaves that are not holes, or the values that belong to these.
+        """The leaves that are not holes, or the values that belong to these leaves.
 
         Args:
-            values: one for each leaf; None: the leaves.
+            values: one for each leaf, holes included; None stands for the leaves themselves.
         """
         chosen = self.leaves if values is None else values
         return [value for value, leaf in zip(chosen, self.leaves, strict=True) if not is_hole(leaf)]
 
     def fill(self, values: Iterable[Any]) -> Any:
-        """The tree with other values in place of the leaves that are not holes: undoes :meth:`pick`."""
+        """The tree with new values for the leaves that are not holes; it undoes :meth:`pick`."""
         rest = iter(values)
         return self.structure.unflatten(
             [leaf if is_hole(leaf) else next(rest) for leaf in self.leaves]
@@ -63,11 +63,11 @@ def is_hole(node: Any) -> bool:
 
 
 def unboxed(tree: Any) -> Any:
-    """The tree with the leaves of linen's boxes (``nn.Partitioned``) in place of these.
+    """The tree with each of linen's boxes (``nn.Partitioned``) replaced by the leaf in it.
 
-    A box is metadata around one leaf; names and files are those of the leaf.
+    A box is metadata around one leaf; names and files describe only the leaf.
     """
-    meta = sys.modules.get("flax.core.meta")  # who holds a box has imported it
+    meta = sys.modules.get("flax.core.meta")  # a program that holds a box has imported it
     if meta is None:
         return tree
 
@@ -83,14 +83,14 @@ def unboxed(tree: Any) -> Any:
 
 def plain(tree: Any) -> Any:
     """The tree with arrays in place of nnx Variables."""
-    nnx = sys.modules.get("flax.nnx")  # not imported here: who holds a Variable has imported it
+    nnx = sys.modules.get("flax.nnx")  # not imported here: a program with Variables has done it
     return tree if nnx is None else nnx.as_pure(tree)
 
 
 def without_hooks(tree: Any) -> Any:
-    """The tree with plain nnx Variables in place of those that show other values than they hold.
+    """The tree without hooks on its nnx Variables: a hook shows another value than it stores.
 
-    ``nnx.Optimizer`` makes the Variables of its state out of what these show.
+    ``nnx.Optimizer`` builds the Variables of its state from the values that are shown.
     """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:

@@ -30,7 +30,7 @@ __all__ = ["Averages"]
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-    """The tracked tensors of a model as it was last inspected, and what is prepared for them.
+    """The tracked tensors of a model as it was last inspected, and the update prepared for them.
 
     Attributes:
         tracked: by canonical name.
@@ -69,14 +69,14 @@ class Averages:
 
     Args:
         model: the module; it is inspected again whenever it has changed.
-        settings: what is averaged, how many averages there are, and of which kind.
+        settings: selection, number and kind of the averages.
 
     Attributes:
         incomplete: indices of the averages that hold some old and some new values, because
             :meth:`assign` was broken off.
 
     Raises:
-        ModelError: there is nothing to average, or something that cannot be averaged.
+        ModelError: no tensor is to be averaged, or one that cannot be.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -84,7 +84,7 @@ class Averages:
         self._model = model
         self._settings = settings
         self._bound: _Bound | None = None
-        self._copied: list[dict[str, Tensor]] | None = None  # of a copy that is not bound yet
+        self._copied: list[dict[str, Tensor]] | None = None  # in a copy that is not bound yet
         self._first_look = FirstLook()
         self._unfit: list[str] = []  # newcomers that hold NaN or Inf, as the last look found
         self._warned_of_meta = self._warned_of_streams = False
@@ -97,7 +97,7 @@ class Averages:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Support copies and pickles: they get values of their own, no views, and nothing prepared."""
+        """Support copies and pickles: they get their own values, without views or prepared updates."""
         self.wait()
         values = self._copied
         if self._bound is not None:
@@ -303,7 +303,7 @@ class Averages:
             self.incomplete = before - changed
 
     def _select(self, before: _Bound | None = None, *, tracked: Collection[str] = ()) -> Selection:
-        """The tensors of the model now: by the rules, and those that are tracked before or by name."""
+        """The tensors of the model now: selected by the rules, tracked before, or given by name."""
         known = {} if before is None else before.selection.averaged
         return select(
             self._model,
@@ -381,7 +381,7 @@ class Averages:
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             if old is not None:
                 dtype = torch.promote_types(dtype, old)
-        elif tensor.is_complex():  # there is no complex dtype of two bfloat16
+        elif tensor.is_complex():  # PyTorch has no complex dtype of two bfloat16
             dtype = torch.promote_types(dtype, torch.float32).to_complex()
         return self._settings.home or tensor.device, dtype
 

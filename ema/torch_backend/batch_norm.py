@@ -39,15 +39,15 @@ def recalibrate_batch_norm(
     (``torch.optim.swa_utils.update_bn`` takes the mean of the variances of the batches, which
     misses how their means differ, and lets a last small batch count as much as the others.)
     Everything else is in evaluation mode on the way, so Dropout does nothing, as when the model
-    is used. Training mode, momentum and every other buffer are what they were afterwards; if
-    anything is raised, the statistics too.
+    is used. Afterwards training mode, momentum and every other buffer are as before. If
+    anything is raised, so are the statistics.
 
-    A layer that the model keeps in evaluation mode (a frozen backbone) keeps its statistics. It is
-    one that ``model.train()`` leaves in evaluation mode, because a class overrides ``train``, or
-    one that is in evaluation mode now while the model is in training mode. In a model that is in
-    evaluation mode as a whole, a layer that the training loop froze by hand looks like any other:
-    call this before ``model.eval()`` then. A layer whose parameters are frozen and that trains its
-    statistics all the same is recomputed.
+    A layer that the model keeps in evaluation mode (a frozen backbone) keeps its statistics. Such
+    a layer stays in evaluation mode in ``model.train()``, because a class overrides ``train``, or
+    is in evaluation mode now while the model is in training mode. If the whole model is in
+    evaluation mode, a layer that the training loop froze by hand cannot be told from the others:
+    then call this function before ``model.eval()``. A layer with frozen parameters that still
+    trains its statistics is recomputed.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> ema_model = EMAModel(model, decay=0.99)
@@ -59,16 +59,16 @@ def recalibrate_batch_norm(
         model: any module; inside ``use_ema()`` or after ``copy_to(model)`` it has averaged weights.
         batches: what to call it with: a tensor, a tuple or list (its first element, as in
             ``(inputs, labels)``), or a mapping (as keyword arguments).
-        device: where tensors are moved to before.
+        device: tensors are moved there first.
         forward: ``forward(model, batch)`` calls the model in place of that.
 
     Raises:
-        ArgumentError: there are no batches.
-        ArgumentTypeError: a batch is something else and ``forward`` is not given.
+        ArgumentError: ``batches`` is empty.
+        ArgumentTypeError: a batch has another type and ``forward`` is not given.
         ModelError: the model has no BatchNorm layer with running statistics, or keeps all of them
             in evaluation mode.
         StateError: a layer saw at most one value in a channel, which has no variance.
-        Exception: what ``model.train()`` raises, where a class overrides it. Nothing has changed.
+        Exception: any error of an overridden ``model.train()``. Nothing has changed.
     """
     layers = _layers_of(model)
     pools = {name: _Pool() for name in layers}
@@ -96,7 +96,7 @@ def _layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
     """The layers whose statistics are recomputed.
 
     Raises:
-        ModelError: there are none.
+        ModelError: the model has no such layer.
     """
     layers = {
         name: module
@@ -115,7 +115,7 @@ def _layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 class _Pool:
-    """Count, mean and sum of squared deviations of all that a layer saw; added up in float64.
+    """Count, mean and sum of squared deviations of the values a layer saw; added up in float64.
 
     Two sets are put together as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the
     Sample Variance", equation 2.1.
@@ -164,7 +164,7 @@ def _merge(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, 
 def _kept_in_evaluation(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """The layers that stay in evaluation mode while the model trains.
 
-    The mode of every module is what it was afterwards, and so is every buffer.
+    Afterwards every module has its mode and every buffer its value from before.
     """
     trains = unwrap(model).training
     kept = {name for name, layer in layers.items() if trains and not layer.training}
@@ -202,7 +202,7 @@ def _gathering(
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Modes and buffers are afterwards what they were."""
+    """Restore modes and buffers after the block."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

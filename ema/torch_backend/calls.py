@@ -63,9 +63,9 @@ class Progress:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, which waits for nothing that may take long."""
+    """Make Ctrl-C wait for the end of the block, which must be short."""
     handler = signal.getsignal(signal.SIGINT)
-    # handlers run in the main thread only, and what C has installed is not ours to replace
+    # handlers run in the main thread only, and a handler that C installed must not be replaced
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,9 +82,9 @@ def uninterrupted() -> Iterator[None]:
 def eager(function: Callable[P, R]) -> Callable[P, R]:
     """Keep Dynamo out of ``function`` and of whatever that calls.
 
-    Traced, integers of NumPy become tensors that cannot be shifted, and calls into C that nothing
-    can part are parted. ``torch.compiler.disable`` does it, and loads Dynamo: so not before there
-    is anything compiled.
+    Dynamo would turn NumPy integers into tensors, which cannot be shifted, and would split calls
+    that must stay together. ``torch.compiler.disable`` keeps it out, but loads Dynamo, so it is
+    applied only once something has been compiled.
     """
 
     @functools.wraps(function)

@@ -18,7 +18,7 @@ __all__ = ["relative_distance"]
 def relative_distance(averages: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> float:
     """``‖average − params‖₂ / ‖params‖₂`` over all tensors, a chunk at a time.
 
-    Of sharded tensors every rank adds its part, which communicates two numbers for each mesh.
+    Each rank adds its part of sharded tensors; this communicates two numbers for each mesh.
 
     Args:
         averages: by name.

@@ -223,7 +223,7 @@ class EMAModel(Generic[ModelT]):
 
     @property
     def skipped(self) -> int:
-        """Updates that were due and not made, since the live weights were not finite."""
+        """Updates that were due and skipped, because live weights held NaN or Inf."""
         return self._counters.settled().skipped
 
     @property
@@ -274,8 +274,8 @@ class EMAModel(Generic[ModelT]):
             StateError: averages are swapped in, these or another one's, or with
                 ``on_nonfinite="raise"`` a live weight is NaN or Inf. Or a CUDA graph is being
                 captured that cannot hold the update. Nothing has changed, counters included.
-            ModelError: an averaged parameter was resized or removed, or all that is to be averaged
-                is on the meta device. Nothing has changed, counters included.
+            ModelError: an averaged parameter was resized or removed, or all tensors to average are
+                on the meta device. Nothing has changed, counters included.
 
         Warns:
             EMAWarning: a parameter is on the meta device, or with ``on_nonfinite="skip"`` the first
@@ -329,7 +329,7 @@ class EMAModel(Generic[ModelT]):
 
     @in_turn
     def relative_distance(self, name: str | None = None) -> float:
-        """``‖average − params‖₂ / ‖params‖₂`` over all that is averaged; reads both once.
+        """``‖average − params‖₂ / ‖params‖₂`` over all averaged tensors; reads both once.
 
         Where the model is sharded, ranks add up two numbers: every rank must call it.
         """
@@ -518,11 +518,11 @@ class EMAModel(Generic[ModelT]):
 
     @eager
     def _leave(self, block: Block, error: BaseException | None = None) -> None:
-        """Leave a block; nothing happens the second time, or where its averages are out already.
+        """Leave a block; does nothing the second time, or if its averages are out already.
 
         Args:
             block: may never have been entered.
-            error: what was raised in it.
+            error: the exception that was raised in it.
 
         Raises:
             StateError: a block inside it is open, or a call of another thread runs. The live
@@ -585,7 +585,7 @@ class EMAModel(Generic[ModelT]):
     def state_dict(self) -> dict[str, Any]:
         """Copies of the averages, the counters and the schedule, see :class:`State`.
 
-        Right also while averages are swapped in. It can be saved with ``torch.save`` and loaded
+        The values are right also while averages are swapped in. The state can be saved with ``torch.save`` and loaded
         with ``torch.load`` and its defaults.
         """
         copies, remainders = {}, {}
@@ -603,8 +603,8 @@ class EMAModel(Generic[ModelT]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``: averages and counters; the schedule of the constructor stays.
 
-        What is averaged from now on is what the state holds; a parameter that was frozen then
-        and requires grad now joins at the next update.
+        From now on the tensors in the state are averaged. A parameter that was frozen in the saved
+        run and requires grad now joins at the next update.
 
         Args:
             state: what :meth:`state_dict` returned; it is not kept.
@@ -631,12 +631,12 @@ class EMAModel(Generic[ModelT]):
         metadata: Mapping[str, str] | None = None,
         max_shard_size: int = MAX_SHARD_SIZE,
     ) -> Path:
-        """Write the state as ``ema.safetensors``, in one step: killed, the old file is still there.
+        """Write the state as ``ema.safetensors``. A process that is killed leaves the previous file.
 
-        What is written is what :meth:`state_dict` returns, without copying it; right also while
-        averages are swapped in. :func:`ema.jax_backend.load_params_ema` reads the same file.
-        Where the model is sharded every rank must call it: rank 0 gathers the tensors one at a time
-        and writes the same file, which any number of ranks can go on from.
+        The file holds the values of :meth:`state_dict`, which are not copied first. It is right
+        also while averages are swapped in. :func:`ema.jax_backend.load_params_ema` reads it too.
+        If the model is sharded, every rank must call this: rank 0 gathers one tensor at a time and
+        writes the same file, from which any number of ranks can go on.
 
         Args:
             path: a file that ends in ``.safetensors``, or a folder, which is made.
@@ -649,8 +649,8 @@ class EMAModel(Generic[ModelT]):
             The file.
 
         Raises:
-            CheckpointError: it cannot be written, with the file and the reason; or there is no
-                average, since the parameters are on the meta device.
+            CheckpointError: the file cannot be written, with its path and the reason; or the
+                parameters are on the meta device and have no average.
         """
         averages, found = self._look(name)
         files.check_some(averages, found)
@@ -675,7 +675,7 @@ class EMAModel(Generic[ModelT]):
         """Go on from a file that :meth:`save` or a JAX run wrote, see :meth:`load_state_dict`.
 
         Everything is checked before the first byte is assigned, and Ctrl-C waits for the
-        assignment. If reading fails in the middle of that, every later use of the average raises a
+        assignment. If reading fails during the assignment, every later use of the average raises a
         ``StateError`` until a load or :meth:`reset` succeeds.
 
         Args:
@@ -689,7 +689,7 @@ class EMAModel(Generic[ModelT]):
 
         Raises:
             CheckpointError: the file cannot be read, is damaged, of a newer version, or of another
-                model. Nothing has changed, unless reading broke off, see above.
+                model. Nothing has changed, unless reading failed during the assignment.
             ArgumentError: ``rename`` gives two tensors one name, or has a name the file lacks;
                 ``transform`` has a name that no tensor gets.
             StateError: averages are swapped in.
@@ -762,7 +762,7 @@ class EMAModel(Generic[ModelT]):
         *,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Check everything, then take over averages and counters, which Ctrl-C does not part.
+        """Check everything, then take over averages and counters together; Ctrl-C waits for both.
 
         Args:
             state: of all averages, or of the one with this name.
@@ -877,7 +877,7 @@ class EMAModel(Generic[ModelT]):
         return counters
 
     def _next_weights(self, since: int) -> list[float]:
-        """The weight of each average in the update that is due; empty where none is."""
+        """The weight of each average in the update that is due; empty if no update is due."""
         every = self._settings.update_every
         if since <= 0 or since % every:
             return []
@@ -905,7 +905,7 @@ class EMAModel(Generic[ModelT]):
         return names
 
     def _warn_if_first(self, names: list[str]) -> None:
-        """Say that updates are skipped, if all of them were: this may go on for a whole run."""
+        """Warn if every update so far was skipped: otherwise a whole run might go unnoticed."""
         if self._counters.count == 0 and self._counters.skipped == 1:
             warn(
                 "`on_nonfinite='skip'` has refused every update so far:"
@@ -917,7 +917,7 @@ class EMAModel(Generic[ModelT]):
             raise StateError(f"{call} is not possible while averages are swapped in")
 
     def _refuse_incomplete(self, index: int | None = None) -> None:
-        """Where a load broke off in the middle, there is nothing to use.
+        """Refuse averages that a failed load has left half assigned.
 
         Args:
             index: of the average that is needed; None: all.
@@ -930,7 +930,7 @@ class EMAModel(Generic[ModelT]):
             raise StateError(f"a load of {which} broke off: load or reset before anything else")
 
     def _refuse_others(self) -> None:
-        """Another average may be in the model, where this one would take it for live weights."""
+        """Refuse a model that holds another average, which this one would take for live weights."""
         if any_swapped():
             refuse_if_swapped(self._averages.follow().averaged)
 
@@ -988,5 +988,5 @@ def with_settings(model: ModelT, settings: Settings) -> EMAModel[ModelT]:
 
 
 def _wrapped(averages: Mapping[str, Tensor], found: Selection) -> dict[str, Tensor]:
-    """The averages as they are shown: sharded where the live tensors are."""
+    """The averages in the form that users see: sharded if the live tensors are."""
     return {name: wrapped_like(average, found.averaged[name]) for name, average in averages.items()}

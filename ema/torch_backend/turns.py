@@ -44,7 +44,7 @@ class Turns:
         return self.taken.get(_THREAD) == get_ident()
 
     def finish(self, ending: Callable[[], object], since: int) -> bool:
-        """Call ``ending``, which must not be lost: now, or at the end of the call that runs.
+        """Call ``ending`` now, or at the end of the call that runs; it is never lost.
 
         Args:
             ending: may be called twice.
@@ -61,7 +61,7 @@ class Turns:
         return not (self.mine() or self.catch_up())
 
     def catch_up(self) -> bool:
-        """Do what is due, or leave it to the thread whose turn it is, which looks at its end.
+        """Make the calls that are due, or leave them to the thread that is within a call.
 
         Returns:
             Whether no other thread is within a call.
@@ -105,8 +105,8 @@ Self = TypeVar("Self", bound=_UsedInTurn)
 def in_turn(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
     """Refuse a call of ``method`` that overlaps a call by another thread, with a ``StateError``.
 
-    Within what ``torch.compile`` has compiled, too: Dynamo, which knows one thread, is kept out of
-    these lines and not out of ``method``.
+    It works in compiled code too. Dynamo assumes a single thread, so it does not trace these lines;
+    it does trace ``method``.
     """
     taking = in_eager_turn(method)
 

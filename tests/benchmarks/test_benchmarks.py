@@ -13,12 +13,11 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import pictures
 from benchmarks import timing as measuring
 from benchmarks.cases import REPORTED, TIMED, run, times
-from benchmarks.cases.peaks import makers, of_process, peaks_of
-from benchmarks.page import DOCS, markdown, write_page
-from benchmarks.peers import PEERS, timm_utils
+from benchmarks.cases.peaks import of_process, peaks_of
+from benchmarks.page import DOCS, markdown, scaling, write_page
+from benchmarks.peers import SWAPS, UPDATES, swap_of, timm_utils, update_of
 from benchmarks.report import Report, Results, Row, of_times, short
 from benchmarks.setting import Setting, machine
 from benchmarks.timing import Case, Contender, Effort, measure
@@ -38,11 +37,11 @@ def test_a_case_runs(name, tmp_path, monkeypatch):
         assert len(row.seconds) == 1
 
 
-@pytest.mark.parametrize("work", ["an update", "a swap in and out"])
-def test_every_contender_can_be_asked_for_its_memory(work):
-    assert "ema" in makers(work)
-    for name in makers(work):
-        _, parameters, peaks = peaks_of(work, name, TINY)
+@pytest.mark.parametrize(("make", "names"), [(update_of, UPDATES), (swap_of, SWAPS)])
+def test_every_contender_can_be_asked_for_its_memory(make, names):
+    assert "ema" in names
+    for name in names:
+        _, parameters, peaks = peaks_of(make, name, TINY)
         assert parameters < 10_000
         assert len(peaks) == 3
 
@@ -86,7 +85,7 @@ def lasting(monkeypatch):
 
 
 def test_ratios_added_times_and_bandwidths(lasting):
-    """Against the limit, against the baseline, and in bytes a second."""
+    """Against the limit and the first contender, and in bytes a second."""
     case = Case(
         title="a case",
         contenders=[
@@ -95,13 +94,11 @@ def test_ratios_added_times_and_bandwidths(lasting):
             lasting("flat copy", 1.0, kind="limit", traffic=4_000_000_000),
         ],
         references=["flat copy", "ema"],
-        baseline="flat copy",
-        unit="ema",
+        added=True,
         traffic=6_000_000_000,
     )
-    measurements = measure(case, Effort(rounds=9, seconds=1000))
-    assert [m.added for m in measurements] == [2.0, 5.0, 0.0]
-    report = of_times(case, measurements)
+    effort = Effort(rounds=9, seconds=1000, sample=0.01)
+    report = of_times(case, measure(case.contenders, effort))
     assert report.columns[2:] == [
         *("÷ flat copy", "÷ ema", "added ms", "÷ added by ema", "GB/s", "of copy")
     ]
@@ -114,10 +111,25 @@ def test_ratios_added_times_and_bandwidths(lasting):
 
 
 def test_rounds_fit_into_the_time_but_are_seven(lasting):
-    case = Case(title="", contenders=[lasting("a", 2.0)], references=["a"])
     for seconds, rounds in ((1, 7), (20, 10), (1000, 40)):
-        (row,) = measure(case, Effort(rounds=40, seconds=seconds))
-        assert len(row.seconds) == rounds
+        effort = Effort(rounds=40, seconds=seconds, sample=0.01)
+        assert len(measure([lasting("a", 2.0)], effort)["a"]) == rounds
+
+
+def test_without_a_length_each_sample_is_one_call(lasting):
+    """The first call is the first sample."""
+    assert measure([lasting("a", 5.0, 3.0, 2.0)], Effort(rounds=2)) == {"a": [5.0, 3.0]}
+
+
+def test_calls_that_are_short_are_repeated(lasting):
+    """A sample has as many calls as fill its length, and shows the mean of them."""
+    finished = []
+    contender = lasting("a", 0.001, finish=lambda: finished.append(True))
+    (seconds,) = measure([contender], Effort(rounds=3, seconds=1000, sample=0.01)).values()
+    assert seconds == pytest.approx(3 * [0.001])
+    warm_up, a_round = [1, 1, 1, 1, 1], [1, 10]
+    assert len(finished) == len(warm_up) + 3 * len(a_round)
+    assert measuring.time.perf_counter() == pytest.approx(0.001 * sum(warm_up + 3 * a_round))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_the_page_in_the_docs_is_that_of_its_results(device):
 def test_timm_is_the_real_one_and_no_torchvision_stays_behind():
     module = timm_utils()
     assert Path(module.__file__).parent == Path(find_spec("timm").origin).parent / "utils"
-    assert "timm" in PEERS
+    assert "timm" in UPDATES
     if find_spec("torchvision") is None:
         assert "torchvision" not in sys.modules
 
@@ -213,6 +225,6 @@ def test_the_command_measures_in_new_processes(tmp_path):
 
 
 def test_the_picture_of_scaling_is_drawn_from_the_plan(tmp_path):
-    pictures.scaling(tmp_path / "scaling.svg")
+    scaling(tmp_path / "scaling.svg")
     texts = {x.text for x in ET.parse(tmp_path / "scaling.svg").iter()}
     assert texts

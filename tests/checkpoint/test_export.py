@@ -99,7 +99,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         EMAModel(wide).export(tmp_path / "m.safetensors")
     hidden = nn.Linear(1, 1)
     hidden.register_state_dict_post_hook(lambda _module, state, *_: state.__delitem__("bias"))
-    with pytest.raises(ModelError, match="lacks what is averaged: `bias`"):
+    with pytest.raises(ModelError, match="lacks averaged tensors: `bias`"):
         EMAModel(hidden).export(tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
 

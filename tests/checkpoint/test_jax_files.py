@@ -220,7 +220,7 @@ def test_a_file_of_other_params_is_refused(tmp_path, other, message):
 
 def test_two_leaves_of_one_name_are_refused(tmp_path):
     state = params_ema(0.9).init({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
-    with pytest.raises(ArgumentError, match=r"two averages that are called `a\.b`"):
+    with pytest.raises(ArgumentError, match=r"two averages with the name `a\.b`"):
         save_params_ema(tmp_path, state)
 
 

@@ -25,6 +25,22 @@ def finished(tmp_path_factory) -> tuple[Demo, str]:
     return run(steps=STEPS, folder=folder, console=Console(file=out, width=100)), out.getvalue()
 
 
+def test_a_run_of_three_steps_trains_compares_and_draws(tmp_path):
+    """Both backends score the network after each step, and their averages agree."""
+    demo = run(steps=3, folder=tmp_path, console=Console(file=io.StringIO()))
+    assert [each.backend for each in demo.runs] == ["PyTorch", "JAX"]
+    for each in demo.runs:
+        assert list(each.steps) == [1, 2, 3]
+        assert len(each.live) == len(each.averaged) == 3
+        assert len(each.params) == 4  # the first weights, and those after each step
+    torch_run, jax_run = demo.runs
+    assert torch_run.live[0].loss == pytest.approx(jax_run.live[0].loss, rel=1e-3)
+    assert demo.comparison is not None
+    assert demo.comparison.differing == 0
+    assert demo.picture is not None
+    assert demo.picture.exists()
+
+
 @pytest.mark.slow
 def test_averaged_weights_beat_live_ones_in_both_backends(finished):
     """Clearly in loss, at the end of the run; and the table shows these numbers."""

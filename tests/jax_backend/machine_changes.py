@@ -45,7 +45,7 @@ class Changes(Training):
 
     def update_with(self, other: Any, seed: int) -> None:
         grads = self.spec.build(self.grads(seed))
-        match = "not those of the average"
+        match = "do not match the average"
         with pytest.raises(ema.ModelError, match=match):
             self.tx.update(grads, self.state, other)
         with pytest.raises(ema.ModelError, match=match):

@@ -49,14 +49,16 @@ def test_none_and_several_are_told_apart(params):
     with pytest.raises(ema.ArgumentError, match=r"must be one of `short`, `long`, got 'lnog'"):
         get_params_ema(named, name="lnog")
     half = optax.chain(params_ema(0.9), params_ema(0.9, name="long")).init(params)
-    with pytest.raises(ema.ArgumentError, match="one of 2 averages, of which one has no name"):
+    with pytest.raises(ema.ArgumentError, match="one of 2 averages, but one of them has no name"):
         get_params_ema(half)
     same = optax.chain(params_ema(0.9), params_ema(0.99)).init(params)
     with pytest.raises(
-        ema.ArgumentError, match=r"2 averages of one name together.*tell them apart"
+        ema.ArgumentError, match=r"join 2 averages with the same name.*keep them apart"
     ):
         get_params_ema(same)
-    with pytest.raises(ema.ArgumentError, match=r"2 of one name hold `bias`, `dense.kernel`"):
+    with pytest.raises(
+        ema.ArgumentError, match=r"2 averages with the same name hold `bias`, `dense.kernel`"
+    ):
         get_params_ema(same, params)
 
 

@@ -139,7 +139,9 @@ def test_gradients_flow_through_the_update(params):
 
 def test_a_state_of_other_options_is_refused(params):
     plain, compensated = params_ema(0.9), params_ema(0.9, compensated=True)
-    with pytest.raises(ema.ArgumentError, match="must hold `remainder`, for `compensated` is True"):
+    with pytest.raises(
+        ema.ArgumentError, match="must hold `remainder`, because `compensated` is True"
+    ):
         compensated.update(params, plain.init(params), params)
     with pytest.raises(ema.ArgumentError, match=r"must not hold `remainder`.*adapt_opt_state"):
         plain.update(params, compensated.init(params), params)

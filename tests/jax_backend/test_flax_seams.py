@@ -346,7 +346,7 @@ def test_members_that_went_different_ways_are_saved_one_by_one(tmp_path):
     _, state = jax.vmap(tx.update, in_axes=(None, 0, 0))(None, state, params)
     np.testing.assert_array_equal(state.skipped, [0, 1, 0])
     with pytest.raises(
-        ema.ArgumentError, match=r"got `0`, `1` for its members: save each by itself"
+        ema.ArgumentError, match=r"got `0`, `1` for its members: save each member by itself"
     ):
         save_params_ema(tmp_path, state)
     assert list(tmp_path.iterdir()) == []

@@ -165,7 +165,7 @@ def test_raise_is_refused_where_nothing_can_be_raised(trace, params):
 def test_a_state_without_the_number_is_refused(params):
     skip, plain = params_ema(0.9, on_nonfinite="skip"), params_ema(0.9)
     with pytest.raises(
-        ema.ArgumentError, match="must hold `skipped`, for `on_nonfinite` is 'skip'"
+        ema.ArgumentError, match="must hold `skipped`, because `on_nonfinite` is 'skip'"
     ):
         skip.update(params, plain.init(params), params)
     with pytest.raises(ema.ArgumentError, match="must not hold `skipped`"):

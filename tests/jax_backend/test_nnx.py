@@ -357,7 +357,7 @@ def test_an_average_donated_in_the_block_is_reported():
 
 def test_a_variable_without_an_array_is_named():
     model = nnx.Dict(scales=nnx.Param({"a": jnp.ones(2)}), weight=nnx.Param(jnp.ones(2)))
-    with pytest.raises(ModelError, match="`scales` holds a dict, EMA averages arrays"):
+    with pytest.raises(ModelError, match="`scales` holds a dict, but EMA averages arrays"):
         EMA(model, 0.9)
     average = EMA(model, 0.9, only=nnx.PathContains("weight"))
     assert [path for path, _ in nnx.to_flat_state(average.params)] == [("weight",)]

@@ -87,19 +87,22 @@ EXTRA = {
     "inside opaque sam": ("grad_fn",),
 }
 REFUSED_WHEN_READ = {
-    "lookahead": (lambda: optax.lookahead(inner(), 3, 0.5), "inside lookahead misses its synchron"),
+    "lookahead": (lambda: optax.lookahead(inner(), 3, 0.5), "inside lookahead misses the synchron"),
     "mechanize": (lambda: contrib.mechanize(inner()), "inside mechanize averages parameters that"),
-    "schedule_free": (lambda: contrib.schedule_free(inner(), 0.1), "inside schedule_free averages"),
+    "schedule_free": (
+        lambda: contrib.schedule_free(inner(), 0.1),
+        "inside schedule_free does not average",
+    ),
     "behind sam": (
         lambda: optax.chain(contrib.sam(sgd(), AROUND, sync_period=2), average()),
-        "behind sam averages the points",
+        "after sam averages the perturbed",
     ),
     "deep behind sam": (
         lambda: optax.chain(
             optax.chain(contrib.sam(sgd(), AROUND), optax.identity()),
             optax.masked(average(), {"w": True, "v": True}),
         ),
-        "behind sam averages the points",
+        "after sam averages the perturbed",
     ),
     "in the steps around": (
         lambda: contrib.sam(sgd(), optax.chain(AROUND, average())),
@@ -189,7 +192,7 @@ def test_inside_galore_it_is_refused_at_the_first_update(start):
 
 def test_inside_flatten_it_is_no_average_of_these_leaves(start):
     tx = optax.flatten(inner())
-    with pytest.raises(ModelError, match="`params` are not those of the average"):
+    with pytest.raises(ModelError, match="`params` do not match the average"):
         get_params_ema(tx.init(start), start)
 
 

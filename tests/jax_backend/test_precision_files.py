@@ -82,7 +82,9 @@ def test_a_remainder_is_dropped_with_a_warning_and_begun_in_silence(after, tmp_p
     plain = params_ema(0.9)
     state = after(precise, 3)
     save_params_ema(tmp_path / "with", state)
-    with pytest.warns(ema.EMAWarning, match=r"compensated.* that of `bias`, `dense.kernel`, `z`"):
+    with pytest.warns(
+        ema.EMAWarning, match=r"compensated.* the remainder of `bias`, `dense.kernel`, `z`"
+    ):
         loaded = load_params_ema(tmp_path / "with", after(plain, 0))
     equal(loaded, state._replace(remainder=(), skipped=()))
     save_params_ema(tmp_path / "without", loaded)

@@ -50,7 +50,7 @@ def test_partition_with_an_average_per_group(params):
     for key, decay in (("dense", 0.9), ("bias", 0.5)):
         alone, _ = train(optax.chain(optax.sgd(0.1), params_ema(decay)), params, 5)
         equal(merged[key], alone[-1].params_ema[key])
-    with pytest.raises(ema.ArgumentError, match="put 3 averages of one name together"):
+    with pytest.raises(ema.ArgumentError, match="join 3 averages with the same name"):
         get_params_ema(state)
 
 

@@ -1,4 +1,4 @@
-"""Averages to and from ``ema.safetensors``, one leaf at a time; the format is ``ema.checkpoint``."""
+"""Write and read ``ema.safetensors``, one leaf at a time; ``ema.checkpoint`` has the format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DTYPES = {
 """The dtypes of averages."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST = np.iinfo(np.int32).max  # where the counters of a state stay
+_LARGEST = np.iinfo(np.int32).max  # the counters of a state go no further
 
 
 def save_params_ema(
@@ -61,33 +61,34 @@ def save_params_ema(
     metadata: Mapping[str, str] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
-    """Write an average as ``ema.safetensors``, atomically: if the process is killed, the previous file survives.
+    """Write an average as ``ema.safetensors``.
 
-    The tensors are called as the leaves of the params, with dots (``layers.0.kernel``), those of the
-    remainder of a compensated average ``remainder/layers.0.kernel``. :meth:`ema.EMAModel.load` reads
+    The write is atomic: if the process is killed, the previous file survives. The tensors have the
+    names of the leaves of the params, with dots (``layers.0.kernel``). The remainders of a
+    compensated average are called ``remainder/layers.0.kernel``. :meth:`ema.EMAModel.load` reads
     the same file.
 
-    Of a state that is spread over several processes (``jax.distributed``) process 0 writes the file,
-    gathering the arrays one at a time: every process must call this.
+    If the state is spread over several processes (``jax.distributed``), process 0 gathers the
+    arrays one at a time and writes the file: every process must call this function.
 
     Args:
-        path: a file that ends in ``.safetensors``, or a folder, which is made.
+        path: a file that ends in ``.safetensors``, or a folder, which is created if necessary.
         opt_state: the optimizer's state, or anything that contains it.
-        name: which average, where there are several: one file each.
-        decay: what ``params_ema`` was given, for the file to tell; the state does not know it.
+        name: which average, if there are several: one file each.
+        decay: the ``decay`` of ``params_ema``, to record it in the file; the state lacks it.
         update_after_step: likewise.
         update_every: likewise.
         seed: likewise.
-        metadata: notes of your own, strings by string.
+        metadata: notes of your own, a mapping from strings to strings.
         max_shard_size: bytes in one file; a larger state is split.
 
     Returns:
-        The file, which is there by then.
+        The file, completely written.
 
     Raises:
-        ArgumentError: there is no such average, or there are several; or the state is abstract,
-            traced or replicated (by ``jax.vmap`` or ``jax.pmap``), and has no one step.
-        CheckpointError: it cannot be written, with the file and the reason; in every process.
+        ArgumentError: there is no such average, or there are several; or the state is abstract or
+            traced; or its members (``jax.vmap``, ``jax.pmap``) have different steps.
+        CheckpointError: the file cannot be written, with the reason; in every process.
         ModelError: the processes hold different states.
 
     Example:
@@ -148,20 +149,21 @@ def load_params_ema(
     rename: Rename = None,
     transform: Transform = None,
 ) -> Any:
-    """The optimizer's state with step, count and average of a file, from JAX or from PyTorch.
+    """Replace step, count and average of an optimizer's state by those of a file.
 
-    Everything else of it stays. The average has the structure, dtypes and sharding that it has in
-    ``opt_state``, and every process takes its part of it; the schedule is that of ``params_ema``. A
-    compensated average without a remainder in the file begins with one of 0.
+    The file may come from JAX or PyTorch. The rest of the state stays. The average has the
+    structure, dtypes and sharding that it has in ``opt_state``, and every process reads its own
+    part; the schedule is that of ``params_ema``. If the average is compensated and the file has no
+    remainder, the remainder starts at 0.
 
     Args:
         path: the file, or the folder with ``ema.safetensors`` in it.
         opt_state: the optimizer's state, or anything that contains it.
-        name: which average is to be replaced, where there are several.
-        rename: from a name in the file to that of the leaf (``layers.0.kernel``), a function or a
-            table; None in place of a name leaves the tensor out.
+        name: which average to replace, if there are several.
+        rename: a function or table from a tensor's name in the file to the name of the leaf
+            (``layers.0.kernel``), or to None to leave the tensor out.
         transform: ``transform(name, array)``, or a table from the leaf's name to a function of the
-            NumPy array: for a layout that differs. Called more than once.
+            NumPy array, for layouts that differ. It is called more than once.
 
     Returns:
         A new state of the same structure.
@@ -169,11 +171,11 @@ def load_params_ema(
     Raises:
         ArgumentError: there is no such average, or there are several; ``rename`` gives two tensors
             one name, or has a name the file lacks; ``transform`` has a name that no tensor gets.
-        CheckpointError: the file cannot be read, is damaged, of a newer version, or of other
-            params: all that is missing, unexpected or of another shape is listed.
+        CheckpointError: the file cannot be read, is damaged or of a newer version, or belongs to
+            other params: then it lists each leaf that is missing, unexpected or of another shape.
 
     Warns:
-        EMAWarning: the file has a remainder, and the average in ``opt_state`` is not compensated.
+        EMAWarning: the file has a remainder, but the average in ``opt_state`` is not compensated.
     """
     states, label = choose_states(opt_state, name)
     leaves, _ = _leaves([state.averages()[label] for state in states])
@@ -189,8 +191,8 @@ def load_params_ema(
         _check(tensors, remainders, leaves, transform)
     if dropped := [key for key in remainders if key not in kept]:
         warn(
-            f"{stored.place}: the file has the remainder of a compensated average, which this one"
-            f" is not: that of {listing(dropped)} is lost"
+            f"{stored.place}: the file has the remainder of a compensated average, but this average"
+            f" is not compensated: the remainder of {listing(dropped)} is lost"
         )
 
     def fill(tree: Any, tensors: Mapping[str, StoredTensor]) -> Any:
@@ -222,28 +224,29 @@ def load_params_ema(
 
 
 def _number(counter: Any) -> int:
-    """A counter, or that of all members of an optimizer that was vmapped."""
+    """A counter as an integer; all members of a vmapped optimizer must have the same one."""
     if isinstance(counter, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise ArgumentError(
             "`opt_state` must hold a number for each of its counters, got"
-            f" {counter!r:.80}: it is saved outside of jax.jit"
+            f" {counter!r:.80}: save it outside of jax.jit"
         )
     counters = np.unique(np.asarray(counter))
     if counters.size != 1:
         raise ArgumentError(
-            f"`opt_state` must hold one number for each of its counters, got {listing(map(str, counters))}"
-            " for its members: save each by itself, jax.tree.map(lambda leaf: leaf[i], opt_state)"
+            "`opt_state` must hold one number for each of its counters, got"
+            f" {listing(map(str, counters))} for its members: save each member by itself,"
+            " jax.tree.map(lambda leaf: leaf[i], opt_state)"
         )
     return int(counters[0])
 
 
 def _is_absent(field: Any) -> bool:
-    """Whether a state has nothing there, for its options do not ask for it."""
+    """Whether a field of a state is empty because its options do not use it."""
     return isinstance(field, tuple)
 
 
 def _leaves(trees: list[Any]) -> tuple[dict[str, Any], list[str]]:
-    """The averaged leaves of all groups by name, and the names of what none of them averages."""
+    """The averaged leaves of all groups by name, and the names that no group averages."""
     leaves: dict[str, Any] = {}
     holes: dict[str, None] = {}
     for tree in trees:
@@ -253,10 +256,10 @@ def _leaves(trees: list[Any]) -> tuple[dict[str, Any], list[str]]:
             if is_hole(value):
                 holes[key] = None
             elif key in leaves:
-                raise ArgumentError(f"`opt_state` has two averages that are called `{key}`")
+                raise ArgumentError(f"`opt_state` has two averages with the name `{key}`")
             else:
                 leaves[key] = value
-    # a mask may stand for a whole subtree, of which another group averages something
+    # a mask may stand for a whole subtree, and another group may average a part of that
     return leaves, [
         hole
         for hole in holes
@@ -292,20 +295,20 @@ def _check(
 
 
 def _array(tensor: StoredTensor) -> np.ndarray[Any, Any]:
-    """A view of the file."""
+    """The tensor as a view of the file."""
     return np.frombuffer(tensor.bytes(), DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _read(old: Any, key: str, tensor: StoredTensor | None, transform: Transform) -> Any:
-    """A tensor of the file, or zeros, in the place of the leaf ``old``, in memory of its own."""
-    leaf = jax.tree.leaves(old)[0]  # the dtype of an nnx Variable is of what it holds
+    """A copy of a tensor of the file, or zeros, that replaces the leaf ``old``."""
+    leaf = jax.tree.leaves(old)[0]  # the array in an nnx Variable
     if tensor is None:
         return _like(old, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape))
     return _like(old, transformed(key, _array(tensor), transform))
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Memory that JAX on the CPU can take over without a copy: it begins at a multiple of 64."""
+    """Memory that JAX on the CPU can adopt without a copy: its address is a multiple of 64."""
     size = np.dtype(dtype).itemsize * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -314,15 +317,15 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
 
 
 def _like(old: Any, value: np.ndarray[Any, Any]) -> Any:
-    """The elements of ``value``, which may be a view of a file, in the place of ``old``.
+    """An array with the elements of ``value`` and the dtype, sharding and Variable of ``old``.
 
-    ``old`` may be an nnx Variable.
+    ``value`` may be a view of a file; its elements are copied.
     """
 
     def put(leaf: Any) -> Any:
         def own(index: Any = ...) -> np.ndarray[Any, Any]:
             part = value[index]
-            memory = _aligned(part.shape, leaf.dtype)  # which JAX may keep as it is
+            memory = _aligned(part.shape, leaf.dtype)  # JAX may adopt this memory
             np.copyto(memory, part, casting="unsafe")
             return memory
 
@@ -331,15 +334,15 @@ def _like(old: Any, value: np.ndarray[Any, Any]) -> Any:
         sharding = _sharding_of(leaf)
         if sharding is None or sharding.is_fully_addressable:
             array = jax.device_put(own(), sharding)
-        else:  # device_put would ask the other processes whether they got the same
+        else:  # device_put would compare the value with the other processes
             array = jax.make_array_from_callback(leaf.shape, sharding, own)
-        return array.block_until_ready()  # none waits in a queue
+        return array.block_until_ready()  # so that copies do not pile up in a queue
 
     return jax.tree.map(put, old)
 
 
 def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where an array was put on purpose, or an abstract one (``jax.ShapeDtypeStruct``) is to be."""
+    """The sharding that a user chose for an array, or for a ``jax.ShapeDtypeStruct``; or None."""
     if isinstance(leaf, jax.Array):
         return leaf.sharding if leaf.committed else None
     sharding: jax.sharding.Sharding | None = getattr(leaf, "sharding", None)
@@ -353,19 +356,19 @@ def _counter(old: Any, value: int) -> Any:
 
 
 def source_of(name: str, leaf: Any, whole: Whole | None = None) -> Source:
-    """A leaf for the writer.
+    """A leaf as a source for the writer.
 
     Args:
-        name: for the error.
+        name: the name of the leaf, for the error.
         leaf: an array.
-        whole: where other processes are ready to help, what gathers the leaf.
+        whole: a function that gathers the leaf, if the other processes take part.
 
     Raises:
-        CheckpointError: the format has no such dtype, or a part of it is in another process.
+        CheckpointError: the format does not have its dtype, or another process holds a part of it.
     """
     dtype = jnp.dtype(leaf.dtype)
     if dtype not in _NAMES or not isinstance(leaf, jax.Array | np.ndarray):
-        raise CheckpointError(f"`{name}` is {leaf!r:.80}, of which the format knows nothing")
+        raise CheckpointError(f"`{name}` is {leaf!r:.80}, which the format cannot hold")
     if not is_here(leaf):
         if whole is None:
             raise CheckpointError(f"`{name}` has a part in another process: gather it first")
@@ -383,7 +386,7 @@ def _bytes_of(leaf: Any, whole: Whole | None) -> Any:
     if isinstance(leaf, jax.Array) and not (
         len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
     ):
-        leaf = leaf.copy()  # an array keeps the host's copy of it for as long as it lives
+        leaf = leaf.copy()  # an array keeps its copy on the host as long as it lives
     return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
 
 

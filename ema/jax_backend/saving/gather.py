@@ -21,39 +21,39 @@ from ema.errors import CheckpointError, EMAError, ModelError
 __all__ = ["Whole", "is_everywhere", "is_here", "on_first_process"]
 
 Whole = Callable[[Any], Any]
-"""From an array to all of it; one that is all in this process is all there is."""
+"""A function from an array to the whole array in this process."""
 
 _DONE = -1
 
 
 def is_here(leaf: Any) -> bool:
-    """Whether this process has every element, be it one copy of several."""
+    """Whether this process has every element; other processes may have copies."""
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def is_everywhere(leaf: Any) -> bool:
-    """Whether every process has a part, so that all can take part in gathering it."""
+    """Whether every process has a part of the array, so that all can take part in gathering it."""
     holders: set[int] = {device.process_index for device in leaf.sharding.device_set}
     return bool(len(holders) == jax.process_count())
 
 
 def on_first_process(leaves: Sequence[Any], work: Callable[[Whole], Path]) -> Path:
-    """Do ``work`` in process 0, with a function that gathers each of ``leaves`` when it is its turn.
+    """Run ``work`` in process 0, with a function that gathers any of ``leaves``.
 
-    Where all of them are in this process alone it is done here, and nothing is communicated.
-    Otherwise every process must call this, with the same arrays.
+    If this process alone holds all leaves, ``work`` runs here without communication. Otherwise
+    every process must call this function, with the same arrays.
 
     Args:
-        leaves: in the same order in every process.
-        work: may call the function for any of them, in any order.
+        leaves: arrays, in the same order in every process.
+        work: may call the function for any leaf, in any order.
 
     Returns:
-        In every process what ``work`` returned in process 0.
+        The result of ``work`` in process 0, in every process.
 
     Raises:
         ModelError: the processes hold different arrays.
-        CheckpointError: process 0 could not do it, in every other process.
-        EMAError: what ``work`` raised, in process 0.
+        CheckpointError: in every process but 0, if ``work`` failed in process 0.
+        EMAError: in process 0, the error that ``work`` raised.
     """
     if all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves):
         return work(_here)
@@ -89,14 +89,14 @@ def on_first_process(leaves: Sequence[Any], work: Callable[[Whole], Path]) -> Pa
 
 
 def _here(leaf: Any) -> Any:
-    """The same elements in an array that is in this process alone."""
+    """The same elements in an array that only this process holds."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf.addressable_data(0)
     return leaf
 
 
 def _check_alike(leaves: Sequence[jax.Array]) -> None:
-    """Refuse processes that would not answer the same questions."""
+    """Raise an error if the processes hold different arrays: they could not gather them."""
     text = json.dumps([(leaf.shape, str(leaf.dtype)) for leaf in leaves])
     ours = np.frombuffer(xxhash.xxh3_64_digest(text.encode()), np.uint32)
     if len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
@@ -104,7 +104,7 @@ def _check_alike(leaves: Sequence[jax.Array]) -> None:
 
 
 def _agree(index: int) -> int:
-    """Receive from process 0 which array is next."""
+    """Receive a number from process 0, usually the index of the next array."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(index)))
 
 

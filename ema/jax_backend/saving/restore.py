@@ -1,6 +1,7 @@
 """``adapt_opt_state``: use a saved optimizer state with a chain that has other averages.
 
-A chain with one more link has a state of another structure, so an older checkpoint does not fit it. The state does not hold the schedule: to change it, just restore the state.
+A chain with one more link has a state of another structure, so an older checkpoint does not fit it.
+The state does not hold the schedule: to change the schedule, just restore the state.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ Labels = tuple[str, ...]
 def adapt_opt_state(
     opt_state: optax.OptState, tx: optax.GradientTransformation, params: optax.Params
 ) -> optax.OptState:
-    """The state of ``tx`` with all that it shares with ``opt_state`` taken from there.
+    """A state for ``tx`` that takes from ``opt_state`` everything that both have.
 
-    An average that ``opt_state`` lacks starts at ``params``, at step 0; one that ``tx`` lacks goes.
-    So do the remainder of a compensated average, which starts at 0, and the number of skipped ones.
-    Momenta, counts and the averages that both have, known by their names, are the very arrays of
-    ``opt_state``. Leaves are matched by their names, positions in chains aside, so that
-    ``adamw(…)`` may have become ``chain(adamw(…), params_ema(…))``.
+    An average that ``opt_state`` lacks starts at ``params``, at step 0; an average that ``tx``
+    lacks is dropped. The same holds for the remainder of a compensated average, which starts at 0,
+    and for ``skipped``. Momenta, counts and the averages that both have (by name) are the same
+    arrays as in ``opt_state``. Leaves are matched by their names and not by positions in chains, so
+    that ``adamw(…)`` may have become ``chain(adamw(…), params_ema(…))``.
 
     Args:
-        opt_state: of a chain that differs from ``tx`` in its averages alone; as it was in the
-            run, or the bare lists and dicts that Orbax restores without a target, of an optax state
-            or of ``nnx.state(optimizer)`` (its ``"opt_state"``).
-        tx: the chain to go on with.
+        opt_state: the state of a chain that differs from ``tx`` only in its averages; as it was in
+            the run, or as the plain lists and dicts that Orbax restores without a target, from an
+            optax state or from ``nnx.state(optimizer)`` (its ``"opt_state"``).
+        tx: the chain to continue with.
         params: the live parameters, as for ``tx.init``; for an ``nnx.Optimizer`` these are
-            ``nnx.as_pure(nnx.state(model, wrt))``, and ``nnx.update(optimizer.opt_state, …)``
-            takes the result.
+            ``nnx.as_pure(nnx.state(model, wrt))``. Pass the result to
+            ``nnx.update(optimizer.opt_state, …)`` there.
 
     Returns:
         A state for ``tx``.
 
     Raises:
-        ArgumentError: some averages would go and others come: a renamed one would lose its
-            history without a word. Adapt to a chain without the old ones first.
-        ModelError: anything else differs; all of it is listed.
+        ArgumentError: averages would be both added and dropped. A renamed average would silently
+            lose its history this way. First adapt to a chain without the old averages.
+        ModelError: anything else differs; the error lists all differences.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +89,7 @@ def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def _is_average(node: Any) -> bool:
-    if isinstance(node, Mapping):  # from Orbax without a target
+    if isinstance(node, Mapping):  # as Orbax restores it without a target
         return {"step", "count", "params_ema"} <= node.keys() <= set(ParamsEMAState._fields)
     return isinstance(node, ParamsEMAState)
 
@@ -110,7 +111,7 @@ def _take(
     for key in ours.keys() & theirs.keys():
         name, here, there = ".".join(key), sorted(ours[key]), sorted(theirs[key], key=_order)
         if len(here) != len(there):
-            mismatched.append(f"`{name}` is there {len(there)} times, `tx` has {len(here)}")
+            mismatched.append(f"`{name}` appears {len(there)} times, in `tx` {len(here)} times")
             continue
         for (_, index), (_, leaf) in zip(here, there, strict=True):
             result[index] = leaf
@@ -122,7 +123,7 @@ def _take(
         sorted(".".join(key) for key in theirs if key not in ours),
         sorted(mismatched),
     ):
-        raise ModelError(f"`opt_state` is not one of this chain and these params: {text}")
+        raise ModelError(f"`opt_state` does not match this chain and these params: {text}")
     return result
 
 
@@ -145,9 +146,9 @@ def _take_averages(
 
 
 def _states(old: list[tuple[Any, Any]], ours: list[Labels]) -> list[ParamsEMAState]:
-    """The old averages, in the order of where they are."""
+    """The old averages, in the order of their places."""
     nodes = [node for _, node in sorted(old, key=lambda pair: _split(pair[0]))]
-    # an nnx.State keeps only what holds arrays, and so loses the names
+    # an nnx.State keeps only nodes with arrays, and so loses the names
     unknown = ours if len(nodes) == len(ours) else [()] * len(nodes)
     return [
         node if isinstance(node, ParamsEMAState) else _state(node, labels)
@@ -159,20 +160,20 @@ def _check_names(ours: list[Labels], theirs: list[Labels]) -> None:
     """Make sure that averages were only added or only removed.
 
     Raises:
-        ArgumentError: some would go and others come.
+        ArgumentError: some were added and others removed.
     """
     gone = [labels for labels in theirs if labels not in ours]
     come = [labels for labels in ours if labels not in theirs]
     uneven = [x for x in ours if x in theirs and ours.count(x) != theirs.count(x)]
     if (gone and come) or uneven:
         raise ArgumentError(
-            f"`opt_state` must hold the averages of `tx` ({_names(ours)}) or differ by additions or"
-            f" removals alone, got {_names(theirs)}"
+            f"`opt_state` must hold the averages of `tx` ({_names(ours)}), or differ only by"
+            f" additions or only by removals, got {_names(theirs)}"
         )
 
 
 def _adapted(fresh: ParamsEMAState, old: ParamsEMAState) -> ParamsEMAState:
-    """A fresh state with the old average in it, and all else that both have."""
+    """The fresh state with the old average and all other values that both have."""
     adapted = fresh._replace(
         step=old.step, count=old.count, params_ema=_take_tree(fresh.params_ema, old.params_ema)
     )
@@ -208,7 +209,7 @@ def _state(node: Mapping[str, Any], labels: Labels) -> ParamsEMAState:
 
 
 def _counter(node: Mapping[str, Any], name: str) -> Any:
-    """A counter, which in an nnx.State has a level of its own."""
+    """A counter; in an nnx.State it is one level deeper."""
     leaves = jax.tree.leaves(node[name])
     if len(leaves) != 1:
         raise ModelError(f"`{name}` of an average in `opt_state` must be one number")
@@ -218,8 +219,8 @@ def _counter(node: Mapping[str, Any], name: str) -> Any:
 def _split(path: Any, *, positions: bool = False) -> tuple[Key, Order]:
     """The names on a path and, apart from them, the positions in tuples and lists.
 
-    An nnx Variable and a boxed linen param have a level of their own, called ``value``, which is left
-    out: in the params that nnx.as_pure has made it is not there.
+    An nnx Variable and a boxed linen param have a level of their own, called ``value``. It is left
+    out here, because params from nnx.as_pure do not have it.
     """
     entries = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
     if entries and entries[-1] == "value":

@@ -3,17 +3,18 @@
     average + weight · (params − average)                       weight < 0.5
     params  − (params − average) · (1 − weight)                 otherwise
 
-``ema/torch_backend/update/equation.py`` is the same page for PyTorch; the two agree to the last bit.
-Here it is written out in the form that XLA contracts to the same fused multiply-add as
-``torch.Tensor.lerp_``. Each branch subtracts the smaller correction, and ``weight = 1 − decay`` is
-the primitive: ``decay · average + (1 − decay) · params`` is wrong by 1e-3 at decay 0.99999.
+``ema/torch_backend/update/equation.py`` has the same equations for PyTorch; the two backends agree
+to the last bit. This form of the equation is the one that XLA contracts to the same fused
+multiply-add as ``torch.Tensor.lerp_``. Each branch subtracts the smaller correction. The weight
+``1 − decay`` is the basic quantity, because ``decay · average + (1 − decay) · params`` is wrong by
+1e-3 at decay 0.99999.
 
-Two others keep what float32 loses in the sum: a remainder beside the average, and a bfloat16
-average that is rounded by chance.
+Two other equations keep the part of an update that rounding would lose: one keeps a remainder
+beside the average, the other rounds a bfloat16 average up or down at random.
 
 Sources: Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; Ruppert
-1988, "Efficient Estimations from a Slowly Convergent Robbins-Monro Process"; Kahan 1965, "Pracniques:
-Further Remarks on Reducing Truncation Errors".
+1988, "Efficient Estimations from a Slowly Convergent Robbins-Monro Process"; Kahan 1965,
+"Pracniques: Further Remarks on Reducing Truncation Errors".
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ema.weights import ask, checked_weight
 __all__ = ["lerp", "lerp_compensated", "lerp_narrow", "update_weight"]
 
 
-@jax.jit  # its own, because un-jitted operations are not contracted: other last bits
+@jax.jit  # jitted here, because un-jitted operations are not contracted and differ in last bits
 def lerp(average: jax.Array, params: jax.Array, weight: jax.Array) -> jax.Array:
     """One update of the average of one array.
 
@@ -42,8 +43,9 @@ def lerp(average: jax.Array, params: jax.Array, weight: jax.Array) -> jax.Array:
         weight: ``1 − decay`` in [0, 1]; a scalar in the (real) dtype of the average.
 
     Returns:
-        ``average`` exactly at weight 0, ``params`` exactly at weight 1, between them otherwise;
-        shape and dtype of ``average``. A complex array is two real ones.
+        Exactly ``average`` at weight 0, exactly ``params`` at weight 1, a value between them
+        otherwise; shape and dtype of ``average``. The real and imaginary parts of complex arrays
+        are averaged separately.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,7 +64,7 @@ def _lerp(average: jax.Array, params: jax.Array, weight: jax.Array) -> jax.Array
     near = average + weight * (params - average)
     far = params - (params - average) * (1 - weight)
     mixed = jnp.where(weight < 0.5, near, far)
-    # Inf − Inf is NaN, and so is 0 · Inf: the ends are copies, not arithmetic.
+    # Inf − Inf and 0 · Inf are NaN, so weights 0 and 1 copy instead of computing.
     return jnp.where(weight == 0, average, jnp.where(weight == 1, params, mixed))
 
 
@@ -70,7 +72,7 @@ def _lerp(average: jax.Array, params: jax.Array, weight: jax.Array) -> jax.Array
 def lerp_compensated(
     average: jax.Array, remainder: jax.Array, params: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One update of an average that keeps what rounding takes from it.
+    """One update of an average that keeps its rounding error in a remainder.
 
         y = remainder + weight · ((params − average) − remainder)
         average' = average + y
@@ -78,12 +80,12 @@ def lerp_compensated(
 
     Args:
         average: the average so far, any shape; float32, float64 or complex.
-        remainder: what the exact average has beyond it, below its resolution; same shape and dtype.
+        remainder: the exact average minus ``average``; same shape and dtype.
         params: the live values; same shape and dtype.
         weight: ``1 − decay`` in [0, 1]; a scalar in the (real) dtype of the average.
 
     Returns:
-        Average and remainder: exactly as they were at weight 0, ``params`` and 0 at weight 1.
+        Average and remainder: exactly unchanged at weight 0, exactly ``params`` and 0 at weight 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -122,14 +124,15 @@ def lerp_narrow(
         average: the average so far, any shape; bfloat16.
         params: the live values in float32; same shape.
         weight: ``1 − decay`` in [0, 1]; a float32 scalar.
-        key: of the random bits of this tensor and update, a uint32 scalar; None rounds to nearest.
+        key: key of the random bits of this tensor and update, a uint32 scalar; None rounds to
+            nearest.
 
     Returns:
-        ``average`` exactly at weight 0, ``params`` rounded to nearest at weight 1; else the expected
-        value over the keys is that of :func:`lerp`. bfloat16.
+        A bfloat16 array: exactly ``average`` at weight 0, ``params`` rounded to nearest at weight
+        1. Otherwise its expected value over the keys is the result of :func:`lerp`.
 
     Raises:
-        StateError: the whole array is not in sight, inside ``jax.shard_map``.
+        StateError: only a part of the array is visible, inside ``jax.shard_map``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -142,32 +145,31 @@ def lerp_narrow(
     wide = lerp(widen(average, jnp.dtype(jnp.float32)), params, weight)
     up = to_nearest(wide)
     if key is not None:
-        up = jnp.where(weight == 1, up, by_chance(wide, key))  # a copy is no update
+        up = jnp.where(weight == 1, up, by_chance(wide, key))  # weight 1 copies the params
     return jnp.where(weight == 0, average, round_up(wide, up))
 
 
 def update_weight(
     schedule: Schedule, count: jax.Array, span: int | jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Weight of the update number ``count``: float64 arithmetic, rounded once.
+    """Weight of update number ``count``, computed in float64 and rounded once.
 
-    Float32 arithmetic would be off by 4e-7 in nearly every count, and differ from the weights that
-    PyTorch gets from the same schedule.
+    Float32 arithmetic would be off by 4e-7 at nearly every count, and would differ from the weights
+    that PyTorch gets from the same schedule.
 
     Args:
-        schedule: what to ask.
+        schedule: the schedule of the average.
         count: number of the update, from 1; a traced or concrete int32 scalar.
         span: steps from one update to the next (``update_every``), static or an int32 scalar.
         dtype: float32 or float64.
 
     Returns:
-        A scalar of that dtype in [0, 1]; what a schedule of the user's own computes from a traced
-        count cannot be checked, and is taken as it is.
+        A scalar of that dtype in [0, 1]. A weight that a user's schedule computes from a traced
+        count cannot be checked, and is returned as it is.
 
     Raises:
-        ArgumentError: a schedule of the user's own gives a weight outside [0, 1] or NaN, or cannot
-            be traced.
-        ArgumentTypeError: it gives something other than a number.
+        ArgumentError: a user's schedule gives a weight outside [0, 1] or NaN, or cannot be traced.
+        ArgumentTypeError: a user's schedule gives something other than a number.
     """
     with jax.enable_x64(True):
         if isinstance(span, jax.Array):
@@ -177,15 +179,15 @@ def update_weight(
 
 
 def _answer(schedule: Schedule, count: jax.Array, span: int | jax.Array) -> Scalar:
-    """The answer of the schedule, checked as far as that is possible while JAX traces it."""
+    """The weight from the schedule, checked as far as possible while JAX traces it."""
     if is_ours(schedule):
         return schedule.weight(count, span, jnp)
     try:
         weight = ask(schedule, count, span, jnp)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise ArgumentError(
-            f"the weight of `{schedule!r:.200}` must be an expression of `xp` (jax.numpy), since JAX"
-            f" traces `count`: {str(error).splitlines()[0]}"
+            f"the weight of `{schedule!r:.200}` must be an expression of `xp` (jax.numpy), because"
+            f" JAX traces `count`: {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(weight, jax.core.Tracer):
         number = None if isinstance(count, jax.core.Tracer) else int(count)

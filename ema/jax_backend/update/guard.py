@@ -18,13 +18,13 @@ __all__ = ["all_finite", "raise_where_not_finite"]
 def all_finite(leaves: Sequence[jax.Array], stored: Sequence[bool]) -> jax.Array:
     """Whether no leaf holds NaN or Inf.
 
-    A sum is finite only if all of it is, and costs next to nothing; where it is not, which a large
-    sum of finite numbers may be too, each number is looked at.
+    The sum of a leaf is finite only if all its numbers are finite, and a sum costs almost nothing.
+    If the sum is not finite, each number is checked, because a sum of finite numbers may overflow.
 
     Args:
         leaves: floating-point arrays.
-        stored: whether each is in memory as it is. Of others, which are widened on the way, XLA
-            would write out a copy to sum it.
+        stored: for each leaf, whether it is in memory in this dtype. Other leaves are widened
+            first, and XLA would write out the wide copy to sum it, so they are not summed.
 
     Returns:
         A bool scalar, the same on all devices.
@@ -49,10 +49,11 @@ def _look(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _ends(leaf: jax.Array) -> Sequence[jax.Array]:
-    """Least and largest, NaN where there is one; read where it lies, isfinite would be written out.
+    """The smallest and the largest number of a leaf; both are NaN if the leaf holds NaN.
 
-    Both in one reduction, of which XLA gathers the results of the devices and reduces those again.
-    Of one alone they would be reduced in the network, where a NaN may be lost.
+    XLA reads the leaf in place, while it would write out the result of ``isfinite``. One reduction
+    computes both: then XLA gathers the results of all devices and reduces them again. It would
+    reduce a single result in the network, and that may lose a NaN.
     """
     zero = jnp.zeros((), leaf.dtype)
     ends: Sequence[jax.Array] = lax.reduce(
@@ -78,16 +79,16 @@ def _all(flags: Sequence[jax.Array]) -> jax.Array:
 def raise_where_not_finite(
     due: jax.Array, names: Sequence[str], leaves: Sequence[jax.Array]
 ) -> None:
-    """Refuse an update that is due where a parameter is not finite.
+    """Refuse an update that is due if a parameter is not finite.
 
     Raises:
-        ArgumentError: the values are not known, since this is being traced.
-        StateError: names the parameters that hold NaN or Inf.
+        ArgumentError: the values are not known, because JAX traces the update.
+        StateError: a parameter holds NaN or Inf; the error names all such parameters.
     """
     if any(isinstance(x, jax.core.Tracer) for x in (due, *leaves)):
         raise ArgumentError(
             "`on_nonfinite` must not be 'raise' where the update is traced (jax.jit, lax.scan,"
-            " lax.cond): a compiled step cannot raise. Take 'skip' there, and look at `skipped` of"
+            " lax.cond): a compiled step cannot raise. Use 'skip' there, and look at `skipped` of"
             " the state between steps"
         )
     if not due:

@@ -1,4 +1,4 @@
-"""Inside ``jax.shard_map``: the mesh axes along which an array is only one device's part."""
+"""Find the mesh axes along which ``jax.shard_map`` has split an array over devices."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["split_axes", "varying"]
 
 
 def varying(x: Any) -> frozenset[str]:
-    """Mesh axes along which the array differs, as far as ``shard_map`` keeps track of it."""
+    """Mesh axes along which the array differs, as far as ``shard_map`` tracks them."""
     kind = getattr(jax.typeof(x), "manual_axis_type", None)
     return frozenset() if kind is None else frozenset(kind.varying)
 
 
 def split_axes(x: Any) -> frozenset[str]:
-    """Mesh axes along which the array may differ: all of them if JAX does not keep track.
+    """Mesh axes along which the array may differ: all axes if JAX does not track them.
 
-    It does not with ``check_vma=False`` and under ``jax.pmap``.
+    JAX does not track them with ``check_vma=False`` and under ``jax.pmap``.
     """
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if all(varying(lax.axis_index(axis)) for axis in axes):

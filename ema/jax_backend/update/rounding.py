@@ -1,12 +1,11 @@
 """The arithmetic of ``ema.rounding`` on traced arrays: the same bits, one fused loop.
 
-    up    = mix(index ⊕ key) >> 16                by chance
+    up    = mix(index ⊕ key) >> 16                at random
           = 0x7fff + the last bit that stays       to nearest, ties to even
     float32 with bits b  →  b + up, the low 16 of the sum cut off
 
-All of it is on uint32, which wraps and shifts in zeros as the Python numbers do under their mask.
-Nothing is converted from float32 to bfloat16, since XLA takes a conversion there and back for the
-identity.
+All numbers are uint32, which wrap and shift in zeros like Python's integers under a mask. No
+float32 is converted to bfloat16, because XLA treats a conversion there and back as the identity.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ema.rounding import FIRST, SECOND, Stream
 
 __all__ = ["by_chance", "key_of", "mix", "round_up", "to_nearest"]
 
-_QUIET = 0x0040  # the bit of a NaN that keeps it one when its low half is cut off
+_QUIET = 0x0040  # this bit keeps a NaN a NaN when its low half is cut off
 
 
 def mix(x: jax.Array) -> jax.Array:
@@ -40,21 +39,21 @@ def _right(x: jax.Array, places: int) -> jax.Array:
 
 
 def key_of(stream: Stream, count: jax.Array) -> jax.Array:
-    """The key of update number ``count``, an int32 scalar: a uint32 scalar."""
+    """The key (a uint32 scalar) of update number ``count`` (an int32 scalar)."""
     low, high = jnp.uint32(stream.low), jnp.uint32(stream.high)
     return mix(mix(count.astype(jnp.uint32) ^ low) ^ high)
 
 
 def by_chance(like: jax.Array, key: jax.Array) -> jax.Array:
-    """Random summands for the bits of each element, uniform in [0, 2**16).
+    """Random numbers to add to the bits of each element, uniform in [0, 2**16).
 
     Args:
-        like: an array of the shape and the sharding; its values do not matter.
-        key: of the tensor and the update, a uint32 scalar.
+        like: an array with the wanted shape and sharding; its values do not matter.
+        key: the key of the tensor and the update, a uint32 scalar.
 
     Returns:
-        uint32 of that shape. An element's is that of its place in the whole array, whatever device
-        it is on.
+        A uint32 array of that shape. The number of an element depends on its place in the whole
+        array, not on its device.
 
     Raises:
         StateError: ``like`` is one device's part of an array, inside ``jax.shard_map``.
@@ -62,8 +61,8 @@ def by_chance(like: jax.Array, key: jax.Array) -> jax.Array:
     if axes := varying(like):
         raise StateError(
             "a bfloat16 average cannot be rounded inside jax.shard_map where its parameter is split"
-            f" over {', '.join(map(repr, sorted(axes)))}: the chance of an element depends on its"
-            " place in the whole array, which is not known there; update outside, in jax.jit"
+            f" over {', '.join(map(repr, sorted(axes)))}: the random bits of an element depend on"
+            " its place in the whole array, which is not known there; update outside, in jax.jit"
         )
     index = jnp.zeros((), jnp.uint32)
     stride = 1
@@ -77,7 +76,7 @@ def by_chance(like: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def to_nearest(x: jax.Array) -> jax.Array:
-    """Summands for the bits of float32 numbers that round them to nearest, ties to even; uint32."""
+    """Numbers (uint32) to add to the bits of float32 to round to nearest, ties to even."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     up: jax.Array = jnp.uint32(0x7FFF) + (_right(bits, 16) & jnp.uint32(1))
     return up
@@ -85,9 +84,9 @@ def to_nearest(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def round_up(x: jax.Array, up: jax.Array) -> jax.Array:
-    """float32 to bfloat16: its upper half, after ``up`` was added to its bits; NaN stays NaN.
+    """Round float32 to bfloat16: add ``up`` to the bits and keep the upper half; NaN stays NaN.
 
-    By chance the expected value is ``x`` itself, so that a derivative passes through.
+    With random ``up`` the expected value is ``x`` itself, so a derivative passes through.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     half = jnp.where(jnp.isnan(x), _right(bits, 16) | jnp.uint32(_QUIET), _right(bits + up, 16))

@@ -1,7 +1,7 @@
 """One pass over all leaves, for a step that updates the averages and for a step that does not.
 
-The values of a leaf decide its equation: whether there is a remainder, a bfloat16 average, a key. These are
-functions of the module, so that an eager ``lax.cond`` finds its compiled branches again.
+The equation of a leaf depends on whether it has a remainder, a bfloat16 average or a key. ``sweep``
+and ``keep`` are functions of the module, so that an eager ``lax.cond`` reuses compiled branches.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ema.jax_backend.update.guard import all_finite
 __all__ = ["Kept", "keep", "real_dtype", "sweep"]
 
 _SMALL = 256
-"""Elements of the largest array that was seen to lose it, and many more."""
+"""Largest size that is flattened; arrays that lose the fused multiply-add are far smaller."""
 
 Weights = list[dict[str, jax.Array]]
 Keys = list[jax.Array | None]
 
 
 class Kept(NamedTuple):
-    """The values that a step leaves for the next one: by average, then by leaf.
+    """The values that a step passes to the next step: by average, then by leaf.
 
     Attributes:
-        averages: averages of one leaf have one shape and dtype.
-        remainders: likewise; None where an average has none.
+        averages: all averages of a leaf have the same shape and dtype.
+        remainders: likewise; None for an average without a remainder.
     """
 
     averages: list[list[Any]]
@@ -45,16 +45,16 @@ def sweep(
     """Update every average.
 
     Args:
-        kept: before it.
-        params: the live leaves after the step, as they are.
-        weights: of each average, by the dtype of the arithmetic.
-        keys: of each leaf, to round it by chance.
-        anyway: whether to update where a parameter is not finite; None does not look.
+        kept: averages and remainders before the update.
+        params: the live leaves after the step, in their own dtypes.
+        weights: weights of each average, by the dtype of the arithmetic.
+        keys: a key for each leaf whose average is rounded at random; None for other leaves.
+        anyway: whether to update even if a parameter is not finite; None makes no check.
 
     Returns:
-        What is kept now, and whether an update was made (None without a check).
+        Averages and remainders after the update, and whether it was made (None without a check).
     """
-    # what is read and widened is shared by all averages of a leaf
+    # all averages of a leaf share one read and widened copy of it
     wide = [
         _placed_as(average, widen(leaf, _wide_dtype(average)))
         for average, leaf in zip(kept.averages[0], params, strict=True)
@@ -81,7 +81,7 @@ def sweep(
 def keep(
     kept: Kept, params: list[Any], weights: Weights, keys: Keys, anyway: jax.Array | None
 ) -> tuple[Kept, jax.Array | None]:
-    """The other branch: nothing is due."""
+    """The other branch: no update is due, so nothing changes."""
     del params, weights, keys
     return kept, None if anyway is None else jnp.array(True)
 
@@ -102,10 +102,10 @@ def _is_small(params: Any) -> bool:
 def _flat(
     average: Any, remainder: Any, params: jax.Array, weight: jax.Array, key: jax.Array | None
 ) -> tuple[Any, Any]:
-    """The same as one row, behind a barrier.
+    """The same update on arrays flattened to one row, behind a barrier.
 
-    In the steps that JAX 0.12 compiles for a CPU, small bfloat16 and float16 arrays of several axes lose
-    the fused multiply-add, and the last bit with it.
+    In the steps that JAX 0.12 compiles for a CPU, small bfloat16 and float16 arrays of several axes
+    lose the fused multiply-add, and then the last bit differs.
     """
     shape = params.shape
     row = lax.optimization_barrier(params.reshape(-1))  # type: ignore[no-untyped-call]
@@ -126,9 +126,9 @@ def _one(
 
 
 def _placed_as(average: Any, params: jax.Array) -> jax.Array:
-    """``params`` where its average is: on explicit meshes operands must be placed alike.
+    """``params`` with the sharding of its average: on explicit meshes operands must share one.
 
-    A program may spread averages over devices that all hold the parameter (ZeRO-1).
+    A program may spread averages over devices that all hold the whole parameter (ZeRO-1).
     """
     here, there = jax.typeof(params).sharding, jax.typeof(average).sharding
     if here.spec == there.spec or here.mesh != there.mesh:
@@ -138,7 +138,7 @@ def _placed_as(average: Any, params: jax.Array) -> jax.Array:
 
 
 def real_dtype(average: Any) -> str:
-    """Name of the dtype of the weight for an average: its own or that of its real part, or wider."""
+    """Name of the weight's dtype: the real dtype of the arithmetic on this average."""
     return str(np.zeros((), _wide_dtype(average)).real.dtype)
 
 

@@ -1,1 +1,1 @@
-"""Code for accelerators only: kernels, a stream beside training, averages on the host."""
+"""Code for accelerators only: kernels, a stream beside training, and averages on the host."""

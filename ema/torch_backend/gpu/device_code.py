@@ -1,7 +1,7 @@
-"""The code that runs on the GPU, in Triton: each kernel goes through many tensors in one pass.
+"""Triton code that runs on the GPU: each kernel processes many tensors in one pass.
 
-Only :mod:`ema.torch_backend.gpu.kernels` imports this, once there is a GPU to compile it for. The
-tables and blocks are those of :mod:`ema.torch_backend.gpu.grid`.
+Only :mod:`ema.torch_backend.gpu.kernels` imports this module, when there is a GPU to compile for.
+:mod:`ema.torch_backend.gpu.grid` makes the tables and blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SECOND = tl.constexpr(SECOND)
 
 @triton.jit
 def mix(x):
-    """The bijection of :func:`ema.rounding.mix`, of uint32."""
+    """The bijection :func:`ema.rounding.mix` on uint32."""
     x ^= x >> 16
     x *= tl.full((), _FIRST, tl.uint32)
     x ^= x >> 15
@@ -29,7 +29,7 @@ def mix(x):
 
 @triton.jit
 def lerp(average, params, weight):
-    """The equation of :mod:`ema.torch_backend.update.equation`, with the same fused multiply-adds."""
+    """Compute :mod:`ema.torch_backend.update.equation` with the same fused multiply-adds."""
     difference = params - average
     near = tl.fma(weight, difference, average)
     far = tl.fma(weight - 1.0, difference, params)
@@ -38,7 +38,7 @@ def lerp(average, params, weight):
 
 @triton.jit
 def widen(x):
-    """float32 of what was loaded; bfloat16 comes as its bits, for an interpreter to be exact."""
+    """Convert to float32. bfloat16 is loaded as bits, so that Triton's interpreter is exact."""
     if x.dtype == tl.uint16:
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -46,26 +46,26 @@ def widen(x):
 
 @triton.jit
 def to_nearest(bits):
-    """The summand for the bits of a float32 before the low 16 are cut off: ties to even."""
+    """The summand for the bits of a float32 before the low 16 are cut off, to round ties to even."""
     return 0x7FFF + ((bits >> 16) & 1)
 
 
 @triton.jit
 def narrow(x, bits, added):
-    """The bits of a bfloat16; a carry must not turn NaN into a number."""
+    """The bits of the bfloat16, rounded by ``added``; a carry must not turn NaN into a number."""
     return tl.where(x == x, (bits + added) >> 16, (bits >> 16) | 0x40).to(tl.uint16)
 
 
 @triton.jit
 def begin(blocks, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the row of this program's block begins in the table, and its first element."""
+    """Offset in the table of the row for this program's block, and the block's first element."""
     block = blocks + 2 * tl.program_id(0)
     return tl.load(block).to(tl.int64) * COLUMNS, tl.load(block + 1).to(tl.int64) * BLOCK
 
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """The tensor at the address that a table holds."""
+    """Pointer to the tensor whose address is stored in a table."""
     tensor = tl.load(address).to(tl.pointer_type(DTYPE))
     if WHOLE:
         tensor = tl.multiple_of(tensor, 16)
@@ -81,7 +81,7 @@ def look(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write 0 to ``finite`` where an element of one block of one tensor is NaN or infinite."""
+    """Write 0 to ``finite`` if an element of this block is NaN or infinite."""
     offset, start = begin(blocks, 2, BLOCK)
     row = table + offset
     params = pointer(row, PARAMS, WHOLE) + start
@@ -92,7 +92,7 @@ def look(
         wrong = values - values != 0.0
     else:
         x = widen(values)
-        wrong = x - x != 0.0  # NaN for NaN and infinities, and that is not 0
+        wrong = x - x != 0.0  # x − x is 0 for finite x, and NaN for NaN and infinities
     tl.store(finite + lanes * 0, 0, mask=wrong)
 
 
@@ -104,7 +104,7 @@ def exchange(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of two tensors of one length changes places, as integers of their size."""
+    """Exchange one block between two tensors of the same length, as integers of their size."""
     offset, start = begin(blocks, 3, BLOCK)
     row = table + offset
     one = pointer(row, ELEMENT, WHOLE) + start
@@ -132,7 +132,7 @@ def update(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one tensor, see :class:`ema.torch_backend.gpu.kernels.Fused` for the arguments."""
+    """Update one block; :class:`ema.torch_backend.gpu.kernels.Fused` describes the arguments."""
     if GUARDED:
         if tl.load(finite) == 0:
             return

@@ -1,8 +1,9 @@
-"""Many flat tensors as blocks of one grid, so that a kernel goes through all of them in one launch.
+"""Split many flat tensors into blocks of one grid, so that a kernel processes all in one launch.
 
-A kernel's program takes one block: a row of a table, which holds addresses, and a number. A thread
-reads 16 bytes at once where a block is whole and begins at a multiple of 16 in every tensor. The
-rest of each tensor, at its begin and at its end, is read under a mask, in a launch of its own.
+Each program of a kernel takes one block: a row of a table, which holds addresses, and a block
+number. If a block is whole and begins at a multiple of 16 bytes in every tensor, a thread reads 16
+bytes at once. The rest of each tensor, at its beginning and end, is read with a mask in a second
+launch.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ __all__ = ["BLOCK", "LOOK", "WARPS", "Launch", "launches"]
 BLOCK = 2048
 """Elements that one program works on, with :data:`WARPS` warps.
 
-Measured on an H100 by ``python -m benchmarks --cases kernels``: the best for every kernel that writes, or
-within 1 %.
+Measured on an H100 with ``python -m benchmarks --cases kernels``: for every kernel that writes,
+this size is the best or within 1 % of the best.
 """
 LOOK = 4096
-"""The same for a kernel that only reads: 16 bytes of bfloat16 a thread are too few in flight."""
+"""The same for a kernel that only reads: with :data:`BLOCK`, too few reads would be in flight."""
 WARPS = 8
 _ALIGNED = 16
-"""Bytes of one load of a thread."""
+"""Bytes that a thread loads at once."""
 
 
 class Launch(NamedTuple):
     """Blocks that a kernel takes in one launch.
 
     Attributes:
-        table: int64, a row for each tensor: addresses, the number of elements, and what the kernel
-            needs besides.
-        blocks: int32, a row for each program: a row of the table, and which block of that.
+        table: int64. The row of each tensor holds addresses, the number of elements, and further
+            values that the kernel needs.
+        blocks: int32. The row of each program holds the tensor's row in the table and the number
+            of the block in that tensor.
         whole: whether the blocks are whole and aligned.
         block: elements of a block.
     """
@@ -48,7 +50,7 @@ class Launch(NamedTuple):
 
     @property
     def grid(self) -> tuple[int]:
-        """As many programs as there are blocks."""
+        """The number of programs: one for each block."""
         return (len(self.blocks),)
 
 
@@ -60,15 +62,16 @@ def launches(
     block: int = BLOCK,
     places: bool = False,
 ) -> Iterator[Launch]:
-    """The launches for tensors of the same dtypes: at most one of whole blocks and one of others.
+    """Launches for tensors of the same dtypes: at most one for whole blocks and one for the rest.
 
     Args:
-        rows: for each tensor, or several of one length that are worked on together, the address of
-            each, the number of elements, and further columns.
+        rows: one row for each tensor, or for several tensors of the same length that are processed
+            together: the address of each, the number of elements, and further columns.
         sizes: bytes of an element, one for each address.
-        device: of the tensors.
+        device: the device of the tensors.
         block: elements of a block.
-        places: whether the last column counts elements, and so grows with them (modulo 2³²).
+        places: whether the last column is the position of the first element, which must grow
+            (modulo 2³²) if a row begins at a later element.
     """
     if len(rows) == 0:
         return
@@ -88,9 +91,10 @@ def launches(
 def _blocks(
     first: npt.NDArray[np.int64], count: npt.NDArray[np.int64], total: int, device: torch.device
 ) -> Tensor:
-    """Rows and numbers of blocks: from ``first``, ``count`` of each row; made on the device.
+    """Rows and block numbers: for each row, ``count`` blocks that begin at ``first``.
 
-    There are hundreds of thousands for a large model: too many to bring them there.
+    They are computed on the device, because a large model has hundreds of thousands of blocks, too
+    many to copy from the host.
     """
     begins, counts = torch.from_numpy(np.stack([count.cumsum() - count - first, count])).to(device)
     rows = torch.arange(len(count), device=device)
@@ -102,9 +106,10 @@ def _blocks(
 def _peeled(
     table: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], block: int, *, places: bool
 ) -> npt.NDArray[np.int64]:
-    """The first elements as rows of their own, where after them all addresses are aligned.
+    """Split rows in two, so that all addresses of the second part are aligned.
 
-    Where the addresses never are at the same element, or no whole block would follow, a row stays.
+    The first part has only the few elements before. A row stays whole if its addresses are never
+    aligned at the same element, or if no whole block would follow.
     """
     columns = len(sizes)
     first = np.zeros(len(table), dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Work on many tensors on a GPU in one pass over their memory, where PyTorch takes several.
+"""Process many tensors on a GPU in one pass over their memory, where PyTorch needs several.
 
-PyTorch converts first, or needs a pass for each operation, and its grouped operators slow down as
-tensors get many. Bytes that an update moves for each parameter:
+PyTorch converts dtypes first or needs one pass for each operation, and its grouped operators slow
+down with the number of tensors. An update moves this many bytes for each parameter:
 
 ======================  =============  ==============
 average                 bf16, fp16     float32 params
@@ -11,8 +11,8 @@ float32, compensated    18             20
 bfloat16                6              8
 ======================  =============  ==============
 
-Looking for NaN and Inf reads each parameter once; an exchange moves 16 bytes for two float32. The
-bits are those of the CPU. ``docs/benchmarks.md`` has what was measured on a GPU.
+The check for NaN and Inf reads each parameter once. An exchange moves 16 bytes for two float32. The
+results have the same bits as on the CPU. ``docs/benchmarks.md`` has measurements on a GPU.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _failed: set[torch.device] = set()
 
 
 def supports(average: torch.dtype, params: torch.dtype) -> bool:
-    """Whether there is a kernel for params of this dtype and an average of that one."""
+    """Whether there is a kernel for an average and params of these dtypes."""
     return average in (torch.float32, torch.bfloat16) and params in _FLOATS
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels run on this device, as far as is known before one is compiled."""
+    """Whether kernels can run on this device, as far as is known before one is compiled."""
     return device not in _failed and _suits(device)
 
 
@@ -58,22 +58,23 @@ def _suits(device: torch.device) -> bool:
 
 
 def compiled(device: torch.device, *kernels: Fused | Look | Exchange) -> bool:
-    """Compile what these kernels launch, now and not in the first update.
+    """Compile these kernels now, not in the first update.
 
     Returns:
-        Whether all of it could be compiled. If not, :func:`available` says so from now on.
+        Whether all kernels could be compiled. If not, :func:`available` returns False for this
+        device from now on.
 
     Warns:
-        EMAWarning: the first time that it could not on this device, with the reason.
+        EMAWarning: a kernel could not be compiled; the message has the reason.
     """
     try:
         for kernel in kernels:
             kernel.compile()
-    except Exception as error:  # a compiler and its tools raise what they like
+    except Exception as error:  # a compiler and its tools raise any exception
         _failed.add(device)
         warn(
-            f"Triton cannot compile for {device}, so PyTorch's operators average there, in more"
-            f" passes and with the same bits: {type(error).__name__}: {error}"
+            f"Triton cannot compile for {device}, so PyTorch's operators compute the averages, in"
+            f" more passes and with the same bits: {type(error).__name__}: {error}"
         )
         return False
     return True
@@ -83,22 +84,24 @@ class Fused:
     """One update of averages on one device, prepared once and run at every step.
 
     The tensors are flat and contiguous. Their addresses are kept, so replace the ``Fused`` if you
-    replace the memory of a tensor. Nothing is allocated in a call. Ctrl-C finds an update that is
-    done or not begun.
+    replace the memory of a tensor. A call allocates nothing. Ctrl-C cannot interrupt an update
+    halfway.
 
     Args:
-        averages: of float32 or bfloat16, all of one dtype.
-        params: of the same sizes, each in float32, bfloat16 or float16.
-        remainders: of the averages if they are compensated, float32; None: they are not.
-        streams: of the random bits of bfloat16 averages, see :mod:`ema.rounding`; None: they are
-            rounded to nearest.
-        offsets: the place of each tensor's first element in the whole tensor that the random bits
-            count through; None: 0.
-        guarded: whether calls get ``finite``, for :func:`compiled`.
+        averages: float32 or bfloat16, all of the same dtype.
+        params: tensors of the same sizes, each in float32, bfloat16 or float16.
+        remainders: the float32 remainders of compensated averages; None if the averages are not
+            compensated.
+        streams: the streams of random bits for bfloat16 averages, see :mod:`ema.rounding`; None to
+            round to nearest.
+        offsets: the position of each tensor's first element in the whole tensor, which numbers the
+            random bits; None means 0.
+        guarded: whether calls pass ``finite``; :func:`compiled` needs to know.
 
     Attributes:
-        device: of the tensors.
-        tensors: whose memory a call uses, for :meth:`ema.torch_backend.gpu.side_stream.SideStream.hold`.
+        device: the device of the tensors.
+        tensors: all tensors whose memory a call uses. The owner passes them to
+            :meth:`ema.torch_backend.gpu.side_stream.SideStream.hold`.
 
     Raises:
         ValueError: the sequences do not match.
@@ -142,20 +145,21 @@ class Fused:
         self.tensors = [*averages, *params, *(remainders or ()), *_memory(self._launches)]
 
     def __call__(self, weight: float, count: int = 0, finite: Tensor | None = None) -> None:
-        """Run it on the current stream.
+        """Run the update on the current stream.
 
-        A weight of 0 leaves everything, one of 1 copies the params, rounded to nearest, and makes
-        the remainders zero. In a CUDA graph both numbers stay what they were at capture.
+        A weight of 0 changes nothing. A weight of 1 copies the params, rounded to nearest, and sets
+        the remainders to zero. In a CUDA graph ``weight`` and ``count`` keep their values from the
+        capture.
 
         Args:
-            weight: ``1 − decay`` in [0, 1] and float64; rounded once, to float32.
-            count: the number of the update, which the random bits depend on.
-            finite: a bool on the device; where it is false nothing is written.
+            weight: ``1 − decay`` in [0, 1], as float64; it is rounded once, to float32.
+            count: the number of the update; the random bits depend on it.
+            finite: a bool on the device; if it is false, nothing is written.
         """
         weight = float(np.float32(weight))
         if weight == 0.0:
             return
-        count = (count + (1 << 31)) % (1 << 32) - (1 << 31)  # always an int32 to the compiler
+        count = (count + (1 << 31)) % (1 << 32) - (1 << 31)  # the compiler always sees an int32
         _launch(self.device, self._calls(weight, count, finite))
 
     def compile(self) -> None:
@@ -180,14 +184,14 @@ class Fused:
 
 
 class Look:
-    """Whether tensors on one device are free of NaN and Inf: each is read once, in one launch.
+    """Checks whether tensors on one device are free of NaN and Inf, and reads each tensor once.
 
     Args:
         tensors: flat and contiguous, in float64, float32, bfloat16 or float16.
 
     Attributes:
-        device: of the tensors.
-        tensors: whose memory a call uses.
+        device: the device of the tensors.
+        tensors: all tensors whose memory a call uses.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -204,7 +208,7 @@ class Look:
         self.tensors = [*tensors, *_memory(self._launches)]
 
     def __call__(self) -> Tensor:
-        """Run it on the current stream: a bool on the device, of no dimensions."""
+        """Run the check on the current stream; return a bool on the device, without dimensions."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         _launch(self.device, self._calls(finite))
         return finite
@@ -219,15 +223,15 @@ class Look:
 
 
 class Exchange:
-    """Tensors of one device that change places with others, in one launch for each size of element.
+    """Exchanges the values of tensors on one device, in one launch for each size of element.
 
     Args:
-        ones: dense, of any dtypes.
-        others: of the same shapes, strides and dtypes.
+        ones: dense tensors of any dtypes.
+        others: tensors of the same shapes, strides and dtypes.
 
     Attributes:
-        device: of the tensors.
-        tensors: whose memory a launch uses.
+        device: the device of the tensors.
+        tensors: all tensors whose memory a launch uses.
     """
 
     def __init__(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
@@ -235,7 +239,9 @@ class Exchange:
         self._ones, self._others = ones, others
         self._at = self._addresses()
         if list(map(_form, ones)) != list(map(_form, others)):
-            raise ValueError("tensors change places with tensors of their own shape and dtype")
+            raise ValueError(
+                "tensors can only change places with tensors of the same shape and dtype"
+            )
         sizes = np.array([min(8, one.element_size()) for one in ones])
         table = np.array([*self._at, [one.nbytes for one in ones]], dtype=np.int64).T
         table[:, 2] //= sizes  # a complex128 is two elements of 8 bytes
@@ -247,17 +253,17 @@ class Exchange:
         self.tensors = [*ones, *others, *_memory(self._launches)]
 
     def where_memory_is(self) -> Exchange:
-        """This one, or another one of the same tensors if their memory has moved."""
+        """This exchange, or a new one of the same tensors if their memory has moved."""
         if self._addresses() == self._at:
             return self
         return Exchange(self._ones, self._others)
 
     def launches(self) -> list[Callable[[], None]]:
-        """Calls that exchange a part each, on the current stream: all of it or nothing."""
+        """Calls that each exchange a part on the current stream, completely or not at all."""
         return [partial(_launch, self.device, [call]) for call in self._calls()]
 
     def compile(self) -> None:
-        """Compile what is launched."""
+        """Compile what :meth:`launches` launches."""
         _compile(self.device, self._calls())
 
     def _calls(self) -> Iterator[_Call]:
@@ -275,10 +281,10 @@ class _Call(NamedTuple):
     """One launch of a kernel.
 
     Attributes:
-        name: of the kernel in :mod:`ema.torch_backend.gpu.device_code`.
-        launch: its blocks.
-        arguments: after the blocks.
-        constants: that it is compiled for.
+        name: the name of the kernel in :mod:`ema.torch_backend.gpu.device_code`.
+        launch: the blocks of the launch.
+        arguments: the arguments after the blocks.
+        constants: the constants that the kernel is compiled for.
     """
 
     name: str
@@ -288,9 +294,9 @@ class _Call(NamedTuple):
 
     @property
     def keywords(self) -> dict[str, object]:
-        """Constants and options of the compiler."""
+        """Constants of the kernel and options of the compiler."""
         whole = {"WHOLE": self.launch.whole, "BLOCK": self.launch.block}
-        # what is fused says so
+        # the kernels fuse multiply-adds explicitly
         return {**self.constants, **whole, "num_warps": WARPS, "enable_fp_fusion": False}
 
 
@@ -302,14 +308,14 @@ def _launch(device: torch.device, calls: Iterable[_Call]) -> None:
 
 
 def _compile(device: torch.device, calls: Iterable[_Call]) -> None:
-    """Compile and load; the interpreter of Triton, which runs on the CPU, does neither."""
+    """Compile and load kernels; on the CPU, Triton's interpreter needs neither."""
     if device.type != "cuda":
         return
     with _current(device):
         for call in calls:
             arguments = (call.launch.table, call.launch.blocks, *call.arguments)
             found = _kernel(call.name).warmup(*arguments, grid=call.launch.grid, **call.keywords)
-            found[call.launch.grid]  # loads it, which no CUDA graph may contain
+            found[call.launch.grid]  # loads the kernel, which must not happen in a CUDA graph
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -323,13 +329,13 @@ def _kernel(name: str) -> Any:
 
 
 def _name(dtype: torch.dtype) -> Any:
-    """The name that a kernel has for a dtype."""
+    """Triton's dtype for a dtype of PyTorch."""
     import triton.language as tl
 
     return {
         torch.float64: tl.float64,
         torch.float32: tl.float32,
-        torch.bfloat16: tl.uint16,  # its bits
+        torch.bfloat16: tl.uint16,  # the bits of bfloat16
         torch.float16: tl.float16,
     }[dtype]
 
@@ -341,7 +347,9 @@ def _form(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
 def _addresses(first: Tensor, *others: Tensor) -> tuple[int, ...]:
     for tensor in (first, *others):
         if tensor.shape != (first.numel(),) or not tensor.is_contiguous():
-            raise ValueError(f"a kernel needs flat tensors alike, got {tensor.shape}")
+            raise ValueError(
+                f"a kernel needs flat contiguous tensors of the same length, got {tensor.shape}"
+            )
     return tuple(tensor.data_ptr() for tensor in (first, *others))
 
 

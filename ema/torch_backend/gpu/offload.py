@@ -1,10 +1,10 @@
-"""Averages on the host of params on an accelerator, brought up to date behind the training step.
+"""Keep averages on the host for params on an accelerator, and update them beside training.
 
-At an update the params are copied, without waiting, into memory of the host that is page-locked and
-kept: 2 bytes a parameter in bfloat16 and 4 in float32, beside the average. A thread averages from
-there. On the accelerator nothing is allocated.
+An update copies the params, without waiting, into page-locked host memory, which is kept. This
+memory takes 2 bytes for each parameter in bfloat16 and 4 in float32, in addition to the average. A
+thread updates the average from the copies. Nothing is allocated on the accelerator.
 
-Streams are simulated in the tests; on an H100 averages had the bits of the CPU's.
+The tests simulate streams. On an H100, the averages had the same bits as on the CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ema.torch_backend.tensors.memory import is_dense
 __all__ = ["Offload"]
 
 _SEGMENT = 1 << 25
-"""Bytes of one allocation where tensors are smaller; PyTorch locks powers of two only."""
+"""Bytes of one allocation for smaller tensors; PyTorch locks pages only in powers of two."""
 _ALIGNED = 64
 
 _offloads: weakref.WeakSet[Offload] = weakref.WeakSet()
@@ -35,15 +35,17 @@ _offloads: weakref.WeakSet[Offload] = weakref.WeakSet()
 class Offload:
     """Copies of params on the host, and a thread that works on them.
 
-    An ``Offload`` is not copied or pickled: its owner calls :meth:`wait` and makes another one.
-    A fork waits for the work. The thread ends with the object, and a process ends after the work.
+    Do not copy or pickle an ``Offload``: its owner calls :meth:`wait` and makes a new one. A fork
+    of the process first waits for the work. The thread ends with the object. The process ends only
+    after the work is done.
 
     Args:
-        live: the params. Their memory is kept; make another ``Offload`` if it is replaced.
+        live: the params. Their addresses are kept; make a new ``Offload`` if their memory is
+            replaced.
 
     Attributes:
-        staged: for each of ``live`` a tensor on the CPU of the same shape and dtype, and of the
-            same strides where these are dense; the work reads them.
+        staged: for each tensor of ``live``, a CPU tensor of the same shape and dtype, which the
+            work reads. It has the same strides if the live tensor is dense.
     """
 
     def __init__(self, live: Sequence[Tensor]) -> None:
@@ -59,13 +61,14 @@ class Offload:
         _offloads.add(self)
 
     def run(self, work: Callable[[], object]) -> None:
-        """Copy the params as they are now and do the work on the copies, both later.
+        """Schedule a copy of the current params, and then the work on the copies.
 
-        Waits for the work before. Optimizers wait for the copies, see :mod:`ema.torch_backend.gpu.side_stream`.
+        This call first waits for the previous work. Optimizers wait for the copies, see
+        :mod:`ema.torch_backend.gpu.side_stream`.
 
         Raises:
-            StateError: a CUDA graph is being captured, of which the host cannot be a part.
-            Exception: whatever the work before has raised.
+            StateError: a CUDA graph is being captured; work on the host cannot be part of it.
+            Exception: the exception that the previous work has raised.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise StateError("an average on the CPU cannot be updated within a CUDA graph")
@@ -77,23 +80,23 @@ class Offload:
             self._work = self._thread.submit(_after, self.side_stream, work)
 
     def wait(self) -> None:
-        """Wait until the work is done; call it before each use of what it writes.
+        """Wait until the work is done; call this before each use of what the work writes.
 
         Raises:
-            Exception: whatever the work has raised, once.
+            Exception: the exception that the work has raised; it is raised only once.
         """
         if (pending := self._work) is not None:
-            futures.wait([pending])  # Ctrl-C while waiting leaves it pending
+            futures.wait([pending])  # after Ctrl-C the work stays pending
             self._work = None
             pending.result()
 
     def settle(self) -> None:
-        """Wait, and leave it to :meth:`wait` to raise: before a fork, which copies memory."""
+        """Wait before a fork, which copies memory; leave the work's exception to :meth:`wait`."""
         if self._work is not None:
             futures.wait([self._work])
 
     def without_thread(self) -> None:
-        """Go on in a forked process, where the thread is none."""
+        """Forget the thread: it does not exist in a forked process."""
         self._thread = None
 
 
@@ -103,9 +106,9 @@ def _after(side_stream: SideStream, work: Callable[[], object]) -> None:
 
 
 def _stage(live: Sequence[Tensor]) -> list[Tensor]:
-    """Memory of the host for these, page-locked for those on a GPU, in few allocations.
+    """Allocate host memory for the tensors in few allocations, page-locked for tensors on a GPU.
 
-    Large tensors first: smaller ones fill what a power of two leaves.
+    Large tensors come first. Smaller ones fill the space that is left up to a power of two.
     """
     sizes = [tensor.numel() * tensor.element_size() for tensor in live]
     left = sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes)

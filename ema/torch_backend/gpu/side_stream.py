@@ -1,21 +1,24 @@
-"""Work on a stream of its own, beside the next forward and backward pass, until the weights change.
+"""Run an update on its own stream, beside the next forward and backward pass.
 
-An update reads the params, and so do the passes: the two can overlap. The optimizer writes them, so
-it waits for the update, on the device and not on the host: PyTorch calls a hook before each
-``Optimizer.step``. No other write to weights can be seen in advance. So an update overlaps only where
-every write since the update before was announced, as far as that can be known:
+An update and the passes only read the params, so they can overlap. The optimizer writes the params,
+so it waits for the update, on the device and not on the host: PyTorch calls a hook before each
+``Optimizer.step``. Other writes to the params cannot be seen in advance. So an update overlaps only
+if every write since the previous update was announced. All of these conditions must hold:
 
-- each param belongs to an optimizer that has made a step since, or :meth:`SideStream.before_write` was called;
-- so it was before every earlier update but the first one, and there was an earlier one;
-- until its step, the version counters of an optimizer's params had not moved (sharpness-aware
-  minimization writes them before the step);
-- none of these optimizers has made a step within a CUDA graph, whose replays call no hook, or has
-  ``train`` and ``eval`` methods that rewrite the weights (schedule-free ones).
+- since the previous update, each param's optimizer has made a step, or
+  :meth:`SideStream.before_write` was called;
+- there was an earlier update, and the first condition held before every earlier update but the
+  first one;
+- the version counters of an optimizer's params had not changed before its step (sharpness-aware
+  minimization writes the params before the step);
+- none of these optimizers has made a step within a CUDA graph, because a replay calls no hook;
+- none of these optimizers has ``train`` and ``eval`` methods that rewrite the weights
+  (schedule-free optimizers have them).
 
-``load_state_dict`` of the model and of those optimizers waits as well. A step that ``torch.compile`` has
-compiled calls no hook, and then updates run in order with everything else.
+``load_state_dict`` of the model and of these optimizers waits as well. A step that was compiled
+with ``torch.compile`` calls no hook; then updates run in order with all other work.
 
-Streams are simulated in the tests; one H100 was measured, see ``docs/benchmarks.md``.
+The tests simulate streams. ``docs/benchmarks.md`` has measurements on one H100.
 """
 
 from __future__ import annotations
@@ -37,29 +40,29 @@ __all__ = ["SideStream", "capturing"]
 _side_streams: weakref.WeakSet[SideStream] = weakref.WeakSet()
 """The side streams that optimizers wait for."""
 _silent: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-"""Optimizers that may write without a word: their steps were captured, or they have modes."""
+"""Optimizers that may write unannounced: their steps were captured, or they have modes."""
 _seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-"""Optimizers that tell before they load a state."""
+"""Optimizers with a hook that runs before they load a state."""
 _hooked = False
-_version = attrgetter("_version")  # counts the writes to a tensor
+_version = attrgetter("_version")  # the number of writes to a tensor
 
 
 def capturing() -> bool:
-    """Whether the current stream of CUDA is being captured into a graph."""
+    """Whether the current CUDA stream is being captured into a graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class SideStream:
-    """A stream on each CUDA device for work that others wait for; elsewhere work is done at once.
+    """Runs work on its own stream on each CUDA device; on other devices the work runs at once.
 
-    Every reader and writer of what the work writes calls :meth:`wait` first. Within a CUDA graph
-    that is being captured the work is part of the graph, and there is nothing to wait for:
-    ``torch.cuda.graph`` has waited for everything before.
+    Call :meth:`wait` before you read or write what the work writes. While a CUDA graph is being
+    captured, the work becomes part of the graph and needs no wait, because ``torch.cuda.graph`` has
+    waited for all earlier work.
 
     Args:
-        devices: of the tensors that the work reads and writes.
-        params: that the work reads and that optimizers write.
-        modules: that hold them, and may load other ones.
+        devices: devices of the tensors that the work reads and writes.
+        params: params that the work reads and optimizers write.
+        modules: modules that hold the params and may load other values into them.
     """
 
     def __init__(
@@ -72,11 +75,11 @@ class SideStream:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._done: dict[torch.device, torch.cuda.Event] = {}
         self._params = {id(param): param for param in params}
-        self._versions = self._now()  # at the last update, of those not announced since
-        self._surprised = False  # by a write before the step that announces it
+        self._versions = self._now()  # at the last update, for the params not announced since
+        self._surprised = False  # whether a write came before the step that announces it
         self._by_hand = False
         self._ran = False
-        self._reliable = True  # whether every write was announced since the first time
+        self._reliable = True  # whether every write since the first update was announced
         if self._devices:
             _announce(self)
         self._loading = [
@@ -85,9 +88,10 @@ class SideStream:
         ]
 
     def run(self, work: Callable[[], object]) -> None:
-        """Do the work after all that the current streams hold by now, beside what comes then.
+        """Run the work after everything already on the current streams, and beside later work.
 
-        Only if every write since the last time was announced, see above; else on the current streams.
+        If a write since the previous update was unannounced (see the module's documentation), the
+        work runs on the current streams.
         """
         if not self._devices or torch.cuda.is_current_stream_capturing():
             work()
@@ -107,26 +111,27 @@ class SideStream:
             finally:
                 for device, stream in used.items():
                     if device not in self._done:
-                        # a host that waits sleeps, and leaves its core to others
+                        # with `blocking`, a waiting host sleeps and frees its core
                         self._done[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     self._done[device].record(stream)
 
     def wait(self) -> None:
-        """Let the current streams go on when the work is done; the host goes on at once."""
+        """Make the current streams wait until the work is done; the host continues at once."""
         if self._done and not torch.cuda.is_current_stream_capturing():
             for device, done in self._done.items():
                 torch.cuda.current_stream(device).wait_event(done)
 
     def before_write(self) -> None:
-        """Wait, before the caller writes what the work reads; a caller must do this before each write.
+        """Wait, and announce that the caller is about to write what the work reads.
 
-        PyTorch's optimizers do. A loop that writes weights by hand calls this method itself.
+        Call this before each write to the weights by hand. PyTorch's optimizers announce their
+        writes themselves.
         """
         self.wait()
         self._by_hand = True
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Wait, and note which params are about to be written, if any are of this side_stream."""
+        """Wait and note which params of this side stream the optimizer will write, if any."""
         if not self._holds(optimizer):
             return
         self.wait()
@@ -135,36 +140,36 @@ class SideStream:
             self._surprised = self._surprised or self._versions.pop(id(param), now) != now
 
     def before_load(self, optimizer: Optimizer) -> None:
-        """Wait, if it writes any of the params."""
+        """Wait, if the optimizer writes any of the params."""
         if self._holds(optimizer):
             self.wait()
 
     def synchronize(self) -> None:
-        """Let the host go on when the work is done."""
+        """Make the host wait until the work is done."""
         for done in self._done.values():
             done.synchronize()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Keep the memory of these from being used again before the work on it is done.
+        """Keep the memory of these tensors from being reused before the work on it is done.
 
-        Once for each tensor: averages, params and buffers, when the work is prepared.
+        Call this once for each tensor when the work is prepared: averages, params and buffers.
         """
         for tensor in tensors:
             if tensor.device in self._devices:
                 tensor.record_stream(self._stream(tensor.device))
 
     def release(self) -> None:
-        """Take the hooks back from the modules, once the side_stream is not used any more."""
+        """Remove the hooks from the modules when the side stream is no longer used."""
         for handle in self._loading:
             handle.remove()
         self._loading = []
 
     def _all_announced(self) -> bool:
-        """Whether everything that was written since the last time was announced; begins anew."""
+        """Whether every write since the last update was announced; start to record anew."""
         silent = any(self._holds(optimizer) for optimizer in _silent)
         announced = bool(self._params) and not self._versions and not silent
         if self._ran and not (announced or self._by_hand):
-            self._reliable = False  # the replay of a graph may have written, and may again
+            self._reliable = False  # a graph's replay may have written, and may write again
         announced = announced and self._ran and self._reliable and not self._surprised
         announced = announced or self._by_hand
         self._ran = True
@@ -173,7 +178,7 @@ class SideStream:
         return announced
 
     def _holds(self, optimizer: Optimizer) -> bool:
-        """Whether it writes any of the params."""
+        """Whether the optimizer writes any of the params."""
         return any(id(param) in self._params for param in _params_of(optimizer))
 
     def _now(self) -> dict[int, int]:
@@ -186,7 +191,7 @@ class SideStream:
 
 
 class _BeforeLoading:
-    """Has a module that loads a state wait; its copies and pickles do nothing."""
+    """A hook that waits before a module loads a state; copies and pickles of it do nothing."""
 
     def __init__(self, side_stream: SideStream | None = None) -> None:
         self._side_stream = None if side_stream is None else weakref.ref(side_stream)
@@ -206,9 +211,10 @@ def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _announce(side_stream: SideStream) -> None:
-    """Have optimizers wait for this side stream while it lives.
+    """Make optimizers wait for this side stream while it exists.
 
-    There is one hook for all, and it stays: a side stream may go away while the hooks are gone through.
+    All side streams share one hook, which is never removed: a side stream may be deleted while
+    PyTorch calls the hooks.
     """
     global _hooked  # noqa: PLW0603
     _side_streams.add(side_stream)
@@ -219,7 +225,7 @@ def _announce(side_stream: SideStream) -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
     if torch.compiler.is_compiling():
-        return  # this very line is being traced; what is compiled announces nothing
+        return  # this line is being traced; a compiled step announces nothing
     side_streams = list(_side_streams)
     if not side_streams:
         return

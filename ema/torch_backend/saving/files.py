@@ -87,7 +87,7 @@ def save(
         max_shard_size: bytes in one file.
 
     Raises:
-        CheckpointError: it cannot be written; the file that was there still is.
+        CheckpointError: it cannot be written; a previous file survives.
     """
     with errors_of(path, "written"):
         tensors, parts = joined(state.averages[None], state.remainders.get(None, {}))
@@ -164,7 +164,7 @@ class _Averages(Mapping[str, Tensor]):
 def export(path: str | os.PathLike[str], tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> Path:
     """Write an averaged model, see :meth:`EMAModel.export`.
 
-    What is sharded is gathered to rank 0, which writes it: every rank must call this.
+    Sharded tensors are gathered to rank 0, which writes the file: every rank must call this.
 
     Args:
         path: the file.
@@ -199,8 +199,8 @@ def averaged_model(
         found: the tensors of the model.
 
     Raises:
-        ModelError: ``state`` holds other things than tensors, or tensors without values (on the
-            meta device), or lacks what is averaged.
+        ModelError: ``state`` holds other objects than tensors, or tensors without values (on the
+            meta device), or lacks an averaged tensor.
     """
     names = {id(tensor): name for name, tensor in found.averaged.items()}
     names |= {id(tensor): first for first, tensor in found.ties.values() if first in averages}
@@ -219,7 +219,7 @@ def averaged_model(
     # a buffer may be one that the model keeps out of its state dict
     parameters = [name for name, live in found.averaged.items() if isinstance(live, nn.Parameter)]
     if absent := [name for name in parameters if name not in seen]:
-        raise ModelError(f"the state dict of the model lacks what is averaged: {listing(absent)}")
+        raise ModelError(f"the state dict of the model lacks averaged tensors: {listing(absent)}")
     _check_values({key: tensor for key, (tensor, _) in tensors.items()})
     return tensors
 
@@ -236,7 +236,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
 def averaged_state_dict(tensors: Mapping[str, tuple[Tensor, torch.dtype]]) -> dict[str, Tensor]:
     """The tensors of :func:`averaged_model`, whole and on the CPU: on rank 0 if any is sharded.
 
-    What is one tensor under several names stays one.
+    A tensor with several names stays one tensor.
     """
 
     def collect(whole: Whole) -> None:
@@ -277,7 +277,7 @@ def source_of(
         name: for the error.
         tensor: of any strided layout, on any device.
         dtype: to write it in; None: its own.
-        whole: what brings all of a sharded tensor here.
+        whole: gathers all of a sharded tensor here.
 
     Raises:
         CheckpointError: the format has no such dtype or layout, or the tensor has no values.

@@ -28,7 +28,7 @@ from ema.torch_backend.tensors.sharding import (
 __all__ = ["Whole", "on_first_rank"]
 
 Whole = Callable[[Tensor], Tensor]
-"""From a tensor to all of it; a plain one is all there is."""
+"""Gathers the whole of a tensor; a plain tensor is returned as it is."""
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ def _agree(index: int) -> int:
 
 
 def _device(like: Tensor | None = None) -> torch.device:
-    """Where the process group takes tensors from; best where they are."""
+    """A device whose tensors the process group can send; preferably the one they are on."""
     served = {part.partition(":")[0] for part in dist.get_backend_config().split(",")}
     preferred = "cpu" if like is None else like.device.type
     return torch.device(preferred if preferred in served else min(served))
@@ -162,6 +162,6 @@ def _receive(tensor: Tensor) -> Tensor:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """As what every backend can send: contiguous, and reals for complex numbers."""
+    """A form that every backend can send: contiguous, and reals in place of complex numbers."""
     tensor = tensor.resolve_conj().contiguous()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

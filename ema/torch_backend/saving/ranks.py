@@ -21,7 +21,7 @@ __all__ = ["verify_ranks"]
 def verify_ranks(
     counters: Mapping[str, int], averages: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
-    """Compare what is held more than once: on every rank, or by the replicas of a mesh.
+    """Compare tensors that several ranks hold: all ranks, or the replicas of a mesh.
 
     Each rank sends a digest for every way in which its tensors are sharded, and names are only sent
     where these differ.
@@ -31,7 +31,7 @@ def verify_ranks(
         averages: by name the average here and the live tensor that it belongs to.
 
     Raises:
-        StateError: on every rank, with what differs and the ranks that differ from most of them.
+        StateError: on every rank; it lists the differences, and the ranks that differ from most.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -132,7 +132,7 @@ class State:
         for label, tensors in rests.items():
             ours = checked[label]
             if text := _difference_of(ours, tensors) or "; ".join(_mismatched(tensors, ours)[:10]):
-                raise CheckpointError(f"the remainders are not those of the averages: {text}")
+                raise CheckpointError(f"the remainder does not match the average: {text}")
         return cls(record=record, averages=checked, remainders=rests)
 
     def under_first_names(self, found: Selection) -> State:

@@ -39,12 +39,12 @@ class AveragedModules:
 
         Args:
             index: which of several averages.
-            given: by ``id`` of something within the model, what the copy refers to in its place.
+            given: by ``id`` of an object within the model, its replacement in the copy.
 
         Raises:
             ModelError: the model cannot be copied.
         """
-        # what is made here is written to in any mode
+        # these tensors are written to in any mode
         with torch.inference_mode(mode=False), torch.no_grad():
             averages, found = self._look(index)
             _check_copyable(found)

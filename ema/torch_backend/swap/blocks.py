@@ -41,7 +41,7 @@ def ended_inside(ending: str, number: int) -> str:
     """Report that averages were taken out while blocks were open.
 
     Args:
-        ending: what took them out.
+        ending: the call that took them out.
         number: of the blocks.
     """
     blocks = "a block" if number == 1 else f"{number} blocks"
@@ -52,11 +52,11 @@ def ended_inside(ending: str, number: int) -> str:
 
 
 def report(problem: str, error: BaseException | None) -> None:
-    """Raise a ``StateError``, unless the program is being stopped: then a note says it.
+    """Raise a ``StateError``. If the program is being stopped, add a note to its error instead.
 
     Args:
         problem: its text.
-        error: what ends the block, if anything was raised there.
+        error: the exception that ends the block, if any.
     """
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         error.add_note(problem)

@@ -25,7 +25,7 @@ def clearing() -> list[Call]:
 
 
 def forget_parametrizations(module: nn.Module) -> None:
-    """Drop what is cached of the parametrized weights of one module, and of no other one."""
+    """Empty the cache of parametrized weights of one module only."""
     if cache := parametrize._cache:
         within = {id(child) for child in module.modules()}
         for key in [key for key in cache if key[0] in within]:

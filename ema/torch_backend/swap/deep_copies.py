@@ -28,8 +28,8 @@ def copy_of(model: nn.Module, given: Mapping[int, Any]) -> nn.Module:
 
     Args:
         model: stays as it is.
-        given: by ``id`` of something within the model, what the copy refers to in its place; it is
-            not copied.
+        given: by ``id`` of an object within the model, its replacement in the copy, which is used
+            as it is.
 
     Raises:
         ModelError: something cannot be copied, with the path of its module and its attribute.
@@ -60,7 +60,7 @@ def _cache_apart(module: nn.Module) -> None:
 
 
 def _with_history(model: nn.Module, given: Mapping[int, Any]) -> Iterator[Tensor]:
-    """Tensors that autograd has computed, in attributes and in what these hold."""
+    """Tensors that autograd has computed, in attributes and in containers there."""
     seen = set(given)
     left: list[Any] = [model]
     while left:
@@ -81,7 +81,7 @@ def _with_history(model: nn.Module, given: Mapping[int, Any]) -> Iterator[Tensor
 
 def _reason(model: nn.Module, memo: Mapping[int, Any], error: Exception) -> str:
     """The objects that cannot be copied, and why."""
-    # what refers to a module of the model is not to blame for what that module holds
+    # an attribute that refers to a module of the model is not the cause
     memo = {**memo, **{id(module): module for module in model.modules()}}
     for path, module in model.named_modules():
         for name, value in _attributes(module):

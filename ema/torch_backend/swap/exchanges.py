@@ -35,11 +35,10 @@ TOGETHER = 1 << 26
 
 
 class Move(Protocol):
-    """A parameter, or a chunk of one, on its way.
+    """One undoable move of an average into a parameter, or into a chunk of one.
 
     Attributes:
-        into: steps that put the average in. As long as no step after the first one was taken, all
-            is as it was.
+        into: steps that put the average in. The first one changes no value.
     """
 
     into: list[Call]
@@ -58,7 +57,7 @@ class Assignment:
         average: of its shape.
 
     Attributes:
-        shown: the memory that it refers to for the time.
+        shown: the memory that it refers to meanwhile.
     """
 
     def __init__(self, tensor: Tensor, average: Tensor) -> None:
@@ -191,7 +190,7 @@ class ExchangeByKernel:
         return [launch.take_out for launch in self._launches]
 
     def is_ready(self) -> bool:
-        """Whether the same steps can be made once more, after all that was put in was taken out."""
+        """Whether the same steps can be made once more, after the live values are back."""
         return not self._moved and self._exchange.where_memory_is() is self._exchange
 
 
@@ -203,11 +202,11 @@ class _Launch:
         self._is_in = is_in
 
     def put_in(self) -> None:
-        """Make it, unless it was."""
+        """Make it, unless it was made already."""
         self._flip(to=True)
 
     def take_out(self) -> None:
-        """Make it again, unless that was done."""
+        """Undo it by making it again, unless it was undone already."""
         self._flip(to=False)
 
     def _flip(self, *, to: bool) -> None:
@@ -237,7 +236,7 @@ class Repointing:
         return [tensor for tensor, _, _ in self._places]
 
     def back(self) -> list[Call]:
-        """Steps that put back what the parameters referred to, unless they were moved meanwhile."""
+        """Steps that give parameters their own memory again, unless they were moved meanwhile."""
         return [
             partial(setattr, tensor, "data", here)
             for tensor, here, there in self._places
@@ -309,7 +308,7 @@ def many_at_once(device: torch.device) -> bool:
 
 
 def alike(average: Tensor, here: Tensor) -> bool:
-    """Whether the memory of the one has the form of the other's."""
+    """Whether the memory of both has the same form."""
     return (
         average.dtype == here.dtype
         and average.device == here.device

@@ -26,14 +26,14 @@ from ema.torch_backend.tensors.sharding import local_of
 __all__ = ["Follower", "can_share", "refuse_follower", "repointing", "sources"]
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
-"""All there are, of every average."""
+"""All followers, of every average."""
 
 
 class Follower:
     """A copy of the model that shows an average.
 
-    What the user moves or casts in it stays as it was moved, as a copy of the average, until the live
-    tensor itself is moved or cast. Parameters that the user replaces in it are left alone.
+    A tensor that the user moves or casts in it becomes a copy of the average, until the live tensor
+    itself is moved or cast. Parameters that the user replaces in it are left alone.
 
     Args:
         module: the copy; it is held weakly.
@@ -63,7 +63,7 @@ class Follower:
         return self._module()
 
     def follow(self, averages: Mapping[str, Tensor], found: Selection) -> None:
-        """Show these averages, and whatever is not averaged as it is in the live model.
+        """Show these averages, and the live values of all other tensors.
 
         Args:
             averages: by canonical name, the memory itself.
@@ -104,7 +104,7 @@ class Follower:
         if missing := [n for n, t in now.items() if n not in known and id(t) not in copies]:
             self._warned = True
             warn(
-                "a module that averaged_module() has made lacks what the model has got since:"
+                "a module from averaged_module() lacks parameters that the model has got since:"
                 f" {listing(missing)}; call averaged_module() again"
             )
 
@@ -139,7 +139,7 @@ class _Parameter:
 
         Args:
             live: the tensor that it was copied from.
-            average: None where there is none: then it follows ``live``.
+            average: None if the tensor is not averaged: then it follows ``live``.
         """
         first, moved, self._kind = self._kind is None, self._kind != _kind(live), _kind(live)
         if live is not self.live:
@@ -294,7 +294,7 @@ def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:
 
 
 def _stamp(live: Tensor) -> object:
-    """Something that differs when ``live`` was written to; None where that cannot be known."""
+    """A mark that changes when ``live`` is written to; None if PyTorch does not tell."""
     if live.requires_grad or live.is_inference():
         return None
     return live._version, live.data_ptr() if type(live) in PLAIN else 0

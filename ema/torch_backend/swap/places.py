@@ -46,7 +46,7 @@ class Places:
         ]
 
     def returning(self) -> list[Call]:
-        """Steps that copy the live values to whatever has left their memory.
+        """Steps that copy the live values to the tensors that have left their memory.
 
         Make them when the values are back in that memory; each can be made again.
         """
@@ -66,7 +66,7 @@ class _Place:
         self._shown = shown
 
     def returning(self) -> Iterator[Call]:
-        # what a scripted module has in place of a dict has no `get`
+        # a scripted module has another mapping in place of a dict, without `get`
         now = self._holder[self._key] if self._key in self._holder else None  # noqa: SIM401
         if self._has_left(self._tensor):
             yield self._copied_into(self._tensor) or self._referring(self._tensor)

@@ -52,7 +52,7 @@ class Swap:
         averages: by name.
         params: the parameters of the same names and shapes; of a sharded one, the part here has
             the shape of its average.
-        found: the tensors of the averaged model, for those who ask during the swap.
+        found: the tensors of the averaged model, which other calls read during the swap.
         name: of the averages, where there are several.
         assign: whether plain parameters that share their memory with no other refer to the averages.
 
@@ -90,7 +90,7 @@ class Swap:
         with torch.inference_mode(mode=False):
             self._moves = self._prepare()
             self._repointed = repointing(self._moved)
-            # what refers to other memory during the swap is to be found where it is now
+            # tensors that refer to other memory during the swap are looked up where they are now
             early = self._assigned or self._repointed.tensors
             self._places = self._look_for_places() if early else None
             self._moves.append(self._repointed)
@@ -125,7 +125,7 @@ class Swap:
             raise
 
     def again(self) -> Swap | None:
-        """Another swap of the same averages and parameters, if preparing one can be spared.
+        """This swap made ready for use again, or None if a new one must be prepared.
 
         It can where kernels exchange everything, and the memory is where it was.
         """
@@ -174,7 +174,7 @@ class Swap:
         self._back.run()
         # graphs built before must not be used now
         increment_version(self._written_unseen)
-        # without places there was no block in which anything could leave its place
+        # without places no block ran in which a tensor could leave its memory
         if self._places is not None and (returning := self._places.returning()):
             run(_noticed(returning))
         _swaps.discard(self)
@@ -261,7 +261,7 @@ def refuse_if_swapped(params: Mapping[str, Tensor]) -> None:
 
 
 def _noticed(calls: Iterable[Call]) -> Iterable[Call]:
-    """And forget what PyTorch has computed from the values before."""
+    """Mark tensors as written, and empty PyTorch's caches of the values before."""
     return chain(calls, clearing())
 
 

@@ -31,14 +31,14 @@ def call_with(
     """The output of the bare model (no DDP, not compiled) with its averaged tensors replaced.
 
     Averages are cast to the dtypes of the tensors that they stand for. Everything else is
-    detached, so no gradient reaches the live parameters. What a forward pass writes in place is a
-    copy: buffers, averaged or not, such as the statistics of a BatchNorm in training mode, and the
-    weights of an embedding with ``max_norm``. Attributes that ``forward`` assigns are afterwards
-    what they were before.
+    detached, so no gradient reaches the live parameters. Tensors that a forward pass writes in
+    place are copies: buffers, averaged or not, such as the statistics of a BatchNorm in training mode, and the
+    weights of an embedding with ``max_norm``. Attributes that ``forward`` assigns get their former
+    values back.
 
     Raises:
-        ModelError: ``fully_shard`` was called on it, which gathers what it knows of and nothing
-            else; a lazy module has not been run yet; or the model is a scripted one.
+        ModelError: ``fully_shard`` was called on it, which gathers only its own parameters; a lazy
+            module has not been run yet; or the model is a scripted one.
     """
     _check_callable(model, selection)
     live = selection.averaged

@@ -13,10 +13,10 @@ __all__ = ["attributes_put_back"]
 
 @contextmanager
 def attributes_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """After the block every attribute of these modules refers to what it referred to before.
+    """Restore every attribute of these modules after the block.
 
     This holds for plain attributes (an auxiliary loss, a counter), and for parameters, buffers and
-    submodules that are registered or replaced. What an attribute refers to is not copied: a list or
+    submodules that are registered or replaced. The objects themselves are not copied: a list or
     tensor that the block changes in place stays changed.
     """
     before = [(holder, holder.copy()) for module in modules for holder in _holders(module)]
@@ -31,7 +31,7 @@ def attributes_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The dicts that hold what a module has; a scripted module keeps some of it elsewhere."""
+    """The dicts of a module's attributes and tensors; a scripted module keeps some elsewhere."""
     yield vars(module)
     for registered in (module._parameters, module._buffers, module._modules):
         if isinstance(registered, dict):

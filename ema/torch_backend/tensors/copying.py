@@ -33,7 +33,7 @@ def has_memory(tensor: Tensor) -> bool:
         return False
     try:
         return not tensor.numel() or bool(tensor.data_ptr())
-    except RuntimeError:  # what a wrapper may answer
+    except RuntimeError:  # a wrapper may have no address
         return False
 
 
@@ -44,7 +44,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def obstacle(theirs: Tensor, ours: Tensor) -> str:
-    """Why :func:`copy_over` cannot write ``ours`` into ``theirs``, in words; empty if it can.
+    """The reason why :func:`copy_over` cannot write ``ours`` into ``theirs``; empty if it can.
 
     Args:
         theirs: of the same shape and, where it is sharded, the same place.
@@ -102,7 +102,7 @@ def _unlike(theirs: Tensor, ours: Tensor) -> str:
 
 
 def _is_quantized_otherwise(theirs: torch.dtype, ours: torch.dtype) -> bool:
-    """Whether a cast between the two loses more than digits: fractions, a range or a scale."""
+    """Whether a cast between the two loses fractions, a range or a scale, and not only digits."""
     if theirs == ours:
         return False
     return theirs.itemsize == 1 or ours.itemsize == 1 or _family(theirs) != _family(ours)
@@ -131,7 +131,7 @@ def _same_part(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _is_written(theirs: Tensor, ours: Tensor) -> bool:
-    """Whether ``copy_`` does all there is to do: not for packed integers, nor for repeated memory."""
+    """Whether ``copy_`` copies the whole value. It does not for packed integers or repeated memory."""
     return (
         _is_plain(theirs)
         and _is_plain(ours)
@@ -140,7 +140,7 @@ def _is_written(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory says all: a class of its own may pack several numbers into an integer."""
+    """Whether its memory holds plain numbers. A subclass may pack several numbers into an integer."""
     return type(tensor) in PLAIN or (has_memory(tensor) and tensor.is_floating_point())
 
 

@@ -34,7 +34,7 @@ class Fingerprint:
 
     def __init__(self, selection: Selection, rules: Rules, read: Collection[int] = ()) -> None:
         holders = list(_holders(selection, buffers=rules.average_buffers))
-        # views of the modules' own dicts: they show what is in them at any time
+        # views of the modules' own dicts, which always show the present contents
         self._childless = [module._modules for module in selection.modules if not module._modules]
         self._keys = [holder.keys() for holder in holders]
         self._values = [holder.values() for holder in holders]
@@ -56,7 +56,7 @@ class Fingerprint:
     def changed(self) -> bool:
         """Whether a tensor was replaced, added, removed, renamed, unfrozen, moved, cast or reshaped.
 
-        What FSDP has gathered for a forward pass and kept since is given up first.
+        First frees the parameters that FSDP gathered for a forward pass and still keeps.
         """
         if not self._differs():
             return False

@@ -23,8 +23,8 @@ def targets(model: nn.Module, values: Mapping[str, Tensor], ours: Selection) -> 
 
     Args:
         model: another model than the averaged one.
-        values: by canonical name; of a sharded tensor the part that is here. What ``ours`` does
-            not average is among them only if it is copied too.
+        values: by canonical name; for a sharded tensor the part on this rank. Tensors that ``ours``
+            does not average are included only if they are copied too.
         ours: the tensors of the averaged model.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-try:  # what the guards of compiled code use; all releases since 2.0 have it
+try:  # the guards of compiled code use it; all releases since 2.0 have it
     from torch._C._dynamo.guards import TensorGuards  # type: ignore[import-untyped,unused-ignore]
 except ImportError:  # pragma: no cover
     TensorGuards = None  # type: ignore[assignment,misc,unused-ignore]
@@ -23,7 +23,7 @@ class Layouts:
 
     One call into C looks at all tensors, in less time than Python takes to ask each for one number.
     It also looks at what does not matter here (modes of autograd and autocast, ``requires_grad``),
-    so it may only acquit: where it finds a difference, the properties themselves are compared.
+    so only its "equal" is final: where it finds a difference, the properties are compared.
 
     Args:
         tensors: plain ones, each once.

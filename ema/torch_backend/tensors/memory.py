@@ -31,7 +31,7 @@ SMALL = 1 << 12
 """Tensors of up to this many elements share an allocation and are averaged side by side."""
 
 PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
-"""Types of tensors that are nothing but their memory."""
+"""Types of tensors whose memory is their whole value."""
 
 SERIAL = 1 << 15
 """Elements that PyTorch handles on one CPU thread (``at::internal::GRAIN_SIZE``)."""
@@ -65,8 +65,8 @@ def flat(tensor: Tensor) -> Tensor:
 def row_major(tensor: Tensor) -> Tensor:
     """The elements of any strided tensor in row-major order, as a real vector of stride 1.
 
-    It is a view where they lie in that order already. PyTorch calls every tensor of one element or
-    of none contiguous, whatever its strides are, so ``contiguous()`` alone does not give this.
+    It is a view where they lie in that order already. ``contiguous()`` alone does not give this:
+    PyTorch calls every tensor with at most one element contiguous, whatever its strides are.
     """
     return flat(tensor.contiguous())
 

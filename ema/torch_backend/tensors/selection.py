@@ -31,7 +31,7 @@ ON_META = "on the meta device"
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The user's rules about what is averaged: shell patterns on canonical names.
+    """The user's rules that select tensors: shell patterns on canonical names.
 
     Attributes:
         include: only these parameters, and these from the start even where they do not require
@@ -86,7 +86,7 @@ class Rules:
         return not set(self._buffer_rule(names)[0].rpartition(".")[2]) <= {"*"}
 
     def _buffer_rule(self, names: Collection[str]) -> tuple[str, str]:
-        """The pattern that decides about a buffer, and what it says."""
+        """The pattern that decides about a buffer, and its rule."""
         rules = (rule for rule in self.buffers if _matches((rule[0],), names))
         return next(rules, ("*", "copy"))
 
@@ -134,7 +134,7 @@ class Selection:
         others: parameters that are not: frozen, excluded, of integers, without memory yet.
         buffers: buffers that are not averaged.
         ties: further names of any of these, to the first name and the tensor of this name.
-        waiting: those of ``others`` that are averaged as soon as they require grad.
+        waiting: the tensors of ``others`` that are averaged as soon as they require grad.
         pending: names of parameters, and of buffers to be averaged, that have no values yet, and
             why: :data:`NOT_BUILT` (lazy modules) or :data:`ON_META`.
         origins: canonical name to the name that the same average has had so far, for what has one.
@@ -181,11 +181,11 @@ def select(
     first_look: FirstLook | None = None,
     into: bool = False,
 ) -> Selection:
-    """Find what ``rules`` average in ``model``, besides what is ``tracked`` already.
+    """Find the tensors of ``model`` that ``rules`` select, and those that are ``tracked`` already.
 
     Args:
         model: is walked through once.
-        rules: what the user asked for.
+        rules: the user's.
         tracked: names of tensors that have an average, whatever the rules say now.
         known: those tensors as they were last seen. One that has another name by now is known by
             its identity, and takes its average along.

@@ -44,8 +44,8 @@ class Box:
     Attributes:
         shape: of the whole tensor.
         offsets: the index in the whole of the first element here, in each dimension; where there
-            is none, the size of a dimension.
-        local: the shape of what is here.
+            is no element here, the size of the dimension.
+        local: the shape of the part on this rank.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Box:
         return self.shape == self.local
 
     def covers(self, other: Box) -> bool:
-        """Whether everything that is at ``other`` is here too."""
+        """Whether it covers ``other``."""
         return self.shape == other.shape and (
             math.prod(other.local) == 0
             or all(
@@ -70,7 +70,7 @@ class Box:
         )
 
     def part(self, tensor: Tensor, other: Box) -> Tensor:
-        """The view of what is at ``other`` in ``tensor``, which lies here and covers it."""
+        """The view of ``other`` in ``tensor``, which fills this box; the box must cover ``other``."""
         if math.prod(other.local) == 0:
             return tensor.new_empty(other.local)
         for dim, (start, first, size) in enumerate(
@@ -233,8 +233,8 @@ def box_at(tensor: Tensor, coordinate: Sequence[int]) -> Box:
 def _order(dim: int, placements: Sequence[Any], sizes: Sequence[int]) -> list[int]:
     """The mesh dimensions that cut dimension ``dim``, the one that cut first at the front.
 
-    A plain ``Shard`` cuts before all to the right of it. A strided one cuts after as many of
-    these as have ``split_factor`` shards together.
+    A plain ``Shard`` cuts before all placements to its right. A strided one cuts after as many of
+    them as have ``split_factor`` shards together.
     """
     order: list[int] = []
     for axis, placement in reversed(list(enumerate(placements))):

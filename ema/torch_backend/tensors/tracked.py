@@ -46,7 +46,7 @@ class Tracked:
         if name not in values:
             kept.zero_()
             return
-        value = values[name]  # which may be read from a file each time
+        value = values[name]  # the value may be read from a file each time
         kept.copy_(box_of(value).part(local_of(value), self.box))
 
 
@@ -59,17 +59,17 @@ def track(
     number: int,
     compensated: bool,
 ) -> dict[str, Tracked]:
-    """Averages for live tensors: the ones they had before where these still suit, else new ones.
+    """Averages for live tensors: their previous ones if these still fit, else new ones.
 
-    A new average continues from the one before it if there is one, which for a tensor that has
-    been sharded since means the part that is here. Otherwise it starts as a copy of the live tensor,
-    and its remainder as 0.
+    A new average continues from the previous one if there is one; if the tensor was sharded since,
+    from the part on this rank. Otherwise it starts as a copy of the live tensor, and its remainder
+    as 0.
 
     Args:
         tensors: the live tensors by name, plain or sharded.
         kinds: by name, the device and dtype of the averages.
         streams: by name, for the averages that are rounded stochastically.
-        before: by the same names, what was tracked so far.
+        before: by the same names, the tensors tracked so far.
         number: how many averages each tensor has.
         compensated: whether each average has a remainder.
     """
@@ -105,7 +105,7 @@ def check_followed(
     """Make sure that averages can follow their tensors.
 
     Args:
-        before: what was tracked so far.
+        before: the tensors tracked so far.
         tensors: the live tensors now.
         origins: name now to the name before, for each tensor that was tracked.
         all_go_on: whether it is an error if a tensor is gone.
@@ -138,7 +138,7 @@ def _hindrances(name: str, tensor: Tensor, before: Tracked, renamed_from: str) -
 
 
 def _here(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that is here; a plain tensor itself, whose memory may move."""
+    """The part of a sharded tensor on this rank; a plain tensor itself, whose memory may move."""
     return local_of(tensor) if is_sharded(tensor) else tensor
 
 

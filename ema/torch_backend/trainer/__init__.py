@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: ``EMACallback``, and a function that finds its checkpoints."""
+"""Hugging Face Trainer: ``EMACallback``, and a function that finds complete checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrappers around the methods of one Trainer, for everything that events do not allow."""
+"""Wrappers around the methods of one Trainer, which do what the events do not allow."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Attachment"]
 
 
 class Attachment:
-    """Methods of one Trainer, wrapped until it is undone.
+    """Wraps methods of one Trainer until :meth:`undo`.
 
-    The wrappers are attributes of the instance and pass on whatever they are called with, so any
-    subclass keeps its own methods, and calls that the Trainer makes of itself go through them.
+    The wrappers are attributes of the instance and pass all arguments on. So any subclass keeps its
+    own methods, and the calls within the Trainer go through the wrappers too.
 
     Attributes:
-        trains: whether this Trainer is at it; the callback may serve another one besides.
-        resumed_from: the checkpoint that it was told to go on from.
+        trains: whether this Trainer is training; the callback may serve another Trainer as well.
+        resumed_from: the checkpoint that ``train()`` was told to resume from, or None.
     """
 
     def __init__(self, callback: EMACallback, trainer: Trainer, checkpoints: Checkpoints) -> None:
@@ -60,12 +60,12 @@ class Attachment:
         """Give the Trainer its own methods back.
 
         Raises:
-            StateError: something else was wrapped around them since; nothing has changed.
+            StateError: other code has wrapped the methods since; nothing has changed.
         """
         own = vars(self._trainer)
         if covered := [name for name, ours in self._wrapped.items() if own.get(name) is not ours]:
             raise StateError(
-                f"`detach` needs to be called after what was attached later, which wraps {covered}"
+                f"`detach` needs what was attached later to be detached first: it wraps {covered}"
             )
         for name in self._wrapped:
             if name in self._before:
@@ -85,7 +85,7 @@ class Attachment:
         )
 
     def _train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Remember the checkpoint, because the Trainer does not tell it to callbacks."""
+        """Remember the checkpoint, because the Trainer does not name it to callbacks."""
         path = args[0] if args else kwargs.get("resume_from_checkpoint")
         if path is True:
             path = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
@@ -100,16 +100,16 @@ class Attachment:
     def _log(
         self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any
     ) -> Any:
-        """Add what there is to say of the average to the logs of training."""
+        """Add the numbers of the average to the logs of training."""
         if self.trains and "loss" in logs:
             logs = {**logs, **self._callback.log_values()}
         return original(logs, *args, **kwargs)
 
     def _batches(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """No more of them when all steps are done.
+        """Return no more batches when all steps are done.
 
-        The Trainer compares ``max_steps`` after a step only, so a run that is resumed from the
-        checkpoint of its last step would take one more, unless that step ends an epoch.
+        The Trainer checks ``max_steps`` only after a step. A run that resumes from the checkpoint
+        of its last step would take one more step, unless the last step ended an epoch.
         """
         trainer = self._trainer
         if self.trains and trainer.state.global_step >= trainer.state.max_steps:
@@ -118,13 +118,13 @@ class Attachment:
         return original(*args, **kwargs)
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Save a checkpoint with its average, at any moment and for any caller."""
+        """Save a checkpoint with its average, at any moment and whatever code asks for it."""
         trial = args[1] if len(args) > 1 else kwargs.get("trial")
         folder = self._trainer._get_output_dir(trial)
         return self._with_file(folder, functools.partial(original, *args, **kwargs))
 
     def _save_for_tune(self, original: Callable[..., Any], checkpoint_dir: str) -> Any:
-        """Likewise for Ray Tune, which gets its checkpoints in a folder of its own."""
+        """Save a checkpoint with its average for Ray Tune, which uses a folder of its own."""
         return self._with_file(checkpoint_dir, functools.partial(original, checkpoint_dir))
 
     def _with_file(self, parent: str, save: Callable[[], Any]) -> Any:
@@ -141,7 +141,7 @@ class Attachment:
         return result
 
     def _with_average(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._callback.has_average:  # before training there is nothing but the live weights
+        if not self._callback.has_average:  # before training there are only live weights
             return original(*args, **kwargs)
         model: Any = self._trainer.model
         with self._callback.evaluating(model):

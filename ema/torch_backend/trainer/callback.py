@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from ema.torch_backend.model import EMAModel
 from ema.torch_backend.settings import Settings
 from ema.torch_backend.trainer import advice
 from ema.torch_backend.trainer.attachment import Attachment
-from ema.torch_backend.trainer.checkpoints import Checkpoints, wait_for_everyone
 from ema.torch_backend.trainer.claims import claim
-from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate, live_weights
+from ema.torch_backend.trainer.course import Course
+from ema.torch_backend.trainer.evaluation import EvaluationSwap, known_to_evaluate
 from ema.torch_backend.trainer.export import processing_class_of, save_pretrained
-from ema.torch_backend.trainer.optimizer_modes import Loan, RunOptimizer, applied
-from ema.torch_backend.trainer.resuming import Resuming
+from ema.torch_backend.trainer.optimizer_modes import Loan, applied
 from ema.torch_backend.trainer.run_average import RunAverage
 from ema.torch_backend.trainer.run_folder import file_name, model_folder
 
@@ -36,37 +35,39 @@ class EMACallback(TrainerCallback):
 
     Steps within a gradient accumulation and steps that the gradient scaler skipped do not count.
     Every ``train()`` starts with an average that equals the weights, unless it resumes from a
-    checkpoint, or you loaded a state before. Each checkpoint of the run holds the average in
-    ``ema.safetensors``, which is written last. A resumed run finds it.
+    checkpoint or you have loaded a state. Each checkpoint of the run holds the average in
+    ``ema.safetensors``, which is written last. A resumed run finds this file.
 
-    ``callbacks=[ema_callback]`` does everything that events allow. :meth:`attach` does the rest: it
-    resumes from any folder, averages ``trainer.evaluate()`` and ``predict()`` outside of training,
-    restores the live weights at once if an evaluation raises, and writes into the Trainer's logs.
+    ``callbacks=[ema_callback]`` does everything that events allow. :meth:`attach` does the rest. It
+    resumes from any folder, shows the averages to ``trainer.evaluate()`` and ``predict()`` outside
+    of training, restores the live weights at once if an evaluation raises, and adds to the
+    Trainer's logs.
 
-    ``apply_ema``, ``restore_original``, ``get_ema_state`` and ``load_ema_state`` also work without a
-    ``Trainer``, for instance in a new process.
+    ``apply_ema``, ``restore_original``, ``get_ema_state`` and ``load_ema_state`` also work without
+    a ``Trainer``, for instance in a new process.
 
     Args:
         decay: the decay of one update in [0, 1], or a schedule.
-        update_after_step: through this step the average equals the live weights.
-        update_every: optimizer steps from one update to the next.
-        dtype: of all averages; see :class:`EMAModel` for this and all options down to ``overlap``.
-        device: where the averages are kept.
+        update_after_step: up to and including this step the average equals the live weights.
+        update_every: number of optimizer steps from one update to the next.
+        dtype: dtype of all averages. :class:`EMAModel` describes this and all options down to
+            ``overlap``.
+        device: device of the averages.
         include: patterns of the parameters that are averaged.
         exclude: patterns of the parameters that are not averaged.
         buffers: ``"copy"``, ``"average"`` or a mapping from patterns to these.
         compensated: keep the rounding error of each update.
         stochastic_rounding: round bfloat16 averages up or down at random.
-        seed: of the stochastic rounding.
-        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"``, where live weights hold NaN or Inf.
+        seed: seed of the stochastic rounding.
+        on_nonfinite: ``"propagate"``, ``"skip"`` or ``"raise"``, if live weights hold NaN or Inf.
         overlap: on a GPU, whether updates run beside the training step.
         eval_with_ema: whether evaluations see the averaged weights. Training continues with the
-            live weights, and checkpoints hold these. With ``load_best_model_at_end`` the average at
-            the end is the average that gave the best metric.
-        save_ema_model: whether a complete averaged model is written to ``<output_dir>/ema`` (with
-            a ``name`` to ``ema-<name>``) at the end of training, see :meth:`save_pretrained`.
-        on_missing_average: ``"warn"`` or ``"error"``, for a checkpoint without an average.
-        name: of this callback, if a Trainer has several; its file is ``ema-<name>.safetensors``.
+            live weights, and checkpoints hold the live weights. With ``load_best_model_at_end`` the
+            average at the end is the average that gave the best metric.
+        save_ema_model: whether to write a complete averaged model to ``<output_dir>/ema`` (with a
+            ``name``, to ``ema-<name>``) at the end of training, see :meth:`save_pretrained`.
+        on_missing_average: ``"warn"`` or ``"error"``, if a checkpoint has no average.
+        name: tells several callbacks of a Trainer apart; the file is ``ema-<name>.safetensors``.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -103,7 +104,7 @@ class EMACallback(TrainerCallback):
     ) -> None:
         if isinstance(decay, Mapping):
             raise ArgumentTypeError(
-                "`decay` must be a number or a schedule: for several averages take several"
+                "`decay` must be a number or a schedule: for several averages use several"
                 " callbacks, each with a name"
             )
         if on_missing_average not in ("warn", "error"):
@@ -131,16 +132,12 @@ class EMACallback(TrainerCallback):
             overlap=overlap,
         )
         self._run = RunAverage(settings)
-        self._checkpoints = Checkpoints(self._run, name)
-        self._resuming = Resuming(
-            self._run, self._checkpoints, name, missing_is_error=on_missing_average == "error"
-        )
         self._evaluation = EvaluationSwap()
-        self._optimizer = RunOptimizer()
-        self._applied = ExitStack()  # from apply_ema to restore_original
-        self._attachment: Attachment | None = None
-        self._processing_class: Any = None  # of the Trainer, or the tokenizer of its data collator
-        self._batch_size: int | None = None  # of the training that has begun and not ended
+        self._course = Course(
+            self._run, self._evaluation, name, missing_is_error=on_missing_average == "error"
+        )
+        self._applied = ExitStack()  # what to undo in restore_original
+        self._processing_class: Any = None  # see `processing_class_of`
 
     @property
     def has_average(self) -> bool:
@@ -160,26 +157,26 @@ class EMACallback(TrainerCallback):
         """Swap the averaged weights into ``model``, see :meth:`EMAModel.apply_ema`.
 
         Args:
-            model: the model that was trained, or another with the same names and shapes. It may
-                only be left out after training.
-            assign: let its parameters refer to the memory of the averages.
+            model: the model that was trained, or another with the same names and shapes. You can
+                leave it out only after training.
+            assign: let the model's parameters refer to the memory of the averages.
 
         Raises:
             StateError: there is no average, or it is swapped into another model.
             ModelError: the average does not fit ``model``.
             CheckpointError: the loaded state does not fit ``model``.
         """
-        self._evaluation.end()  # from now on it is for the caller to restore
+        self._evaluation.end()  # from now on the caller restores the live weights
         average = self._run.fit(model)
         average.apply_ema(model, assign=assign)
         self._applied.close()
-        self._applied.enter_context(applied(average, model, self._optimizers(), assign=assign))
+        self._applied.enter_context(applied(average, model, self._course.optimizers, assign=assign))
 
     def restore_original(self, model: nn.Module | None = None) -> None:
         """Put the live weights back into the model that :meth:`apply_ema` was called with.
 
         Raises:
-            StateError: no averages are swapped in, or not into ``model``.
+            StateError: no averages are swapped in, or they are in another model.
         """
         self.ema_model.restore_original(model)
         self._applied.close()
@@ -189,14 +186,14 @@ class EMACallback(TrainerCallback):
         self, model: nn.Module | None = None, *, assign: bool = False
     ) -> Iterator[nn.Module]:
         """Averaged weights inside the block, see :meth:`EMAModel.use_ema`."""
-        loan = Loan(self._run.fit(model), model, self._optimizers(), assign=assign)
+        loan = Loan(self._run.fit(model), model, self._course.optimizers, assign=assign)
         with self._evaluation.suspended(), loan.block() as averaged:
             yield averaged
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Averaged weights inside the block, and live ones in the checkpoints written there."""
-        loan = Loan(self._run.fit(model), model, self._optimizers())
+        """Averaged weights inside the block; checkpoints written there hold the live weights."""
+        loan = Loan(self._run.fit(model), model, self._course.optimizers)
         with self._evaluation.suspended(), loan.block(), known_to_evaluate(loan):
             yield
 
@@ -204,16 +201,16 @@ class EMACallback(TrainerCallback):
         """The state to save, see :meth:`EMAModel.state_dict`.
 
         Raises:
-            StateError: there is none yet.
+            StateError: there is no average yet.
         """
         return self._run.state()
 
     def load_ema_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of :meth:`get_ema_state`, or apply it to a model.
+        """Continue from a state of :meth:`get_ema_state`, or prepare to apply it to a model.
 
-        The next ``train()`` starts with it, whatever that resumes from. Without a model yet the
-        state is kept for the one that is trained or given to :meth:`apply_ema` next; what can be
-        checked is checked now.
+        The next ``train()`` starts with this state, whatever checkpoint it resumes from. If there
+        is no model yet, the state is kept for the next model that is trained or passed to
+        :meth:`apply_ema`. Damage is found now; whether the state fits is checked with the model.
 
         Raises:
             CheckpointError: the state is damaged or does not fit the model. Nothing has changed.
@@ -233,12 +230,12 @@ class EMACallback(TrainerCallback):
         """Write a complete model with averaged weights that ``from_pretrained(folder)`` loads.
 
         Args:
-            model: the model that was trained; of a PEFT model the adapter is written.
-            folder: is created where needed; ``ema.json`` in it says what the weights are.
-            processing_class: a tokenizer or processor that is written beside the model. By default
-                that of the Trainer whose run began last, or the tokenizer of its data collator: what
-                the Trainer puts into its checkpoints.
-            **options: for the model's own ``save_pretrained``.
+            model: the model that was trained; for a PEFT model, only the adapter is written.
+            folder: where to write; it is created if needed. ``ema.json`` describes the average.
+            processing_class: a tokenizer or processor to write beside the model. The default is
+                what the Trainer of the latest run puts into its checkpoints: its processing class,
+                or the tokenizer of its data collator.
+            **options: options of the model's own ``save_pretrained``.
 
         Raises:
             ArgumentTypeError: the model or ``processing_class`` has no ``save_pretrained``.
@@ -257,14 +254,14 @@ class EMACallback(TrainerCallback):
             )
 
     def attach(self, trainer: Trainer) -> EMACallback:
-        """Serve this Trainer beyond what events allow; adds itself to its callbacks if need be.
+        """Wrap methods of this Trainer to do what events do not allow; add the callback if missing.
 
         Until :meth:`detach`, for any subclass of ``Trainer``:
 
-        - resuming finds the average in whatever folder ``train(resume_from_checkpoint=…)`` names,
-          and takes no further step where that is a checkpoint of the last one;
-        - with ``eval_with_ema``, ``evaluate()`` and ``predict()`` see the averaged weights also
-          outside of training, and the live ones are back whatever they raise;
+        - resuming finds the average in any folder that ``train(resume_from_checkpoint=…)`` names,
+          and takes no further step if the checkpoint is that of the last step;
+        - with ``eval_with_ema``, ``evaluate()`` and ``predict()`` see the averaged weights outside
+          of training too, and the live weights come back even if an evaluation raises;
         - the logs of training hold ``ema_decay``, ``ema_updates`` and ``ema_distance``, the
           relative distance ``‖average − params‖ / ‖params‖``.
 
@@ -272,38 +269,31 @@ class EMACallback(TrainerCallback):
             The callback itself.
 
         Raises:
-            StateError: it is attached already.
+            StateError: the callback is attached already.
         """
-        if self._attachment is not None:
+        if self._course.attachment is not None:
             raise StateError("the callback is attached to a Trainer already: detach it first")
         self._evaluation.end()
-        self._attachment = Attachment(self, trainer, self._checkpoints)
+        self._course.attachment = Attachment(self, trainer, self._course.checkpoints)
         return self
 
     def detach(self) -> None:
         """Undo :meth:`attach`.
 
         Raises:
-            StateError: it is not attached, or another callback was attached after it.
+            StateError: the callback is not attached, or another one was attached after it.
         """
-        if self._attachment is None:
-            raise StateError("the callback is attached to no Trainer")
-        self._attachment.undo()
-        self._attachment = None
+        if self._course.attachment is None:
+            raise StateError("the callback is not attached to a Trainer: attach it first")
+        self._course.attachment.undo()
+        self._course.attachment = None
 
     def log_values(self) -> dict[str, float]:
         """Decay of the last update, updates so far and relative distance to the live weights.
 
         While averages are swapped in, the distance is left out.
         """
-        if not self._run.exists:
-            return {}
-        average = self.ema_model
-        prefix = "ema" if self.name is None else f"ema_{self.name}"
-        values = {f"{prefix}_decay": average.decay, f"{prefix}_updates": average.count}
-        with suppress(StateError):
-            values[f"{prefix}_distance"] = average.relative_distance()
-        return values
+        return self._run.log_values("ema" if self.name is None else f"ema_{self.name}")
 
     def on_train_begin(
         self,
@@ -314,37 +304,20 @@ class EMACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Start the average, or go on with the one that was saved or loaded."""
+        """Start the average, or continue the one that was saved or loaded."""
         if model is None:
             return
         claim(state, file_name(self.name), evaluates=self.eval_with_ema)
-        self._evaluation.end()
-        self._optimizer.set(optimizer)
-        self._checkpoints.notes = {}
         self._processing_class = processing_class_of(**kwargs)
-        smaller = self._batch_size is not None and self._batch_size != state.train_batch_size
-        self._batch_size = state.train_batch_size
-        with live_weights(model):
-            go_on = self._run.begin(
-                model,
-                again=args.auto_find_batch_size and smaller,
-                may_begin_again=args.auto_find_batch_size,
-            )
-            if state.global_step > 0 and not go_on:
-                told = None if self._attachment is None else self._attachment.resumed_from
-                self._resuming.resume(args, state, told)
-        self._checkpoints.begin(args, state)
-        advice.on_slow_decay(self._run.settings, state.max_steps)
+        self._course.begin(args, state, model, optimizer)
         if args.eval_on_start:
             self._begin_evaluation()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Train with the live weights."""
-        self._evaluation.end()
-        self._complete(args, state, control)
-        advice.on_step_beyond_the_last(state)
+        """Make sure that training uses the live weights."""
+        self._course.begin_step(args, state, control)
 
     def on_pre_optimizer_step(
         self,
@@ -354,9 +327,8 @@ class EMACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Look at the scale of the gradients, if there is one."""
-        self._complete(args, state, control)
-        self._checkpoints.before_step(optimizer)
+        """Remember the scale of the gradients before the step, if there is one."""
+        self._course.before_step(args, state, control, optimizer)
 
     def on_step_end(
         self,
@@ -367,41 +339,37 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Update after an optimizer step, unless the gradient scaler skipped it."""
-        self._complete(args, state, control)  # of the step before
-        self._checkpoints.follow(state.global_step, optimizer)
-        self._complete(args, state, control)
-        self._expect(args, state, control)
+        self._course.follow(args, state, control, optimizer)
+        self._begin_evaluation()  # a later callback may ask for an evaluation
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prepare for an evaluation or a save at the end of the epoch."""
-        self._evaluation.end()
-        self._complete(args, state, control)
-        self._expect(args, state, control)
+        self._course.end_epoch(args, state, control)
+        self._begin_evaluation()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the averages to the callbacks that come later too, then the live weights."""
+        """Let later callbacks see the averages too, then put the live weights back."""
         self._evaluation.end_after_event()
         if self.eval_with_ema and self._run.exists:
             advice.on_live_evaluation(self.ema_model)
 
-    on_predict = on_evaluate  # type: ignore[assignment]  # its metrics are among `kwargs`
+    on_predict = on_evaluate  # type: ignore[assignment]  # takes its metrics in `kwargs`
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the average into the checkpoint, as its last file."""
-        self._evaluation.end()
-        self._checkpoints.announced(args, state)
+        """Write the average into the checkpoint, as its last file."""
+        self._course.save(args, state)
 
     def _told(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look whether a checkpoint was saved without an event."""
-        self._complete(args, state, control)
+        """Check whether a checkpoint was saved without an event, and write its average."""
+        self._course.complete(args, state, control)
 
     on_epoch_begin = on_substep_end = on_optimizer_step = on_log = _told
 
@@ -414,43 +382,12 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the best average where the best model is kept, and write the averaged model."""
-        self._evaluation.end()
-        self._batch_size = None
-        self._complete(args, state, control)
-        average = self.ema_model
-        advice.on_no_update(average, self._run.settings)
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and self.eval_with_ema and best is not None:
-            wait_for_everyone()  # the main process may still be writing the average of this step
-            self._resuming.load_from(Path(best), "the last average is kept")
-        writes = args.should_save or average.sharded
+        self._course.end(args, state, control, best_is_averaged=self.eval_with_ema)
+        writes = args.should_save or self.ema_model.sharded
         if self.save_ema_model and writes and model is not None:
             self.save_pretrained(model, model_folder(args, state, self.name))
 
-    def _complete(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Complete checkpoints, unless the wrapped methods of an attached Trainer do it."""
-        if not self._serves_attached():
-            self._checkpoints.complete(args, state, control)
-
-    def _expect(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Prepare for the save or the evaluation that may follow."""
-        self._checkpoints.expect(args, state, control)
-        self._begin_evaluation()  # a callback that comes later may ask for one
-
     def _begin_evaluation(self) -> None:
-        """Prepare for an evaluation, unless the wrapped methods of an attached Trainer do it."""
-        if self.eval_with_ema and not self._serves_attached():
-            self._evaluation.arm(self.ema_model, self._optimizer)
-
-    def _serves_attached(self) -> bool:
-        """Whether the Trainer that trains now is the attached one."""
-        return self._attachment is not None and self._attachment.trains
-
-    def _optimizers(self) -> list[Any]:
-        """The optimizers that may rewrite the live weights while averages are in the model."""
-        attached = None if self._attachment is None else self._attachment.optimizer
-        return [self._optimizer.get(), attached]
+        """Prepare for an evaluation, if evaluations see the averages."""
+        if self.eval_with_ema:
+            self._course.arm_evaluation()

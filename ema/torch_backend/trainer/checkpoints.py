@@ -1,9 +1,9 @@
-"""Write the average into every checkpoint of a run, also into unannounced ones.
+"""Write the average into every checkpoint of a run, announced or not.
 
-A checkpoint is named after a step, and holds the average of that step. The Trainer usually saves after
-every callback has seen the end of the step, and announces it with ``on_save``. It also saves on SIGTERM
-(``enable_jit_checkpoint``), or when another callback calls it, in the middle of any event and
-without another one: before this step's update or after it.
+A checkpoint is named after a step, and holds the average of that step. The Trainer usually saves
+after every callback has seen the end of the step, and announces the checkpoint with ``on_save``. It
+also saves on SIGTERM (``enable_jit_checkpoint``) and when another callback asks it to. Such a save
+can fall into the middle of any event, before or after the update of the step, and sends no event.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Checkpoints:
     """Keeps the average in step with the run, and writes it into the run's checkpoints.
 
     Attributes:
-        notes: metadata of the file that training went on from; every file of the run keeps it.
+        notes: metadata of the file that the run resumed from; every file of the run keeps it.
 
     Args:
         run: the average.
-        name: of the callback, where it has one.
+        name: the name of the callback, or None.
     """
 
     def __init__(self, run: RunAverage, name: str | None) -> None:
@@ -47,18 +47,18 @@ class Checkpoints:
         self.forget()
 
     def forget(self) -> None:
-        """Forget the run, because another one begins; its average comes with :meth:`begin`."""
+        """Forget the run, because another run begins; its average follows with :meth:`begin`."""
         self._followed: int | None = None  # the step whose weights the average has seen
-        self._ahead: int | None = None  # the step whose update a save needed before its event
-        self._written: int | None = None  # the step whose checkpoint was written while it was saved
-        self._waiting: Path | None = None  # a checkpoint from before the average began
+        self._ahead: int | None = None  # the step that was updated early, for a save
+        self._written: int | None = None  # the step whose checkpoint has its average, from `saved`
+        self._waiting: Path | None = None  # a checkpoint that was saved before the average began
 
     def follows(self, model: Any) -> bool:
-        """Whether the average is that of a run that has trained ``model``."""
+        """Whether the average belongs to a run that has trained ``model``."""
         return self._followed is not None and self._run.ema_model.model is model
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        """The average of the run is there, and is that of ``state.global_step``."""
+        """Start with an average that is up to date with ``state.global_step``."""
         self._skipped.forget()
         self._warned = False
         self._unannounced.begin(args, state)
@@ -68,17 +68,17 @@ class Checkpoints:
             self._write_together(args, waiting)
 
     def before_step(self, optimizer: Any) -> None:
-        """Look at the scale of the gradients, if there is one."""
+        """Remember the scale of the gradients before the step, if there is one."""
         self._skipped.before(optimizer)
 
     def follow(self, step: int, optimizer: Any) -> None:
-        """Update after an optimizer step, unless a save has needed that already."""
+        """Update after an optimizer step, unless a save has made this update already."""
         if self._ahead != step:
             self._update(optimizer)
         self._followed, self._ahead = step, None
 
     def expect(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Before a save that may follow: discard the file of another run in its folder."""
+        """Prepare for a possible save: discard the file that another run left in the folder."""
         may_save = control.should_save or (
             control.should_evaluate and args.save_strategy == SaveStrategy.BEST
         )
@@ -86,7 +86,7 @@ class Checkpoints:
             discard(checkpoint_folder(args, state) / self._file)
 
     def saving(self, args: TrainingArguments, folder: Path, step: int, optimizer: Any) -> None:
-        """A checkpoint is about to be written: make the update of its step, if it is due."""
+        """Make the update of the step, if it is due, before its checkpoint is written."""
         if self._followed is not None and step > self._followed:
             self._update(optimizer)
             self._followed = self._ahead = step
@@ -94,7 +94,7 @@ class Checkpoints:
             discard(folder / self._file)
 
     def saved(self, args: TrainingArguments, folder: Path, step: int) -> None:
-        """Write the average into a checkpoint that was saved just now."""
+        """Write the average into a checkpoint that was just saved."""
         if self._followed is None:
             self._waiting = folder
             return
@@ -102,10 +102,10 @@ class Checkpoints:
         self._written = step
 
     def announced(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Write the average into the checkpoint that ``on_save`` is about, as its last file."""
+        """Write the average into the checkpoint that ``on_save`` announces, as its last file."""
         if self._written == state.global_step:
             return
-        wait_for_everyone()  # each process writes a file with the state of its random numbers
+        wait_for_everyone()  # each process writes the state of its random numbers
         folder = checkpoint_folder(args, state)
         self._write(args, folder)
         self._unannounced.settle(state, folder)
@@ -115,8 +115,8 @@ class Checkpoints:
     ) -> None:
         """Write the average into checkpoints of its step that were saved without ``on_save``.
 
-        In several processes the others may still be writing their files. They are at the same event
-        when the Trainer has saved on SIGTERM, because it ends training then.
+        If there are several processes, the others may still be writing their files. They are all at
+        the same event only after a save on SIGTERM, because the Trainer then ends training.
         """
         if self._followed is None:
             return
@@ -126,7 +126,7 @@ class Checkpoints:
         wait_for_everyone()
         for folder in self._agreed(self._unannounced.find(args, state, self._followed)):
             if args.should_save:
-                discard(folder / self._file)  # of another run, and not to be taken for this one's
+                discard(folder / self._file)  # another run left it
             self._write(args, folder)
             self._unannounced.know(folder)
         if self._followed == state.global_step:
@@ -139,7 +139,7 @@ class Checkpoints:
                 average.update()
 
     def _write_together(self, args: TrainingArguments, folder: Path) -> None:
-        """Write into a folder that a Trainer has saved to, unless it has left that to others."""
+        """Write into a folder, if it exists: a Trainer may leave the saving to another process."""
         wait_for_everyone()
         for there in self._agreed([folder] if folder.is_dir() else []):
             self._write(args, there)
@@ -151,7 +151,7 @@ class Checkpoints:
             average.save(folder / self._file, metadata={**self.notes, **list_files(folder)})
 
     def _agreed(self, folders: list[Path]) -> list[Path]:
-        """The folders that rank 0 sees, if all ranks write together; else the folders of this rank."""
+        """The folders that rank 0 sees, if all ranks write together; else those of this rank."""
         if not (_several() and self._run.ema_model.sharded):
             return folders
         agreed: list[Any] = [folders]
@@ -162,14 +162,13 @@ class Checkpoints:
         if self._unannounced.any(state) and not self._warned:
             self._warned = True
             warn(
-                f"a checkpoint of step {state.global_step} was saved without an event: in several"
-                " processes its average is only written by a callback that is attached,"
-                " attach(trainer)"
+                f"a checkpoint of step {state.global_step} was saved without an event: with several"
+                " processes only an attached callback writes its average, so call attach(trainer)"
             )
 
 
 def wait_for_everyone() -> None:
-    """Where there are several processes, go on when all of them are here."""
+    """If there are several processes, wait until all of them have arrived here."""
     if _several():
         dist.barrier()
 

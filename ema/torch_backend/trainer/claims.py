@@ -1,4 +1,4 @@
-"""Several callbacks of one Trainer: each needs a file of its own, and one may evaluate."""
+"""Several callbacks of one Trainer: each needs its own file, and only one may evaluate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["claim"]
 
 
 class _Run:
-    """The names that the callbacks of the latest run have taken; they begin one after the other."""
+    """The claims of the latest run, whose callbacks begin one after the other."""
 
     def __init__(self) -> None:
         self.state: weakref.ref[TrainerState] | None = None
@@ -23,15 +23,15 @@ _run = _Run()
 
 
 def claim(state: TrainerState, file: str, *, evaluates: bool) -> None:
-    """Take a file of the checkpoints, and maybe the evaluations, of the run that begins.
+    """Claim a file name, and perhaps the evaluations, of the run that begins.
 
     Args:
-        state: of the run, which makes a new one for each beginning.
-        file: in every checkpoint.
-        evaluates: whether evaluations see the average.
+        state: the state of the run; the Trainer makes a new one for each run.
+        file: the name of the callback's file in every checkpoint.
+        evaluates: whether the callback shows its average to evaluations.
 
     Raises:
-        StateError: another callback of the run has taken it.
+        StateError: another callback of the run has claimed the file or the evaluations.
     """
     if _run.state is None or _run.state() is not state:
         _run.state, _run.taken = weakref.ref(state), set()
@@ -41,5 +41,7 @@ def claim(state: TrainerState, file: str, *, evaluates: bool) -> None:
             " EMACallback(..., name='slow')"
         )
     if evaluates and "evaluation" in _run.taken:
-        raise StateError("two EMACallbacks of this Trainer have eval_with_ema=True: one can")
+        raise StateError(
+            "two EMACallbacks of this Trainer have eval_with_ema=True: only one may have it"
+        )
     _run.taken |= {file, "evaluation"} if evaluates else {file}

@@ -1,13 +1,14 @@
 """Averaged weights for the evaluations of a Trainer that only sends events.
 
-The Trainer announces an evaluation at the end of a step, and callbacks that come later in the list
-have yet to see the live weights of that step. So the callback only *arms* the model: it gives it a
-``train`` method of its own. The evaluation calls ``model.eval()``, which calls ``train(False)``, after the
-last callback has had its turn and before the first forward pass; wrappers pass the call on. At that
-moment the averages come in. They leave when the last callback has got the metrics.
+The Trainer announces an evaluation at the end of a step, when later callbacks in the list have yet
+to see the live weights of that step. So the callback only *arms* the model: it replaces the model's
+``train`` method. The evaluation calls ``model.eval()``, which calls ``train(False)``, after the
+last callback has handled the step and before the first forward pass. Wrappers of the model pass the
+call on. At that moment the averages are swapped in. They are swapped out when the last callback has
+received the metrics.
 
-An evaluation that raises sends no event. Then the averages leave at the next event, or when
-something outside of an evaluation asks the model for its weights, loads others or changes its mode.
+An evaluation that raises sends no event. The averages are then swapped out at the next event, or
+when code outside of an evaluation reads the model's weights, loads others or changes its mode.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ema.torch_backend.trainer.surroundings import surroundings
 __all__ = ["EvaluationSwap", "known_to_evaluate", "live_weights"]
 
 _begun: weakref.WeakSet[EvaluationSwap | Loan] = weakref.WeakSet()
-"""The swaps that have averages in a model for an evaluation."""
+"""The swaps that hold averages in a model for an evaluation."""
 
 
 class EvaluationSwap:
-    """The averages in the model from the ``model.eval()`` of an evaluation to its last callback."""
+    """Keeps averages in the model from an evaluation's ``model.eval()`` to its last callback."""
 
     def __init__(self) -> None:
         self._average: EMAModel[nn.Module] | None = None  # while the model is armed
@@ -53,44 +54,45 @@ class EvaluationSwap:
         """Swap the averages in for each evaluation that begins before :meth:`end`.
 
         Args:
-            average: of the model that is trained.
-            optimizer: trains it.
+            average: the average of the model that is trained.
+            optimizer: the optimizer that trains the model.
         """
         self.end()
-        # wrappers, which may be around this model or outside of it, pass the call on to the inner one
+        # any wrapper of the model passes the call on to the inner model
         self._armed.enter_context(overridden(unwrap(average.model), train=self._mode_changes))
         self._average, self._optimizer = average, optimizer
 
     def end(self) -> None:
-        """Put the live weights back, if they are not there, and leave nothing on the model."""
+        """Put the live weights back if need be, and remove the replaced methods from the model."""
         self._leave()
         self._average = None
         self._last.step_back()
         self._armed.close()
 
     def end_after_event(self) -> None:
-        """Put the live weights back when the last callback has been told of this evaluation.
+        """Put the live weights back when the last callback has handled this evaluation.
 
-        If a callback runs an evaluation while it handles the event of another one, the other one goes on.
+        A callback may run an evaluation while it handles the event of another evaluation. Then the
+        averages stay until the outer evaluation ends.
         """
         place = surroundings()
         if self.inside and place.handler is not None and place.events == 1:
             self._last.follow(place.handler)
 
     def last_was_told(self) -> None:
-        """All callbacks have been told the metrics: live weights, until the next evaluation."""
+        """Put the live weights back, because every callback has received the metrics."""
         if surroundings().events == 1:
             self._last.step_back()
             self._leave()
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether it has averages in ``model``."""
+        """Whether this swap holds averages in ``model``."""
         average = self._average
         return self.inside and average is not None and unwrap(average.model) is unwrap(model)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Live weights inside the block; then as it was before."""
+        """Live weights inside the block; after it the weights from before."""
         inside = self.inside
         self._leave()
         try:
@@ -107,7 +109,8 @@ class EvaluationSwap:
             watched = {"state_dict": self._is_read, "load_state_dict": self._is_loaded}
             for module in average.model.modules():
                 inside.enter_context(overridden(module, **watched))
-            # which parameters() calls too; a forward pass may call that of a part
+            # parameters() calls it too; a forward pass may call it on a part, so only the whole
+            # model is watched
             inside.enter_context(overridden(average.model, named_parameters=self._is_read))
             inside.enter_context(rewriting_live_weights([self._optimizer.get()], self.suspended))
             self._inside = inside.pop_all()
@@ -118,7 +121,7 @@ class EvaluationSwap:
         self._inside.close()
 
     def _mode_changes(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``model.train(mode)``: an evaluation begins, or it is over."""
+        """``model.train(mode)``: an evaluation begins or ends."""
         place = surroundings()
         trains = bool(args[0] if args else kwargs.get("mode", True))
         if not place.training or (trains and not place.evaluating and place.events == 0):
@@ -136,8 +139,8 @@ class EvaluationSwap:
         elif place.saving:
             warn(
                 "a checkpoint that a callback writes during an evaluation holds the live weights,"
-                " and the model has them from now on: callbacks that come later do not see the"
-                " averages that this evaluation was of; attach(trainer) shows them the averages"
+                " and the model keeps them from now on: later callbacks do not see the averages"
+                " that were evaluated; attach(trainer) shows them the averages"
             )
             self._is_over()
         return original(*args, **kwargs)
@@ -147,7 +150,7 @@ class EvaluationSwap:
         return original(*args, **kwargs)
 
     def _is_over(self) -> None:
-        """Training may evaluate again before the next event."""
+        """Put the live weights back; keep the model armed, as training may evaluate again."""
         if surroundings().training:
             self._leave()
         else:
@@ -155,20 +158,20 @@ class EvaluationSwap:
 
 
 class _LastCallback(TrainerCallback):
-    """Comes after all callbacks in the events of an evaluation."""
+    """Handles the events of an evaluation after all other callbacks."""
 
     def __init__(self, swap: EvaluationSwap) -> None:
         self._swap = swap
         self._callbacks: list[TrainerCallback] = []
 
     def follow(self, handler: CallbackHandler) -> None:
-        """Take the last place in the list that is being gone through."""
+        """Take the last place in the list of callbacks that is being called."""
         self.step_back()
         self._callbacks = handler.callbacks
         self._callbacks.append(self)
 
     def step_back(self) -> None:
-        """Leave the list, if it is in one."""
+        """Leave the list of callbacks, if it is in one."""
         if self in self._callbacks:
             self._callbacks.remove(self)
         self._callbacks = []
@@ -182,7 +185,7 @@ class _LastCallback(TrainerCallback):
 
 @contextmanager
 def known_to_evaluate(loan: Loan) -> Iterator[None]:
-    """Let :func:`live_weights` know of a loan that is for an evaluation."""
+    """Let :func:`live_weights` know that a loan serves an evaluation."""
     _begun.add(loan)
     try:
         yield
@@ -192,7 +195,7 @@ def known_to_evaluate(loan: Loan) -> Iterator[None]:
 
 @contextmanager
 def live_weights(model: nn.Module) -> Iterator[None]:
-    """Live weights inside the block, for a callback that comes after one that has begun to evaluate."""
+    """Live weights inside the block, even if another callback has begun to evaluate averages."""
     with ExitStack() as suspended:
         for swap in [swap for swap in _begun if swap.is_of(model)]:
             suspended.enter_context(swap.suspended())

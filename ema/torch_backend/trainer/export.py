@@ -16,7 +16,7 @@ from ema.torch_backend.tensors.names import unwrap
 __all__ = ["NOTE", "processing_class_of", "save_pretrained"]
 
 NOTE = "ema.json"
-"""File beside the weights that says what they are."""
+"""File beside the weights that describes the average."""
 
 
 def processing_class_of(
@@ -25,12 +25,15 @@ def processing_class_of(
     """The processing class that the Trainer puts into its checkpoints beside the model, or None.
 
     Args:
-        processing_class: of the Trainer, as its events name it.
-        train_dataloader: likewise; its collator's tokenizer is saved if there is no processing class.
+        processing_class: the Trainer's processing class, under the name that events use.
+        train_dataloader: the Trainer's data loader. If there is no processing class, the Trainer
+            saves the tokenizer of its data collator.
     """
     if processing_class is None:
         collator = getattr(train_dataloader, "collate_fn", None)
-        collator = getattr(collator, "data_collator", collator)  # in one that removes columns
+        collator = getattr(
+            collator, "data_collator", collator
+        )  # a collator that removes columns wraps it
         processing_class = getattr(collator, "tokenizer", None)
     # the Trainer itself needs the method only when it saves
     return processing_class if hasattr(processing_class, "save_pretrained") else None
@@ -46,26 +49,26 @@ def save_pretrained(
 ) -> None:
     """Write ``model`` with averaged weights, as its own ``save_pretrained`` writes it.
 
-    Everything that it saves is there: tied and frozen weights, buffers, shards of a large model; of
-    a PEFT model the adapter. Where the model is sharded every rank must call this; rank 0 gathers
-    the tensors in memory of the CPU and writes them. A note in ``ema.json`` holds decay, step and
-    schedule.
+    The files hold all that ``save_pretrained`` saves: tied and frozen weights, buffers and the
+    shards of a large model. For a PEFT model they hold the adapter. If the model is sharded, every
+    rank must call this; rank 0 gathers the tensors in CPU memory and writes them. A note in
+    ``ema.json`` holds decay, step and schedule.
 
     Args:
-        average: of the model.
+        average: the average of the model.
         model: a transformers, diffusers or PEFT model, wrapped or not.
-        folder: is created where needed.
-        processing_class: a tokenizer or processor that is written beside it, or None.
-        **options: for the model's ``save_pretrained``.
+        folder: where to write; it is created if needed.
+        processing_class: a tokenizer or processor to write beside the model, or None.
+        **options: options of the model's ``save_pretrained``.
 
     Raises:
         ArgumentTypeError: the model or ``processing_class`` has no ``save_pretrained``.
-        ModelError: the average does not fit it.
+        ModelError: the average does not fit ``model``.
     """
     inner: Any = unwrap(model)
     if not hasattr(inner, "save_pretrained"):
         raise ArgumentTypeError(
-            f"`model` must have save_pretrained, which {type(inner).__name__} has not:"
+            f"`model` must have save_pretrained, got {type(inner).__name__}:"
             " EMAModel.export writes any module"
         )
     if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
@@ -78,7 +81,7 @@ def save_pretrained(
         _write_beside(folder, average, processing_class)
         return
     if id(unwrap(average.model)) != id(inner):
-        raise ModelError("a sharded average can only be written with the model that it belongs to")
+        raise ModelError("a sharded average can only be written with its own model")
     if state := average.averaged_state_dict():
         inner.save_pretrained(folder, state_dict=state, **options)
         _write_beside(folder, average, processing_class)
@@ -98,7 +101,7 @@ def _write_beside(folder: str | Path, average: EMAModel[Any], processing_class: 
 
 
 def _decay_of(average: EMAModel[Any]) -> float | None:
-    """The decay of the last update, or None where a schedule of the user's own does not say."""
+    """The decay of the last update, or None if a schedule of the user's own cannot give it."""
     try:
         return average.decay
     except Exception:  # writing must not fail because of a schedule

@@ -1,9 +1,10 @@
 """Optimizers that rewrite the weights in ``eval()`` and ``train()``, as schedule-free ones do.
 
 The Trainer calls these methods in the middle of an evaluation, when averages may be in the model.
-The live weights come back for the time of the call: such an optimizer rewrites these, exactly as
-often as it does without an average. Outside of training the Trainer never goes back to ``train()``
-after an evaluation. There the call does not reach the optimizer, and its mode and weights stay as they are.
+The live weights come back during the call, so the optimizer rewrites the live weights exactly as
+often as it does without an average. Outside of training the Trainer never calls ``train()`` after
+an evaluation. There ``eval()`` does not reach the optimizer, so its mode and the weights do not
+change.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ __all__ = ["Loan", "RunOptimizer", "applied", "rewriting_live_weights", "with_mo
 
 
 def with_modes(optimizer: Any) -> Any | None:
-    """The optimizer inside its wrappers, if it has the two methods."""
-    while isinstance(optimizer, AcceleratedOptimizer):  # which always has them
+    """The optimizer inside its wrappers if it has ``eval`` and ``train`` methods, else None."""
+    while isinstance(optimizer, AcceleratedOptimizer):  # the wrapper always has both methods
         optimizer = optimizer.optimizer
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         if all(callable(getattr(candidate, mode, None)) for mode in ("eval", "train")):
@@ -36,22 +37,22 @@ def with_modes(optimizer: Any) -> Any | None:
 
 
 class RunOptimizer:
-    """The optimizer of the run that began last, if it has modes; not kept alive."""
+    """A weak reference to the optimizer of the latest run, if that optimizer has modes."""
 
     def __init__(self) -> None:
         self._optimizer: weakref.ref[Any] | None = None
 
     def set(self, optimizer: Any) -> None:
-        """Remember it."""
+        """Remember the optimizer, if it has modes."""
         inner = with_modes(optimizer)
         self._optimizer = None if inner is None else weakref.ref(inner)
 
     def get(self) -> Any | None:
-        """It, or None."""
+        """The optimizer, or None."""
         return None if self._optimizer is None else self._optimizer()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles belong to no run."""
+        """Leave the optimizer out of copies and pickles, which belong to no run."""
         return {"_optimizer": None}
 
 
@@ -61,11 +62,11 @@ def rewriting_live_weights(
 ) -> Iterator[None]:
     """Inside the block, ``eval()`` and ``train()`` of these optimizers rewrite live weights.
 
-    An evaluation outside of training does not reach them.
+    Outside of training, the calls of an evaluation do not reach the optimizers.
 
     Args:
-        optimizers: wrapped or not; what has no modes, None included, is left alone.
-        live_weights: puts them into the model for the time of a call.
+        optimizers: wrapped or not. None and optimizers without modes are ignored.
+        live_weights: makes a context in which the model holds the live weights.
     """
 
     def change_mode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -86,8 +87,8 @@ class Loan:
     """``average.use_ema(model)`` in which optimizers may change their mode.
 
     Args:
-        average: is lent.
-        model: gets it, by default the live one.
+        average: the average to lend.
+        model: the model that receives it; by default the live model.
         optimizers: wrapped or not.
         assign: see :meth:`EMAModel.use_ema`.
     """
@@ -107,7 +108,7 @@ class Loan:
         self._inside = ExitStack()
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether it is to this model, wrapped or not."""
+        """Whether the average is lent to this model, wrapped or not."""
         return unwrap(self._model) is unwrap(model)
 
     @contextmanager
@@ -119,7 +120,7 @@ class Loan:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Live weights inside this block, which lies within the other one."""
+        """Live weights inside this block, which must lie within :meth:`block`."""
         self._inside.close()
         try:
             yield
@@ -138,13 +139,13 @@ def applied(
     *,
     assign: bool = False,
 ) -> Iterator[None]:
-    """Optimizers may change their mode while ``average.apply_ema(model)`` holds."""
+    """Let optimizers change their mode while ``average.apply_ema(model)`` is in effect."""
 
     @contextmanager
     def live_weights() -> Iterator[None]:
         try:
             average.restore_original()
-        except StateError:  # they were put back by other means
+        except StateError:  # other code has put the live weights back
             yield
             return
         try:

@@ -1,4 +1,4 @@
-"""Methods of one object, replaced for a while, that copies and pickles of it do not have."""
+"""Replace methods of one object for a while; copies and pickles keep the original methods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Override:
         return self.around(self._original, *args, **kwargs)
 
     def undo(self) -> None:
-        """Restore the attribute from before; if a later attribute covers this one, only pass calls on."""
+        """Restore the previous attribute; if a later one covers this one, only pass calls on."""
         self.around = None
         own = vars(self._owner)
         if own.get(self._name) is not self:
@@ -48,7 +48,7 @@ class _Override:
             own[self._name] = before
 
     def uncovered(self) -> Any:
-        """The attribute that was there before any override, if there was one."""
+        """The attribute from before every override, or ``_NOTHING`` if there was none."""
         before = self.before
         return before.uncovered() if isinstance(before, _Override) else before
 
@@ -59,11 +59,11 @@ def overridden(owner: object, **methods: Around) -> Iterator[None]:
 
     The replacements are attributes of the instance, so neither its class nor another instance
     changes. Copies (``copy.copy``, ``copy.deepcopy``) and pickles that are made inside the block
-    hold the object as it is without them.
+    do not contain the replacements.
 
     Args:
         owner: an object with a ``__dict__``.
-        **methods: by the name of the method, what to call in its place.
+        **methods: for each method name, the function to call in place of the method.
     """
     arounds = {"__getstate__": _state_without_overrides, **methods}
     placed: list[_Override] = []

@@ -1,4 +1,4 @@
-"""The average of the checkpoint that a run resumes from, or of the best one at its end."""
+"""Load the average of the checkpoint that a run resumes from, or of the best checkpoint."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Resuming:
     """Finds the average in a checkpoint and loads it.
 
     Args:
-        run: the average that goes on from it.
-        checkpoints: keeps the notes of the file.
-        name: of the callback, if it has one.
+        run: the average, which takes over the loaded state.
+        checkpoints: keeps the metadata of the loaded file.
+        name: the name of the callback, or None.
         missing_is_error: whether a checkpoint without an average is an error; else a warning.
     """
 
@@ -40,15 +40,15 @@ class Resuming:
         self._missing_is_error = missing_is_error
 
     def resume(self, args: TrainingArguments, state: TrainerState, told: Path | None) -> None:
-        """Load the average of the checkpoint that training goes on from.
+        """Load the average of the checkpoint that training resumes from.
 
         Args:
-            args: of the Trainer.
-            state: likewise.
-            told: the checkpoint, if an attached Trainer has told it.
+            args: the Trainer's arguments.
+            state: the Trainer's state.
+            told: the checkpoint, if an attached Trainer has named it.
 
         Raises:
-            CheckpointError: there is no average, and this is an error.
+            CheckpointError: there is no average, and ``missing_is_error`` is set.
         """
         otherwise = (
             f"training goes on from step {state.global_step} and the average starts anew from the"
@@ -59,8 +59,9 @@ class Resuming:
             return
         folder = Path(args.resume_from_checkpoint or checkpoint_folder(args, state))
         otherwise += (
-            ". A callback is not told which checkpoint that is: attach(trainer) finds it in any"
-            " folder, and load_ema_state before train() goes on with a state that was saved"
+            ". The Trainer does not tell a callback which checkpoint it resumes from:"
+            " attach(trainer) finds it in any folder, or call load_ema_state before train() to"
+            " continue from a saved state"
         )
         if belongs_to(folder, state):
             self.load_from(folder, otherwise)
@@ -72,7 +73,7 @@ class Resuming:
         file = folder / self._file
         if is_incomplete(folder):
             self._miss(
-                f"{folder} is incomplete, the Trainer was interrupted while it saved there:"
+                f"{folder} is incomplete, because the Trainer was interrupted while it saved there:"
                 " last_complete_checkpoint finds the latest complete one"
             )
         if is_there(file):

@@ -1,8 +1,9 @@
-"""The average of one run after the other: started with training, or continued from a state."""
+"""The average of each run in turn: a fresh one, or one continued from a loaded state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ __all__ = ["RunAverage"]
 
 
 class RunAverage:
-    """The average of the model that is trained, or a state that waits for its model.
+    """The average of the model that is trained, or a loaded state that waits for its model.
 
     Args:
         settings: the options of the average.
@@ -26,7 +27,7 @@ class RunAverage:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._ema_model: EMAModel[nn.Module] | None = None
-        self._loaded: Mapping[str, Any] | None = None  # a state that has not seen its model yet
+        self._loaded: Mapping[str, Any] | None = None  # a state that waits for its model
         self._go_on = False  # a state was loaded for the next train()
         self._begun_with: Mapping[str, Any] | None = None
 
@@ -37,17 +38,17 @@ class RunAverage:
 
     @property
     def ema_model(self) -> EMAModel[nn.Module]:
-        """The average with its model.
+        """The average together with its model.
 
         Raises:
-            StateError: there is none.
+            StateError: there is no average.
         """
         if self._ema_model is None:
             raise StateError("there is no average: train, or load a state and apply it to a model")
         return self._ema_model
 
     def fit(self, model: nn.Module | None) -> EMAModel[nn.Module]:
-        """The average, which a loaded state gets with the first model that it fits."""
+        """The average; a loaded state becomes the average of the first ``model`` that it fits."""
         if self._ema_model is None and self._loaded is not None and model is not None:
             average = with_settings(model, self.settings)
             average.load_state_dict(self._loaded)
@@ -60,13 +61,27 @@ class RunAverage:
             return dict(self._loaded)
         return self.ema_model.state_dict()
 
+    def log_values(self, prefix: str) -> dict[str, float]:
+        """The numbers that the logs show, or an empty mapping before there is an average.
+
+        Args:
+            prefix: begins each name in the logs.
+        """
+        if not self.exists:
+            return {}
+        average = self.ema_model
+        values = {f"{prefix}_decay": average.decay, f"{prefix}_updates": average.count}
+        with suppress(StateError):  # averages are swapped in
+            values[f"{prefix}_distance"] = average.relative_distance()
+        return values
+
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state`` when training begins, or keep it until there is a model."""
+        """Continue from ``state`` when training begins, or keep it until there is a model."""
         with uninterrupted():
             if self._ema_model is not None:
                 self._ema_model.load_state_dict(state)
             else:
-                State.from_dict(state)  # refuses what can be refused now
+                State.from_dict(state)  # raises now if the state is damaged
                 self._loaded = state
             self._go_on = True
 
@@ -74,12 +89,13 @@ class RunAverage:
         """Start as a copy of the weights of ``model``, unless a state was loaded.
 
         Args:
-            model: is trained from now on.
-            again: training begins once more within one ``train()``: so does a loaded state.
-            may_begin_again: whether that may come, so that a loaded state is kept for it.
+            model: the model that is trained from now on.
+            again: training begins once more within one ``train()``, so the state that was loaded
+                for it is loaded again.
+            may_begin_again: whether training may begin once more. If so, a loaded state is kept.
 
         Returns:
-            Whether it goes on with a state that was loaded.
+            Whether the average continues from a loaded state.
         """
         if again and self._begun_with is not None:
             self.load(self._begun_with)

@@ -1,4 +1,4 @@
-"""The files of the average in the folders of a Trainer run: one in each checkpoint."""
+"""The files of the average in the output folder of a run: one in each checkpoint."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ __all__ = [
     "output_folder",
 ]
 
-_INCOMPLETE = "checkpoint-is-incomplete.txt"  # the Trainer's, while it saves on SIGTERM
-_FILES = "trainer_files"  # in the metadata of the average
+_INCOMPLETE = "checkpoint-is-incomplete.txt"  # the Trainer writes it while it saves on SIGTERM
+_FILES = "trainer_files"  # a key in the metadata of the average
 
 
 def file_name(name: str | None) -> str:
-    """The file of the average, or of the average called ``name``."""
+    """The file name of the average of a callback with this name, or without a name."""
     return "ema.safetensors" if name is None else f"ema-{name}.safetensors"
 
 
 def model_folder(args: TrainingArguments, state: TrainerState, name: str | None) -> Path:
-    """Where the averaged model goes at the end of a run."""
+    """The folder for the averaged model at the end of a run."""
     trial = state.trial_name if state.is_hyper_param_search else None
     return output_folder(args) / (trial or "") / ("ema" if name is None else f"ema-{name}")
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint of the present step, which may have been saved or not.
+    """The folder for the checkpoint of the current step, whether or not it was saved yet.
 
-    A hyperparameter search keeps a folder for each trial, called by its ``hp_name`` or else by a
-    number that a callback is not told: then the latest one is the present one.
+    A hyperparameter search keeps a folder for each trial. The folder is named after the trial's
+    ``hp_name``, or else after a number that the Trainer does not tell callbacks. In that case the
+    trial with the newest checkpoint of this step is the current one.
     """
     checkpoint = f"checkpoint-{state.global_step}"
     folder = output_folder(args)
@@ -60,7 +61,7 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def checkpoint_folders(args: TrainingArguments, state: TrainerState, step: int) -> list[Path]:
-    """Where the checkpoint of ``step`` may be, of the run or of a trial of a search.
+    """The folders where the checkpoint of ``step`` may be, for a run or a trial of a search.
 
     On SIGTERM the Trainer saves a trial outside of the folder of that trial.
     """
@@ -74,9 +75,9 @@ def checkpoint_folders(args: TrainingArguments, state: TrainerState, step: int) 
 
 
 def belongs_to(folder: Path, state: TrainerState) -> bool:
-    """Whether ``state`` was read from the checkpoint, and not from one of the same step elsewhere.
+    """Whether ``state`` was read from this checkpoint, not from another one of the same step.
 
-    Two runs that have the same step, epoch, operations and log are not told apart.
+    Two runs with the same step, epoch, number of operations and log look the same.
     """
     try:
         stored = json.loads((folder / TRAINER_STATE_NAME).read_text())
@@ -89,30 +90,31 @@ def belongs_to(folder: Path, state: TrainerState) -> bool:
 
 
 def is_there(file: Path) -> bool:
-    """Whether there is an average, in one file or several."""
+    """Whether the average exists, in one file or several."""
     return file.exists() or index_of(file).exists()
 
 
 def is_incomplete(folder: Path) -> bool:
-    """Whether the Trainer has begun to save there on SIGTERM, and has not finished."""
+    """Whether the Trainer began a save on SIGTERM in this folder and did not finish it."""
     return (folder / _INCOMPLETE).exists()
 
 
 def discard(file: Path) -> None:
-    """Remove an average that another run has left: its checkpoint is about to be written over.
+    """Remove an average that another run has left in a checkpoint that is about to be overwritten.
 
-    While that goes on, it must not look complete.
+    The checkpoint must not look complete while it is being overwritten.
     """
     index_of(file).unlink(missing_ok=True)
     file.unlink(missing_ok=True)
 
 
 def list_files(folder: Path) -> dict[str, str]:
-    """Metadata for the average of a checkpoint: the files that the Trainer has put there.
+    """Metadata for the average of a checkpoint: the files that the Trainer has written there.
 
-    Without averages and hidden files, which a save that comes after this one may replace, but with
-    the index of a sharded checkpoint, without which nothing can be read from that. The mark of an
-    incomplete checkpoint goes when the Trainer has finished.
+    The list leaves out averages and hidden files, because a later save may replace them. It
+    includes the hidden index of a sharded checkpoint, because the shards cannot be read without it.
+    It leaves out the mark of an incomplete checkpoint, because the Trainer removes the mark when it
+    has finished.
     """
     names = sorted(
         file.relative_to(folder).as_posix()
@@ -124,22 +126,23 @@ def list_files(folder: Path) -> dict[str, str]:
 
 
 def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Path | None:
-    """The latest checkpoint of a run that holds all its files, for ``resume_from_checkpoint``.
+    """The latest complete checkpoint of a run, for ``resume_from_checkpoint``.
 
-    The Trainer neither saves nor removes a checkpoint in one step: a process that is killed leaves
-    a folder with some of its files. The average is written last, and whole or not at all, and
-    lists the others, so a checkpoint with a good one and all that it lists is complete, unless the
-    Trainer's own mark says that it was saving there on SIGTERM. (With
-    ``save_total_limit=1`` the Trainer removes the last complete one before the next is complete:
-    keep two, and with ``load_best_model_at_end`` three.)
+    The Trainer does not save or remove a checkpoint atomically: if the process is killed, a folder
+    with some of the files is left. The average is written last and atomically, and it lists the
+    other files. So a checkpoint is complete if its average can be read and all listed files exist,
+    unless the Trainer's own mark shows an unfinished save on SIGTERM.
+
+    With ``save_total_limit=1`` the Trainer removes the last complete checkpoint before the next one
+    is complete. Keep at least two checkpoints, or three with ``load_best_model_at_end``.
 
     Args:
         folder: ``output_dir`` of the run.
-        name: of the callback, where it has one; of several, the one that writes last: it stands
-            last in the list, or was attached last.
+        name: the name of the callback, or None. If the Trainer has several callbacks, name the one
+            that writes last: it is the last in the list, or was attached last.
 
     Returns:
-        The folder of the checkpoint, or None where there is none.
+        The folder of the checkpoint, or None if there is no complete checkpoint.
     """
     found = [
         (int(step), path)
@@ -159,9 +162,9 @@ def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Pat
 
 
 def _holds_all(folder: Path, record: Record) -> bool:
-    """Whether the files are there that were when the average was written.
+    """Whether all files still exist that the average lists.
 
-    Resuming does without some of them, for instance the optimizer's, and says nothing.
+    The Trainer resumes silently without some of them, for instance without the optimizer's file.
     """
     try:
         names = json.loads(record.extra.get(_FILES, "[]"))
@@ -171,5 +174,5 @@ def _holds_all(folder: Path, record: Record) -> bool:
 
 
 def output_folder(args: TrainingArguments) -> Path:
-    """Where the Trainer keeps the run."""
+    """The folder where the Trainer keeps the run."""
     return Path(args.output_dir or "trainer_output")  # the Trainer's own default

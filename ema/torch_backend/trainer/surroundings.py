@@ -1,7 +1,7 @@
-"""Where in a Trainer a call comes from, read from the stack of calls.
+"""Find out from the call stack where in a Trainer a call comes from.
 
-The Trainer gives a callback no way to tell the evaluation of a step from whatever another callback
-does with the model meanwhile. The calls in progress tell them apart.
+The Trainer does not tell a callback whether its own evaluation or another callback is using the
+model. The calls in progress show which of the two it is.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ class Surroundings:
     """The calls of a Trainer that are in progress.
 
     Attributes:
-        training: whether ``train()`` is; what follows is about the innermost one.
-        evaluating: whether an evaluation or a prediction is.
+        training: whether ``train()`` is in progress. The other attributes count only calls inside
+            the innermost ``train()``.
+        evaluating: whether an evaluation or a prediction is in progress.
         saving: whether a checkpoint is being written.
-        events: how many events are being told to callbacks, one inside the other.
-        handler: tells the innermost of them.
+        events: how many events are being sent to callbacks, one inside the other.
+        handler: the handler that sends the innermost event, or None.
     """
 
     training: bool
@@ -40,17 +41,17 @@ class Surroundings:
 
     @property
     def evaluation_of_training(self) -> bool:
-        """Whether training is in one of its evaluations."""
+        """Whether training is in one of its evaluations or predictions."""
         return self.training and self.evaluating
 
     @property
     def another_callback(self) -> bool:
-        """Whether a callback does this that was not called from within an evaluation."""
+        """Whether a callback makes this call, outside of any evaluation."""
         return self.events > 0 and not self.evaluating
 
 
 def surroundings() -> Surroundings:
-    """Look at the calls in progress in this thread, from the innermost one to ``train()``."""
+    """Inspect the calls in progress in this thread, from the innermost one to ``train()``."""
     handlers: list[CallbackHandler] = []
     training = evaluating = saving = False
     frame: FrameType | None = inspect.currentframe()
@@ -72,5 +73,5 @@ def _owner(frame: FrameType) -> object:
 
 
 def _is_trainer(owner: object) -> bool:
-    """Also a class that sends the same events without being a ``Trainer``."""
+    """Whether it sends events as a ``Trainer`` does; it need not be one."""
     return isinstance(getattr(owner, "callback_handler", None), CallbackHandler)

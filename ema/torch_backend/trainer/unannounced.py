@@ -1,4 +1,4 @@
-"""Checkpoints that the Trainer has written without telling its callbacks."""
+"""Find checkpoints that the Trainer has written without sending an event."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["UnannouncedSaves"]
 
 
 class UnannouncedSaves:
-    """Notices in memory that something was saved, and only then looks for it in the output folder.
+    """Detects in memory that a checkpoint was saved, and only then searches the output folder.
 
-    Each save replaces the entry of ``TrainerControl`` in the state that it writes. In the output folder,
-    a checkpoint of this run is one whose ``trainer_state.json`` was not there, or was another one,
-    when the run began.
+    Each save replaces the entry of ``TrainerControl`` in the state that it writes. A checkpoint in
+    the output folder belongs to this run if its ``trainer_state.json`` is new or has changed since
+    the run began.
     """
 
     def __init__(self) -> None:
         self._entry: Any = None
-        self._known: dict[Path, int] = {}  # by folder: when its state was written
+        self._known: dict[Path, int] = {}  # for each folder: the time when its state was written
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Nothing was saved by this run so far."""
+        """Start with a run that has saved no checkpoint yet."""
         self._entry = _entry(state)
         self._known = {}
         if args.should_save:
@@ -36,11 +36,11 @@ class UnannouncedSaves:
                 self.know(folder)
 
     def any(self, state: TrainerState) -> bool:
-        """Whether something was saved in this process since the last :meth:`settle`."""
+        """Whether this process has saved a checkpoint since the last :meth:`settle`."""
         return _entry(state) is not self._entry
 
     def find(self, args: TrainingArguments, state: TrainerState, step: int) -> list[Path]:
-        """Checkpoints of this step that were saved and are not known."""
+        """Checkpoints of this step that were saved and are not known yet."""
         if not self.any(state):
             return []
         return [
@@ -50,19 +50,19 @@ class UnannouncedSaves:
         ]
 
     def know(self, folder: Path) -> None:
-        """This checkpoint has its average, or is that of another run."""
+        """Mark this checkpoint as known: it has its average, or another run wrote it."""
         if (time := _time(folder)) is not None:
             self._known[folder] = time
 
     def settle(self, state: TrainerState, folder: Path | None = None) -> None:
-        """All that was saved so far is known."""
+        """Mark all saves so far as known."""
         self._entry = _entry(state)
         if folder is not None:
             self.know(folder)
 
 
 def _entry(state: TrainerState) -> Any:
-    entries: Any = state.stateful_callbacks  # a dict, whatever its annotation says
+    entries: Any = state.stateful_callbacks  # it is a dict, although its annotation differs
     return entries.get(TrainerControl.__name__) if entries else None
 
 

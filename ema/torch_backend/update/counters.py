@@ -1,4 +1,4 @@
-"""How far averages are."""
+"""Counts of steps and updates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Counters"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Counters:
-    """Counters of one run, replaced all at once, so that Ctrl-C finds them as they were or will be.
+    """Counters of one run. They are replaced all at once, so that Ctrl-C never finds half of a change.
 
     Attributes:
         step: calls of ``update``.
         count: updates made by them.
-        skipped: updates that were due and not made, since the live weights were not finite.
-        pending: for each of the last updates that were counted, whether it is made, where only
-            the device knows yet.
+        skipped: updates that were due and skipped, because live weights held NaN or Inf.
+        pending: for each of the last counted updates, a flag that tells whether it was made; only
+            the device knows its value so far.
     """
 
     step: int = 0
@@ -28,15 +28,15 @@ class Counters:
     pending: tuple[DeviceFlag, ...] = ()
 
     def settled(self) -> Counters:
-        """With nothing pending: the device is asked, and waited for."""
+        """The counters with nothing pending; waits for the answers of the device."""
         return self._told(len(self.pending))
 
     def arrived(self) -> Counters:
-        """With what the device has told by now; it is not waited for."""
+        """The counters that include every answer of the device so far, without waiting for it."""
         return self._told(len(list(takewhile(DeviceFlag.has_arrived, self.pending))))
 
     def _told(self, number: int) -> Counters:
-        """With so many of those pending settled."""
+        """The counters with so many pending answers settled."""
         if number == 0:
             return self
         skipped = sum(not flag for flag in self.pending[:number])

@@ -41,7 +41,7 @@ def lerp(averages: list[Tensor], params: list[Tensor], weight: float) -> list[Ca
         weight: ``1 − decay`` of this update, in [0, 1], already of the precision of the averages.
 
     Returns:
-        The calls that do it, none where there is nothing to do.
+        The calls that do it; empty if there is nothing to do.
     """
     if weight == 0.0:
         return []
@@ -59,8 +59,8 @@ def compensated(
 ) -> list[Call]:
     """The same for an average whose exact value is ``average + remainder``.
 
-    Its error stays near one unit in the last place at any decay, where without a remainder steps
-    of less than half a unit are lost.
+    Its error stays near one unit in the last place at any decay. Without a remainder, steps of
+    less than half a unit are lost.
 
     Args:
         average: float32 or float64.

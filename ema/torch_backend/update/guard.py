@@ -18,15 +18,15 @@ from ema.torch_backend.tensors.sharding import local_of, meshes_of
 __all__ = ["DeviceFlag", "Guard", "all_finite", "on_every_device"]
 
 _PIECE = 1 << 16
-"""Elements for each of which ``_foreach_norm`` holds a number on a GPU."""
+"""Elements of a piece; ``_foreach_norm`` holds one number for each piece on a GPU."""
 _SCRATCH = 1 << 22
-"""So many numbers at most: 16 MiB of float32."""
+"""The most such numbers at a time: 16 MiB of float32."""
 
 
 class Guard:
     """The tensors of a model, ready to be looked through.
 
-    The ranks of a sharded model tell each other one number, so that all of them do the same.
+    The ranks of a sharded model exchange one number, so that all of them decide alike.
 
     Args:
         tensors: by name.
@@ -35,7 +35,7 @@ class Guard:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], moving: Collection[int] = ()) -> None:
-        # plain ones are read themselves, wherever their memory is by then, as an update reads them
+        # plain tensors are read through themselves, as in an update, so their memory may move
         here = {name: _readable(tensor) for name, tensor in tensors.items()}
         self._tensors = {name: tensor for name, tensor in here.items() if tensor.numel()}
         self._moving = moving
@@ -50,7 +50,7 @@ class Guard:
         self._looks: dict[torch.device, list[Callable[[], Tensor]]] = {}
 
     def prepare(self) -> None:
-        """Make ready for looks on accelerators, and compile what they launch."""
+        """Prepare the checks on accelerators, and compile their kernels."""
         if not self._looks:
             for device, names in self._on_accelerators.items():
                 tensors = [self._tensors[name] for name in names]
@@ -68,7 +68,7 @@ class Guard:
     def nonfinite(self) -> list[str]:
         """The names of the tensors that hold NaN or Inf; reads all of them once.
 
-        Accelerators are waited for: once, unless there is such a tensor.
+        Waits for accelerators: once, unless there is such a tensor.
         """
         names = self._nonfinite_here()
         if self._meshes:
@@ -86,7 +86,7 @@ class Guard:
         return bad
 
     def _flags(self) -> dict[torch.device, Tensor]:
-        """Whether there is none on an accelerator, for each of them."""
+        """Whether all values are finite, one flag for each accelerator."""
         self.prepare()
         flags = {device: [look() for look in looks] for device, looks in self._looks.items()}
         return {device: torch.stack(several).all() for device, several in flags.items()}
@@ -112,7 +112,7 @@ class Guard:
 def on_every_device(flags: Mapping[torch.device, Tensor]) -> dict[torch.device, Tensor]:
     """On each device whether all of the flags are true.
 
-    A copy from one device to another waits for the current streams of both, and they for it.
+    A copy between devices waits for the current streams of both, and both wait for the copy.
     """
     if len(flags) < 2:
         return dict(flags)
@@ -154,7 +154,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _of_bounded_scratch(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of which PyTorch holds a number for each piece of each tensor, were all the largest.
+    """Groups whose pieces, if every tensor were as large as the largest, number at most the limit.
 
     Args:
         tensors: the smallest first.
@@ -175,9 +175,9 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 class DeviceFlag:
-    """A bool on a device, on its way to the host since it was made.
+    """A bool on a device whose copy to the host begins at once.
 
-    Asking for it waits until then, and not for what the device was given to do later.
+    Asking for it waits for the check alone, and not for work that was queued after it.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -190,7 +190,7 @@ class DeviceFlag:
             self._arrived.record()
 
     def has_arrived(self) -> bool:
-        """Whether asking for it waits no more."""
+        """Whether the value has arrived, so that asking does not wait."""
         return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
 
     def __bool__(self) -> bool:

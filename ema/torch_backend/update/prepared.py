@@ -75,7 +75,7 @@ class PreparedUpdate:
             weights: one for each average.
             counters: as they are after the update.
             keep: is called with the counters at the moment of the update, so that Ctrl-C, or a
-                handler of another signal that saves, finds averages and counters of one moment.
+                handler of another signal that saves, finds averages and counters that belong together.
         """
         if self._runs_at_once:
             self._sweep(weights, counters.count, then=partial(keep, counters))
@@ -111,7 +111,7 @@ class PreparedUpdate:
             self._beside.before_write()
 
     def release(self) -> None:
-        """Remove the hooks from the modules, because this update will not run any more."""
+        """Remove the hooks from the modules: this update will not run again."""
         if isinstance(self._beside, SideStream):
             self._beside.release()
 
@@ -161,7 +161,7 @@ def _is_offloaded(entry: Tracked) -> bool:
 
 
 def warn_without_streams(tensors: Iterable[Tensor]) -> bool:
-    """Warn if these tensors are on an accelerator on which nothing can overlap; returns whether."""
+    """Whether these tensors are on an accelerator without overlap; warns if so."""
     without = {tensor.device.type for tensor in tensors} - {"cuda", "cpu", "meta"}
     if without:
         warn(

@@ -1,8 +1,8 @@
-"""Stochastic rounding to bfloat16, a chunk at a time; :mod:`ema.rounding` says what and why.
+"""Stochastic rounding to bfloat16, a chunk at a time; :mod:`ema.rounding` gives the method.
 
-The hash is of 32-bit integers without a sign, which PyTorch computes with int32: products wrap, and
-what a right shift brings in from the sign is masked. Its first step, ``x ⊕ (x >> 16)``, distributes
-over ⊕, so that of ``index ⊕ key`` it is taken of each: of the indices once, of the key on the host.
+The hash is defined on unsigned 32-bit integers. PyTorch computes it with int32: products wrap, and the
+sign bits that a right shift brings in are masked. Its first step, ``x ⊕ (x >> 16)``, distributes over
+⊕. So it is applied to the two parts of ``index ⊕ key`` apart: to the indices once, to the key on the host.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Indices(NamedTuple):
 
     Attributes:
         offset: index of the first element.
-        sizes: of the dimensions in the order of memory, the outermost first; size 1 left out, and
-            neighbors that count on together made one.
+        sizes: of the dimensions in the order of memory, the outermost first. Dimensions of size 1
+            are left out, and neighbors with one common stride are joined.
         strides: of the same dimensions, by which the index grows.
     """
 
@@ -165,7 +165,7 @@ class GatheredBits:
         ]
 
     def _spread(self, values: np.ndarray[Any, np.dtype[np.uint32]]) -> Tensor:
-        """The value of each tensor for each of its elements; NumPy's takes a tenth of PyTorch's."""
+        """Repeat the value of each tensor for each element; NumPy takes a tenth of PyTorch's time."""
         return torch.from_numpy(np.repeat(values.view(np.int32), self._lengths)).to(self._device)
 
 

@@ -75,7 +75,7 @@ class Stretch(NamedTuple):
         return Indices.of(self.tracked.averages[0], self.tracked.box)
 
     def random_bits(self) -> StretchBits | None:
-        """The random bits of stochastic rounding; None where it rounds to nearest or not at all."""
+        """The random bits of stochastic rounding; None if the average is not rounded stochastically."""
         if not self.narrow or self.tracked.stream is None:
             return None
         offset = self.averages[0].storage_offset() - self.tracked.averages[0].storage_offset()
@@ -114,7 +114,7 @@ def neighbors(stretches: list[Stretch]) -> Iterator[list[Stretch]]:
 
 
 def _follows(stretch: Stretch, last: Stretch) -> bool:
-    """Whether everything that is kept for ``stretch`` begins where that of ``last`` ends."""
+    """Whether the averages and remainders of ``stretch`` begin where those of ``last`` end."""
     return all(
         map(
             _begins_at_end,

@@ -1,4 +1,4 @@
-"""One update of many tensors: the way of each of them through memory, prepared once."""
+"""One update of many tensors, prepared once: how each of them passes through memory."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ class Sweep:
 
     Large tensors whose average has the same dtype are read where they are, all in one call. The
     others pass through one buffer of :data:`~ema.torch_backend.tensors.memory.CHUNK` elements: small
-    tensors whose averages lie side by side are gathered in it, and what has another dtype, device
-    or memory order is converted in it, a chunk at a time. What needs more than one operation is
+    tensors whose averages lie side by side are gathered in it, and tensors of another dtype, device
+    or memory order are converted in it, a chunk at a time. A copy that needs more than one operation is
     done a chunk at a time too, so that it stays in cache. The buffers are reused, and a signal
     (Ctrl-C) finds an update done or not begun. Several averages of one tensor read it once.
 
-    On a GPU kernels take what PyTorch would need several passes for.
+    On a GPU, kernels do in one pass what PyTorch would do in several.
 
     Args:
         tracked: the tensors and their averages, all of one number.
-        guarded: whether calls say by a flag on the device if anything is to be done, as far as
+        guarded: whether a flag on the device decides if an update is made, as far as
             :attr:`on_device` allows.
 
     Attributes:
@@ -105,7 +105,7 @@ class Sweep:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Memory of its own, and what kernels work on."""
+        """Allocate scratch, and prepare the kernels."""
         used = [tensor for several in self._kernels for each in several for tensor in each.tensors]
         used += self._buffers.values()
         return used + [tensor for scratch in self._scratch.values() for tensor in scratch]
@@ -123,13 +123,13 @@ class Sweep:
         Args:
             weights: ``1 − decay`` in [0, 1] and float64, one for each average.
             count: number of the update, from 1.
-            finite: where it is all done by kernels, a bool on each device, and all of them the
-                same; false: nothing is done.
-            then: a last step, which nothing parts from the others.
+            finite: if kernels do everything, a bool on each device, all of the same value; false:
+                nothing is done.
+            then: a last step, which a signal cannot part from the others.
         """
         steps = [*self._steps(weights, count), then]
         if not any(self._kernels):
-            # live tensors are among what is read: each that autograd does not look at saves 40 ns
+            # live tensors are read too: without autograd each of them takes 40 ns less
             with torch.inference_mode():
                 run(steps)
             return
@@ -140,7 +140,7 @@ class Sweep:
             run(steps)
 
     def _steps(self, weights: Sequence[float], count: int) -> Iterator[Call]:
-        """All that is not done by kernels."""
+        """The steps that no kernel does."""
         single = [float(np.float32(weight)) for weight in weights]  # rounded once
         for each in self._passes:
             wide = each.params[0].dtype == torch.float64
@@ -277,7 +277,7 @@ class Sweep:
 
 
 def _in_order(stretch: Stretch) -> bool:
-    """Whether its random bits, if there are any, count through its memory as it lies."""
+    """Whether its random bits, if any, follow the order of its memory."""
     return stretch.random_bits() is None or stretch.indices.consecutive
 
 
@@ -295,8 +295,8 @@ def _has_kernel(stretch: Stretch) -> bool:
 def _side_by_side(sources: list[Tensor], out: Tensor) -> Iterator[Call]:
     """Copy vectors one after the other into ``out``.
 
-    On a CPU a piece at a time that stays on this thread: of more elements ``torch.cat`` takes up to
-    five times as long for each.
+    On a CPU it copies a piece at a time, small enough to stay on this thread: for larger ones
+    ``torch.cat`` takes up to five times as long for each element.
     """
     first = start = stop = 0
     for last, source in enumerate(sources):

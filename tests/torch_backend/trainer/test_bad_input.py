@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_during_a_save(gpt2, new_gpt2, train, folder):
     ("options", "error", "message"),
     [
         ({"eval_with_ema": 1}, ArgumentTypeError, "`eval_with_ema` must be True or False, got 1"),
-        ({"decay": {"a": 0.5}}, ArgumentTypeError, "for several averages take several callbacks"),
+        ({"decay": {"a": 0.5}}, ArgumentTypeError, "for several averages use several callbacks"),
         ({"save_ema_model": "x"}, ArgumentTypeError, "`save_ema_model` must be True or False"),
         ({"on_missing_average": "ask"}, ArgumentError, "must be 'warn' or 'error', got 'ask'"),
         ({"name": "a/b"}, ArgumentError, "`name` must be an identifier, got 'a/b'"),

@@ -355,13 +355,13 @@ def test_attach_and_detach_go_in_pairs(gpt2, make_trainer):
     """Twice, without, or out of turn is an error that changes nothing."""
     trainer = make_trainer(gpt2)
     slow, fast = EMACallback(0.6, name="slow"), EMACallback(0.5, name="fast")
-    with pytest.raises(StateError, match="attached to no Trainer"):
+    with pytest.raises(StateError, match="not attached to a Trainer"):
         slow.detach()
     slow.attach(trainer)
     with pytest.raises(StateError, match="attached to a Trainer already"):
         slow.attach(trainer)
     fast.attach(trainer)
-    with pytest.raises(StateError, match="after what was attached later"):
+    with pytest.raises(StateError, match="attached later to be detached first"):
         slow.detach()
     fast.detach()
     slow.detach()
