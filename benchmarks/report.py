@@ -70,33 +70,40 @@ def of_times(case: Case, seconds: Mapping[str, list[float]]) -> Report:
     }
     copy = rates.get("flat copy")
 
-    def over(combine: Callable[[float, float], float], name: str, other: str) -> float:
-        """The median over the rounds of a ratio or a difference."""
-        pairs = zip(seconds[name], seconds[other], strict=True)
-        return statistics.median(combine(one, two) for one, two in pairs)
-
     columns = ["ms", "quartiles", *(f"÷ {reference}" for reference in case.references)]
     columns += ["added ms", f"÷ added by {first}"] * case.added
     columns += ["GB/s"] * bool(rates) + ["of copy"] * (copy is not None)
     rows = []
     for c in case.contenders:
-        ratios = [over(operator.truediv, c.name, reference) for reference in case.references]
-        cells = [*_times(seconds[c.name]), *(f"{ratio:.2f}" for ratio in ratios)]
-        if case.added and c.name == limit:
-            cells += ["", ""]
-        elif case.added:
-            added, unit = (over(operator.sub, name, limit) for name in (c.name, first))
-            cells += [short(added * 1e3), f"{added / unit:.2f}" if unit > 0 else "?"]
+        mine = seconds[c.name]
+        ratios = [_over(operator.truediv, mine, seconds[other]) for other in case.references]
+        cells = [*_times(mine), *(f"{ratio:.2f}" for ratio in ratios)]
+        if case.added:
+            blank = c.name == limit
+            cells += ["", ""] if blank else _added(mine, seconds[first], seconds[limit])
         if rates:
             cells.append(short(rates[c.name] / 1e9))
         if copy is not None:
             cells.append(f"{rates[c.name] / copy:.0%}")
-        samples = [float(f"{second:.4g}") for second in seconds[c.name]]
+        samples = [float(f"{second:.4g}") for second in mine]
         rows.append(Row(name=c.name, kind=c.kind, cells=cells, ratio=ratios[0], seconds=samples))
     rounds = len(seconds[first])
     return Report(
         title=case.title, columns=columns, rows=rows, limit=limit, note=case.note, rounds=rounds
     )
+
+
+def _over(
+    combine: Callable[[float, float], float], ones: list[float], others: list[float]
+) -> float:
+    """The median over the rounds of a ratio or a difference."""
+    return statistics.median(combine(one, two) for one, two in zip(ones, others, strict=True))
+
+
+def _added(mine: list[float], first: list[float], limit: list[float]) -> list[str]:
+    """Milliseconds added to the limit, and their ratio to those that the first contender adds."""
+    added, unit = (_over(operator.sub, each, limit) for each in (mine, first))
+    return [short(added * 1e3), f"{added / unit:.2f}" if unit > 0 else "?"]
 
 
 def _times(seconds: list[float]) -> list[str]:
