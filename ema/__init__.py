@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ema import profiles as profiles
 from ema.decay import (
     compute_optimal_decay,
     decay_from_half_life,
@@ -31,6 +30,7 @@ from ema.plan.model import Plan, plan_ema
 from ema.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
+    from ema import profiles as profiles
     from ema.converting.convert import convert as convert
     from ema.jax_backend import ParamsEMAState as ParamsEMAState
     from ema.jax_backend import get_params_ema as get_params_ema
@@ -91,10 +91,12 @@ globals().update(SCHEDULES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "profiles":
+        return importlib.import_module("ema.profiles")
     if name in _BACKEND_OF:
         return getattr(importlib.import_module(_BACKEND_OF[name]), name)
     raise AttributeError(f"module 'ema' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_BACKEND_OF})
+    return sorted({*globals(), *_BACKEND_OF, "profiles"})

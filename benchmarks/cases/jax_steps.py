@@ -141,10 +141,11 @@ def _incremental(grads: Arrays, optimizer: optax.GradientTransformation, *, dona
 def _nnx(grads: Arrays, optax_optimizer: optax.GradientTransformation) -> Steps:
     """An ``nnx.Optimizer`` step and ``nnx.EMA`` in one ``nnx.jit``, as its documentation has it."""
 
-    @nnx.jit(donate_argnums=(0, 1, 2))
-    def train(model: Any, optimizer: Any, average: Any, grads: Any) -> None:
+    def both(model: Any, optimizer: Any, average: Any, grads: Any) -> None:
         optimizer.update(model, grads)
         average.update(model)
+
+    train: Callable[..., None] = nnx.jit(both, donate_argnums=(0, 1, 2))
 
     model = nnx.List([nnx.Param(leaf) for leaf in _params(grads)])
     optimizer = nnx.Optimizer(model, optax_optimizer, wrt=nnx.Param)
@@ -152,7 +153,7 @@ def _nnx(grads: Arrays, optax_optimizer: optax.GradientTransformation) -> Steps:
     structure = jax.tree.structure(nnx.state(model, nnx.Param))
 
     def step(state: Any) -> Any:
-        train(*state, structure.unflatten(grads))  # type: ignore[call-arg]
+        train(*state, structure.unflatten(grads))
         return state
 
     return (model, optimizer, average), step

@@ -71,7 +71,7 @@ def recalibrate_batch_norm(
         ArgumentError: ``variables`` is missing for linen, or is given for nnx.
         ArgumentTypeError: a batch has another type and ``forward`` is not given.
         ModelError: the model has no BatchNorm layer, or keeps all of them in evaluation mode.
-        StateError: there are no batches, or ``forward`` made no layer gather statistics.
+        StateError: ``batches`` is empty, or ``forward`` made no layer gather statistics.
 
     Example:
         >>> import jax.numpy as jnp

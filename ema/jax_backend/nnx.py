@@ -52,9 +52,8 @@ class EMA(nnx.Pytree):
         average + w · (params − average)                 w < 0.5
         params  − (params − average) · (1 − w)           otherwise
 
-    Only floating-point Variables are averaged, so the model may have integers, PRNG keys and
-    Dropout, whatever ``only`` selects. An ``EMA`` is a pytree: ``nnx.jit`` (also donated),
-    ``nnx.scan`` and checkpoints take it as they take a module.
+    Only floating-point Variables are averaged, even if ``only`` selects integers or PRNG keys. An
+    ``EMA`` is a pytree: ``nnx.jit`` (also donated), ``nnx.scan`` and checkpoints take it.
 
     Args:
         model: any module, or its ``nnx.State``; its values are copied, and it is not kept.
@@ -135,7 +134,7 @@ class EMA(nnx.Pytree):
                 on_nonfinite=on_nonfinite,
             )
         )
-        live = self._select(model)
+        live = _selected(self, model)
         if not live:
             raise ModelError(
                 f"`model` must hold a floating-point Variable to average, got none that"
@@ -149,7 +148,9 @@ class EMA(nnx.Pytree):
         for path, variable in nnx.to_flat_state(live):
             average = averages[path]
             # a layer writes into its statistics whenever it is called in training mode
-            if average.dtype != jnp.result_type(_value(variable)) or not _is_param(variable):
+            if average.dtype != jnp.result_type(_value(variable)) or not isinstance(
+                variable, nnx.Param
+            ):
                 finer[path] = _beside(variable, average)
                 average = jnp.array(_value(variable), copy=True)
             shown[path] = variable.copy(average)
@@ -193,7 +194,7 @@ class EMA(nnx.Pytree):
         Raises:
             ModelError: its Variables do not match the average; nothing has changed.
         """
-        live = nnx.as_pure(self._select(model))
+        live = nnx.as_pure(_selected(self, model))
         unchanged = jax.tree.map(lambda _: None, live)
         _, after = self._transform().update(unchanged, self.state(), live)
         self._take(after)
@@ -248,7 +249,7 @@ class EMA(nnx.Pytree):
         Raises:
             ModelError: the Variables of ``model`` do not match the average.
         """
-        theirs = dict(nnx.to_flat_state(self._select(model)))
+        theirs = dict(nnx.to_flat_state(_selected(self, model)))
         ours = dict(nnx.to_flat_state(self.params))
         if text := difference(
             [_name(path) for path in ours if path not in theirs],
@@ -277,20 +278,6 @@ class EMA(nnx.Pytree):
 
     def _transform(self) -> optax.GradientTransformation:
         return transform_of(self._settings)
-
-    def _select(self, model: Any) -> Any:
-        def is_averaged(path: Path, value: Any) -> bool:
-            if not isinstance(value, nnx.Variable):
-                return False
-            leaf = _value(value)
-            if not (is_hole(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, _NUMBERS)):
-                raise ModelError(
-                    f"`{_name(path)}` holds a {type(leaf).__name__}, but EMA averages arrays: leave"
-                    " it out by `only`, or use params_ema in the chain of an nnx.Optimizer"
-                )
-            return is_inexact(leaf)
-
-        return nnx.state(model, nnx.All(self.only, is_averaged), graph=self.graph)
 
 
 @contextmanager
@@ -332,7 +319,7 @@ def use_ema(model: M, source: nnx.Optimizer[Any] | EMA, name: str | None = None)
                 f"`name` must be None for an EMA, which holds only one average, got {name!r}"
             )
         source.apply_to(model)  # refuses another model
-        live = nnx.as_pure(source._select(model))  # noqa: SLF001  # the class is in this file
+        live = nnx.as_pure(_selected(source, model))
         average = _shown(source)
     else:
         if not isinstance(source, nnx.Optimizer):
@@ -383,10 +370,6 @@ def _beside(variable: Any, value: jax.Array) -> EMAVariable:
     return cast("EMAVariable", EMAVariable.from_metadata(value, metadata))
 
 
-def _is_param(variable: Any) -> bool:
-    return isinstance(variable, nnx.Param)
-
-
 def _is_deleted(leaf: Any) -> bool:
     return (
         isinstance(leaf, jax.Array)
@@ -397,3 +380,20 @@ def _is_deleted(leaf: Any) -> bool:
 
 def _name(path: Path) -> str:
     return ".".join(map(str, path))
+
+
+def _selected(average: EMA, model: Any) -> Any:
+    """The Variables of ``model`` that ``average`` averages."""
+
+    def is_averaged(path: Path, value: Any) -> bool:
+        if not isinstance(value, nnx.Variable):
+            return False
+        leaf = _value(value)
+        if not (is_hole(leaf) or hasattr(leaf, "dtype") or isinstance(leaf, _NUMBERS)):
+            raise ModelError(
+                f"`{_name(path)}` holds a {type(leaf).__name__}, but EMA averages arrays: leave"
+                " it out by `only`, or use params_ema in the chain of an nnx.Optimizer"
+            )
+        return is_inexact(leaf)
+
+    return nnx.state(model, nnx.All(average.only, is_averaged), graph=average.graph)

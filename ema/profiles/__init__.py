@@ -1,7 +1,7 @@
-"""The memory of an average: which part of the run it looks back on, and how to build another one.
+"""The memory of an average: the part of the run that it remembers, and how to build another one.
 
-:func:`profile_of` tells for any schedule what share each past step has in its average (the
-*response*), how much of each step's movement the average contains (the *tail*), and the mean age and
+:func:`profile_of` describes the average of any schedule: the share of each past step (the
+*response*), the part of each step's movement that it contains (the *tail*), and the mean age and
 relative width of its memory::
 
     profile = ema.profiles.profile_of(0.999, 10_000)

@@ -1,7 +1,7 @@
 """Profiles in continuous time, each with its formula, and the profile of a plain checkpoint.
 
 They have no step length: a run of 1,000 steps and one of a million have the same shape, stretched.
-Use :mod:`ema.profiles.runs` for what an average really holds after so many updates.
+Use :mod:`ema.profiles.runs` for the exact shares after a number of updates.
 
 The formulas use ``τ`` for the time of a step and ``T`` for ``step``.
 """

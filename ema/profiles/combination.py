@@ -64,10 +64,10 @@ def combine(
     the sum of the coefficients as a constraint.
 
     Args:
-        sources: profiles of what is stored.
-        target: profile of the average that is wanted.
-        continuous: compare over continuous time, as for profiles with a formula; by default over
-            the steps of a run.
+        sources: profiles of the stored averages.
+        target: profile of the wanted average.
+        continuous: compare over continuous time, which suits profiles with a formula. The default
+            compares over the steps of a run.
 
     Raises:
         ArgumentError: the target is later than all sources; fewer than two sources can take part;
@@ -113,7 +113,7 @@ def _taking_part(sources: Sequence[Profile], target: Profile) -> list[int]:
     early = [index for index, source in enumerate(sources) if source.step <= target.step]
     later = [index for index in early if sources[index].step > 0]
     shares = (target.initial_share, *(sources[index].initial_share for index in later))
-    # a share that float32 cannot hold beside the rest is none
+    # float32 rounds a smaller share away
     return early if max(shares) > _ROUNDING else later
 
 

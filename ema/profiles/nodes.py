@@ -1,7 +1,7 @@
 """Few times and weights that stand for all steps of a run, or for all of its time.
 
-Tails are smooth between the steps at which one of them jumps or bends. There 40 nodes of Gauss give
-what a sum over all steps would give, so the cost does not depend on the length of the run.
+Tails are smooth between the steps at which one of them jumps or bends. On such a piece 40 Gauss nodes
+give the same result as a sum over all steps, so the cost does not depend on the length of the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NODES = 40
 _HALVINGS = 8
 """Halvings of the first interval towards 0, where a fractional power of the time is not smooth."""
 _LONGEST = 256
-"""Steps from which on a piece is halved towards its end: averages may remember few steps only."""
+"""A longer piece is halved towards its end, because some averages remember few steps."""
 
 
 def integral_nodes(edges: Iterable[float]) -> tuple[Floats, Floats]:

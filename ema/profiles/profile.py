@@ -1,4 +1,4 @@
-"""The memory of an average at one moment: what every kind of profile can tell."""
+"""The memory of an average at one moment: the properties that every profile has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = NDArray[np.float64]
 
 
 class Profile(Protocol):
-    """What an average that stands at ``step`` contains of the run before it.
+    """The parts of a run that an average at ``step`` contains.
 
     Write ``W_i`` for the params after step ``i`` and ``c_i`` for their share in the average, its
     *response*. The *tail* is ``F_i = Σ_{j≥i} c_j``. The average is then::

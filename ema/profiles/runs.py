@@ -1,7 +1,7 @@
-"""Profiles of averages as they are really kept: any schedule, one update after the other.
+"""Profiles of real averages: any schedule, one update after the other.
 
-An update with weight ``w_m`` keeps ``1 − w_m`` of what the average held. Over the updates up to
-``n`` the average keeps the share ``exp(L_n − L_m)`` of what it held after update ``m``, where
+An update with weight ``w_m`` keeps the share ``1 − w_m`` of the average. At update ``n`` the average
+contains the share ``exp(L_n − L_m)`` of its value after update ``m``, where
 ``L_m = Σ_{l≤m} ln(1 − w_l)``. One such table, made in O(T), serves every step of a run. The power
 function and constant decays have a formula and need no table.
 """
@@ -84,7 +84,7 @@ class Run:
         return np.broadcast_to(weights, counts.shape)
 
     def last_copy(self, updates: int) -> int:
-        """Number of the last update with weight 1, which copies the params; 0 if there was none."""
+        """Number of the last update with weight 1, which copies the params; 0 without one."""
         if self._formula is not None:
             return self._formula.last_copy(updates)
         copies = self._copies
@@ -279,7 +279,7 @@ class _Formula:
 
 
 def _formula(schedule: Schedule, span: int) -> _Formula | None:
-    """The formula of a schedule that has one, in whose place others have a table."""
+    """The formula of a schedule; None if the schedule has none and needs a table."""
     if type(schedule) in (PowerFunction, UniformAverage):
         power = schedule.gamma + 1.0 if isinstance(schedule, PowerFunction) else 1.0
         # (1 − 1/m)^power multiplied over m; the first update copies
@@ -292,5 +292,5 @@ def _formula(schedule: Schedule, span: int) -> _Formula | None:
         if weight == 1.0:  # the average is the params of its last update
             return _Formula(lambda counts: 0.0 * counts, lambda updates: updates)
         rate = math.log1p(-weight)
-        return _Formula(lambda counts: rate * counts, lambda updates: 0)  # noqa: ARG005
+        return _Formula(lambda counts: rate * counts, lambda _: 0)
     return None

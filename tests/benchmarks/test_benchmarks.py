@@ -13,6 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
+from benchmarks import checkouts
 from benchmarks import timing as measuring
 from benchmarks.cases import REPORTED, TIMED, run, times
 from benchmarks.cases.peaks import of_process, peaks_of
@@ -228,3 +229,22 @@ def test_the_picture_of_scaling_is_drawn_from_the_plan(tmp_path):
     scaling(tmp_path / "scaling.svg")
     texts = {x.text for x in ET.parse(tmp_path / "scaling.svg").iter()}
     assert texts
+
+
+@pytest.mark.parametrize(
+    ("number", "low", "high"), [(1, 0, 0), (5, 0, 4), (7, 0, 6), (9, 1, 7), (15, 3, 11)]
+)
+def test_the_interval_of_a_median_is_that_of_the_sign_test(number, low, high):
+    """The published ranks for 95 %, counted from 0; too few values give all of them."""
+    assert checkouts.interval([float(n) for n in reversed(range(number))]) == (low, high)
+
+
+@pytest.mark.slow
+def test_a_checkout_is_timed_in_a_process_of_its_own(monkeypatch):
+    """Each case once, with the ``ema`` of that folder; another one is refused."""
+    seconds = checkouts.times_of(checkouts.NEW)
+    assert len(seconds) == 9
+    assert all(second > 0 for second in seconds.values())
+    monkeypatch.setattr(checkouts.json, "loads", lambda _: {"ema": "/elsewhere/ema/__init__.py"})
+    with pytest.raises(RuntimeError, match="must hold the `ema` that it imports"):
+        checkouts.times_of(checkouts.NEW)

@@ -361,3 +361,10 @@ def test_a_variable_without_an_array_is_named():
         EMA(model, 0.9)
     average = EMA(model, 0.9, only=nnx.PathContains("weight"))
     assert [path for path, _ in nnx.to_flat_state(average.params)] == [("weight",)]
+
+
+def test_a_warning_while_an_average_is_made_points_at_the_line_of_the_user():
+    """And not into flax, whose metaclass calls ``EMA.__init__``."""
+    with pytest.warns(ema.EMAWarning, match="stochastic_rounding") as seen:
+        EMA(Network(nnx.Rngs(0)), accumulator_dtype=jnp.bfloat16, stochastic_rounding=False)
+    assert [warning.filename for warning in seen] == [__file__]

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from radon.complexity import cc_visit
 
 import ema
 
@@ -11,6 +12,7 @@ ROOT = Path(ema.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MOST_MODULES = 16
 MOST_LINES = 400
+MOST_COMPLEX = 15
 LONGER = {"torch_backend/model.py"}
 """The class that users read most: its excess is documentation."""
 
@@ -56,6 +58,18 @@ def code_lines(path):
 @pytest.mark.parametrize("name", sorted(LONGER))
 def test_the_excess_of_the_longer_files_is_documentation(name):
     assert len(code_lines(ROOT / name)) <= 1.5 * MOST_LINES
+
+
+@pytest.mark.parametrize("folder", ["ema", "benchmarks"])
+def test_no_function_is_more_complex_than_fifteen(folder):
+    """By the count of ``radon cc``: branches, loops, conditions and comprehensions."""
+    found = {
+        f"{path.relative_to(ROOT.parent)}: {block.name}": block.complexity
+        for path in (ROOT.parent / folder).rglob("*.py")
+        for block in cc_visit(path.read_text())
+    }
+    assert len(found) > 80
+    assert {name: count for name, count in found.items() if count > MOST_COMPLEX} == {}
 
 
 def exported(path):

@@ -871,7 +871,9 @@ def test_parameters_that_it_lacks_are_said_once_in_the_line_of_the_user(event):
         "load_state_dict": lambda: ema_model.load_state_dict(EMAModel(model, 0.5).state_dict()),
         "reset": ema_model.reset,
     }
-    with pytest.warns(EMAWarning, match=r"lacks parameters .* since: `1\.weight`, `1\.bias`") as caught:
+    with pytest.warns(
+        EMAWarning, match=r"lacks parameters .* since: `1\.weight`, `1\.bias`"
+    ) as caught:
         calls[event]()
     assert [warning.filename for warning in caught] == [__file__]
     train(model, ema_model)

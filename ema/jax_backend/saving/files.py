@@ -86,8 +86,9 @@ def save_params_ema(
         The file, completely written.
 
     Raises:
-        ArgumentError: there is no such average, or there are several; or the state is abstract or
-            traced; or its members (``jax.vmap``, ``jax.pmap``) have different steps.
+        ArgumentError: the state lacks an average called ``name``, or has several and ``name`` is
+            None; or the state is abstract or traced; or its members (``jax.vmap``, ``jax.pmap``)
+            have different steps.
         CheckpointError: the file cannot be written, with the reason; in every process.
         ModelError: the processes hold different states.
 
@@ -169,8 +170,9 @@ def load_params_ema(
         A new state of the same structure.
 
     Raises:
-        ArgumentError: there is no such average, or there are several; ``rename`` gives two tensors
-            one name, or has a name the file lacks; ``transform`` has a name that no tensor gets.
+        ArgumentError: the state lacks an average called ``name``, or has several and ``name`` is
+            None; ``rename`` gives two tensors one name, or has a name the file lacks; or
+            ``transform`` has a name that no tensor gets.
         CheckpointError: the file cannot be read, is damaged or of a newer version, or belongs to
             other params: then it lists each leaf that is missing, unexpected or of another shape.
 

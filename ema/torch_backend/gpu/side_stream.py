@@ -159,7 +159,7 @@ class SideStream:
                 tensor.record_stream(self._stream(tensor.device))
 
     def release(self) -> None:
-        """Remove the hooks from the modules when the side stream is no longer used."""
+        """Remove the hooks from the modules; call it after the last update."""
         for handle in self._loading:
             handle.remove()
         self._loading = []

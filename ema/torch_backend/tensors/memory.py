@@ -66,7 +66,7 @@ def row_major(tensor: Tensor) -> Tensor:
     """The elements of any strided tensor in row-major order, as a real vector of stride 1.
 
     It is a view where they lie in that order already. ``contiguous()`` alone does not give this:
-    PyTorch calls every tensor with at most one element contiguous, whatever its strides are.
+    PyTorch calls every tensor with at most one element contiguous, with any strides.
     """
     return flat(tensor.contiguous())
 

@@ -43,8 +43,8 @@ class Box:
 
     Attributes:
         shape: of the whole tensor.
-        offsets: the index in the whole of the first element here, in each dimension; where there
-            is no element here, the size of the dimension.
+        offsets: for each dimension, the index in the whole tensor of the first element on this
+            rank; the size of the dimension if the rank holds no element.
         local: the shape of the part on this rank.
     """
 

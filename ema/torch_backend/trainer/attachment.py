@@ -65,7 +65,7 @@ class Attachment:
         own = vars(self._trainer)
         if covered := [name for name, ours in self._wrapped.items() if own.get(name) is not ours]:
             raise StateError(
-                f"`detach` needs what was attached later to be detached first: it wraps {covered}"
+                f"`detach` must come after that of other callbacks: one of them wraps {covered} too"
             )
         for name in self._wrapped:
             if name in self._before:
@@ -118,7 +118,7 @@ class Attachment:
         return original(*args, **kwargs)
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Save a checkpoint with its average, at any moment and whatever code asks for it."""
+        """Save a checkpoint with its average, at any moment and for any caller."""
         trial = args[1] if len(args) > 1 else kwargs.get("trial")
         folder = self._trainer._get_output_dir(trial)
         return self._with_file(folder, functools.partial(original, *args, **kwargs))

@@ -50,8 +50,7 @@ class EMACallback(TrainerCallback):
         decay: the decay of one update in [0, 1], or a schedule.
         update_after_step: up to and including this step the average equals the live weights.
         update_every: number of optimizer steps from one update to the next.
-        dtype: dtype of all averages. :class:`EMAModel` describes this and all options down to
-            ``overlap``.
+        dtype: of all averages; :class:`EMAModel` describes the options from here to ``overlap``.
         device: device of the averages.
         include: patterns of the parameters that are averaged.
         exclude: patterns of the parameters that are not averaged.
@@ -201,16 +200,16 @@ class EMACallback(TrainerCallback):
         """The state to save, see :meth:`EMAModel.state_dict`.
 
         Raises:
-            StateError: there is no average yet.
+            StateError: training has not begun, and no state was loaded.
         """
         return self._run.state()
 
     def load_ema_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of :meth:`get_ema_state`, or prepare to apply it to a model.
 
-        The next ``train()`` starts with this state, whatever checkpoint it resumes from. If there
-        is no model yet, the state is kept for the next model that is trained or passed to
-        :meth:`apply_ema`. Damage is found now; whether the state fits is checked with the model.
+        The next ``train()`` starts with this state, even if it resumes from a checkpoint. Before
+        the callback knows a model, it keeps the state for the next model that is trained or passed
+        to :meth:`apply_ema`. It finds damage now, and checks later that the state fits the model.
 
         Raises:
             CheckpointError: the state is damaged or does not fit the model. Nothing has changed.
@@ -232,9 +231,8 @@ class EMACallback(TrainerCallback):
         Args:
             model: the model that was trained; for a PEFT model, only the adapter is written.
             folder: where to write; it is created if needed. ``ema.json`` describes the average.
-            processing_class: a tokenizer or processor to write beside the model. The default is
-                what the Trainer of the latest run puts into its checkpoints: its processing class,
-                or the tokenizer of its data collator.
+            processing_class: a tokenizer or processor to write beside the model; by default the
+                processing class of the latest Trainer, or the tokenizer of its data collator.
             **options: options of the model's own ``save_pretrained``.
 
         Raises:
@@ -357,7 +355,16 @@ class EMACallback(TrainerCallback):
         if self.eval_with_ema and self._run.exists:
             advice.on_live_evaluation(self.ema_model)
 
-    on_predict = on_evaluate  # type: ignore[assignment]  # takes its metrics in `kwargs`
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Do the same after a prediction."""
+        self.on_evaluate(args, state, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,14 +26,13 @@ def processing_class_of(
 
     Args:
         processing_class: the Trainer's processing class, under the name that events use.
-        train_dataloader: the Trainer's data loader. If there is no processing class, the Trainer
+        train_dataloader: the Trainer's data loader. Without a processing class the Trainer
             saves the tokenizer of its data collator.
     """
     if processing_class is None:
         collator = getattr(train_dataloader, "collate_fn", None)
-        collator = getattr(
-            collator, "data_collator", collator
-        )  # a collator that removes columns wraps it
+        # a collator that removes columns wraps another collator
+        collator = getattr(collator, "data_collator", collator)
         processing_class = getattr(collator, "tokenizer", None)
     # the Trainer itself needs the method only when it saves
     return processing_class if hasattr(processing_class, "save_pretrained") else None

@@ -48,7 +48,7 @@ class _Override:
             own[self._name] = before
 
     def uncovered(self) -> Any:
-        """The attribute from before every override, or ``_NOTHING`` if there was none."""
+        """The attribute from before every override, or ``_NOTHING``."""
         before = self.before
         return before.uncovered() if isinstance(before, _Override) else before
 

@@ -48,7 +48,7 @@ class Resuming:
             told: the checkpoint, if an attached Trainer has named it.
 
         Raises:
-            CheckpointError: there is no average, and ``missing_is_error`` is set.
+            CheckpointError: the checkpoint has no average, and ``missing_is_error`` is set.
         """
         otherwise = (
             f"training goes on from step {state.global_step} and the average starts anew from the"

@@ -142,7 +142,7 @@ def last_complete_checkpoint(folder: str | Path, name: str | None = None) -> Pat
             that writes last: it is the last in the list, or was attached last.
 
     Returns:
-        The folder of the checkpoint, or None if there is no complete checkpoint.
+        The folder of the checkpoint, or None if no checkpoint is complete.
     """
     found = [
         (int(step), path)

@@ -41,7 +41,7 @@ def lerp(averages: list[Tensor], params: list[Tensor], weight: float) -> list[Ca
         weight: ``1 − decay`` of this update, in [0, 1], already of the precision of the averages.
 
     Returns:
-        The calls that do it; empty if there is nothing to do.
+        The calls that do it; empty if no average changes.
     """
     if weight == 0.0:
         return []

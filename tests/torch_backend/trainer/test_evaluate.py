@@ -361,7 +361,7 @@ def test_attach_and_detach_go_in_pairs(gpt2, make_trainer):
     with pytest.raises(StateError, match="attached to a Trainer already"):
         slow.attach(trainer)
     fast.attach(trainer)
-    with pytest.raises(StateError, match="attached later to be detached first"):
+    with pytest.raises(StateError, match="must come after that of other callbacks"):
         slow.detach()
     fast.detach()
     slow.detach()
